@@ -1,0 +1,44 @@
+"""doratune: DoRA fine-tuning for PyTorch."""
+
+from doratune.checkpoint import load_adapter, save_adapter
+from doratune.config import AdapterConfig
+from doratune.errors import AdapterError
+from doratune.merge import MergeCheck, merge, verify_merge
+from doratune.model import (
+    active_adapter,
+    adapter_names,
+    attach,
+    delete_adapter,
+    detach,
+    disabled,
+    frozen_scales,
+    parameter_groups,
+    set_adapter,
+    trainable_parameters,
+)
+from doratune.summary import Summary, explain, summary
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterConfig",
+    "AdapterError",
+    "MergeCheck",
+    "Summary",
+    "active_adapter",
+    "adapter_names",
+    "attach",
+    "delete_adapter",
+    "detach",
+    "disabled",
+    "explain",
+    "frozen_scales",
+    "load_adapter",
+    "merge",
+    "parameter_groups",
+    "save_adapter",
+    "set_adapter",
+    "summary",
+    "trainable_parameters",
+    "verify_merge",
+]

@@ -1,0 +1,127 @@
+"""AdapterConfig: what an adapter is, and the only home of its defaults."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar, get_args
+
+from doratune.errors import AdapterError
+
+Method = Literal["dora", "lora"]
+Init = Literal["default", "gaussian", "orthogonal"]
+NormGradient = Literal["detached", "exact"]
+Bias = Literal["none", "all", "lora_only"]
+
+ALL_LINEAR = "all-linear"
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Options of one adapter.
+
+    Raises:
+        AdapterError: at construction, listing every option that cannot work.
+    """
+
+    method: Method = "dora"
+    """dora: low-rank direction and a magnitude per output feature; lora: low-rank change only."""
+    rank: int = 16
+    """Rank r of the low-rank change; 0 trains the magnitude only (dora)."""
+    alpha: float = 32.0
+    """The change is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout probability on the input of the low-rank path."""
+    targets: str | Sequence[str] = ALL_LINEAR
+    """Which modules: "all-linear" (all but the output head), names ("q_proj"), or one regular expression
+    that matches whole module paths."""
+    exclude: str | Sequence[str] = ()
+    """Modules to leave out of targets: names, or one regular expression."""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Other ranks for some modules, by name or regular expression."""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """Other alphas for some modules, by name or regular expression."""
+    rank_stabilized: bool = False
+    """Scale by alpha / sqrt(rank) instead of alpha / rank (arXiv 2312.03732)."""
+    init: Init = "default"
+    """How A starts: default (uniform, as nn.Linear), gaussian (standard deviation 1 / rank), orthogonal (rows).
+    B starts at 0, so a new adapter changes nothing."""
+    norm_gradient: NormGradient = "detached"
+    """detached: the norm is a constant in the backward pass (paper section 4.3); exact: it is not (eq. 6)."""
+    bias: Bias = "none"
+    """Biases to train with the adapter: none, lora_only (those of adapted layers), all."""
+    modules_to_save: Sequence[str] = ()
+    """Modules to train whole and save with the adapter, such as a new classification head."""
+
+    def __post_init__(self) -> None:
+        problems = list(_problems(self))
+        if problems:
+            raise AdapterError.of("AdapterConfig", problems)
+
+    def rank_of(self, path: str) -> int:
+        """The rank for the module at ``path``."""
+        return _lookup(self.rank_pattern, path, self.rank)
+
+    def alpha_of(self, path: str) -> float:
+        """The alpha for the module at ``path``."""
+        return _lookup(self.alpha_pattern, path, self.alpha)
+
+    def scale_of(self, path: str) -> float:
+        """s for the module at ``path``: alpha / rank, or alpha / sqrt(rank); 0 where the rank is 0."""
+        rank = self.rank_of(path)
+        if rank == 0:
+            return 0.0
+        return self.alpha_of(path) / (math.sqrt(rank) if self.rank_stabilized else rank)
+
+
+def _lookup(pattern: Mapping[str, _T], path: str, default: _T) -> _T:
+    """The value of the first key that matches the path or its last parts (PEFT's rule)."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default
+
+
+def _problems(c: AdapterConfig) -> Iterator[str]:
+    for name, kind in (("method", Method), ("init", Init), ("norm_gradient", NormGradient), ("bias", Bias)):
+        value = getattr(c, name)
+        if value not in get_args(kind):
+            yield f"{name} must be one of {', '.join(get_args(kind))}; found {value!r}"
+    for name, rank in (("rank", c.rank), *((f"rank_pattern[{k!r}]", r) for k, r in dict(c.rank_pattern).items())):
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
+            yield f"{name} must be a whole number of at least 0; found {rank!r}"
+        elif rank == 0 and c.method == "lora":
+            yield f"{name} is 0, which trains the magnitude only, but method 'lora' has none; use 'dora' or a rank of 1"
+    for name, alpha in (("alpha", c.alpha), *((f"alpha_pattern[{k!r}]", a) for k, a in dict(c.alpha_pattern).items())):
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+            yield f"{name} must be a finite number above 0; found {alpha!r}"
+    if isinstance(c.dropout, bool) or not isinstance(c.dropout, int | float) or not 0 <= c.dropout < 1:
+        yield f"dropout must be at least 0 and below 1; found {c.dropout!r}"
+    stabilized: object = c.rank_stabilized
+    if not isinstance(stabilized, bool):
+        yield f"rank_stabilized must be True or False; found {stabilized!r}"
+    if not c.targets:
+        yield 'targets is empty; give "all-linear", module names, or a regular expression'
+    if isinstance(c.modules_to_save, str):
+        yield f"modules_to_save must be a list of names; found the string {c.modules_to_save!r}"
+    for name in ("targets", "exclude", "modules_to_save"):
+        value = getattr(c, name)
+        names = [] if isinstance(value, str) else list(value)
+        if any(not isinstance(item, str) or not item for item in names):
+            yield f"{name} must hold module names; found {value!r}"
+    for name, patterns in _regular_expressions(c):
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                yield f"{name}: {pattern!r} is no regular expression ({error})"
+
+
+def _regular_expressions(c: AdapterConfig) -> Iterator[tuple[str, list[str]]]:
+    yield "targets", [c.targets] if isinstance(c.targets, str) else []
+    yield "exclude", [c.exclude] if isinstance(c.exclude, str) else []
+    yield "rank_pattern", list(c.rank_pattern)
+    yield "alpha_pattern", list(c.alpha_pattern)

@@ -1,0 +1,20 @@
+"""The one error a user of doratune has to catch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class AdapterError(ValueError):
+    """Something a user can put right: a bad option, file, target or model.
+
+    One error lists every problem found, so that nobody mends them one at a time.
+    """
+
+    @classmethod
+    def of(cls, heading: str, problems: Iterable[str]) -> AdapterError:
+        """Build one error from a heading and its problems, one line each."""
+        lines = list(problems)
+        if len(lines) == 1:
+            return cls(f"{heading}: {lines[0]}")
+        return cls("\n".join([f"{heading} ({len(lines)} problems):", *(f"  - {line}" for line in lines)]))

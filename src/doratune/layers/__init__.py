@@ -1,0 +1,21 @@
+"""Kinds of base layers. A new kind is one file here and one line in ``KINDS``."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from doratune.layers.adapted import AdaptedLayer, LayerAdapter
+from doratune.layers.embedding import Embedding
+from doratune.layers.holder import AdapterHolder
+from doratune.layers.kind import Kind, Options
+from doratune.layers.linear import Linear
+from doratune.layers.saved import SavedModule
+
+KINDS: tuple[Kind, ...] = (Linear(), Embedding())
+
+__all__ = ["KINDS", "AdaptedLayer", "AdapterHolder", "Kind", "LayerAdapter", "Options", "SavedModule", "kind_of"]
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """The kind that serves a module, or None."""
+    return next((kind for kind in KINDS if kind.serves(module)), None)

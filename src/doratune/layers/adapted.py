@@ -1,0 +1,262 @@
+"""The module that stands in the place of an adapted layer, whatever its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from doratune.config import AdapterConfig
+from doratune.layers.cache import ScaleCache, without_autocast
+from doratune.layers.holder import AdapterHolder
+from doratune.layers.kind import Kind, Options
+from doratune.ops import row_norm
+
+BIAS_DROWNS = 8.0
+"""Keep a tensor of our own for the magnitude's gradient where a bias is this many times its magnitude."""
+CANCELLATION = 1e-2
+"""Use the dense norm where ``n^2 / |W|^2`` falls below this: the factored one would lose digits."""
+
+
+@dataclass
+class LayerAdapter:
+    """One adapter on one layer: its options there, and what was decided when it was attached."""
+
+    config: AdapterConfig
+    rank: int
+    scale: float
+    trainable: bool = True
+    dense_norm: bool = False
+    keep_output: bool = False
+
+
+class AdaptedLayer(AdapterHolder):
+    """A base layer with any number of named adapters, one of them active.
+
+    Parameters of adapter ``name``, all float32: ``lora_A[name]`` ``[r, in]``, ``lora_B[name]`` ``[out, r]``,
+    ``magnitude[name]`` ``[out]`` (dora), ``adapter_bias[name]`` ``[out]`` (where biases are trained).
+    """
+
+    def __init__(self, base: nn.Module, kind: Kind, path: str) -> None:
+        super().__init__(base, path)
+        self.kind = kind
+        self.adapters: dict[str, LayerAdapter] = {}
+        self.lora_A = nn.ParameterDict()
+        self.lora_B = nn.ParameterDict()
+        self.magnitude = nn.ParameterDict()
+        self.adapter_bias = nn.ParameterDict()
+        self.cache = ScaleCache()
+        self.waiting: set[str] = set()
+        """Adapters attached while the base had no data (meta device), to be initialised once it has."""
+        self.load_prefix = ""
+        self.register_load_state_dict_pre_hook(_accept_plain_keys)
+        self.register_load_state_dict_post_hook(_after_load)
+
+    # Adapters
+
+    def add(self, name: str, config: AdapterConfig, trainable: bool = True) -> None:
+        """Add an adapter that changes nothing yet: ``B = 0``, ``m = |W|``."""
+        rows = self.kind.rows(self.base_layer)
+        out, columns = rows.shape
+        rank = config.rank_of(self.path)
+
+        def new(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=torch.float32, device=rows.device))
+
+        if rank:
+            self.lora_A[name] = new(rank, columns)
+            self.lora_B[name] = new(out, rank)
+        if config.method == "dora":
+            self.magnitude[name] = new(out)
+        bias = getattr(self.base_layer, "bias", None)
+        if config.bias != "none" and bias is not None:
+            self.adapter_bias[name] = new(out)
+        self.adapters[name] = LayerAdapter(config, rank, config.scale_of(self.path), trainable)
+        self.waiting.add(name)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Give start values to the adapters that still wait for a base with data."""
+        weight = self.kind.rows(self.base_layer).stored
+        if weight.is_meta:
+            return
+        for name in sorted(self.waiting):
+            for group in self._groups():
+                if name in group and group[name].is_meta:
+                    old = group[name]
+                    group[name] = nn.Parameter(torch.empty_like(old, device=weight.device), old.requires_grad)
+            with torch.no_grad():
+                if name in self.lora_A:
+                    self.kind.init(self.lora_A[name], self.lora_B[name], self.adapters[name].config.init)
+                if name in self.magnitude:
+                    self.reset_magnitude(name)
+                if name in self.adapter_bias:
+                    self.adapter_bias[name].copy_(self.base_layer.bias)
+            self.waiting.discard(name)
+            self.decide(name)
+
+    def reset_magnitude(self, name: str) -> None:
+        """Set ``m = |W + s B A|``, so that the magnitude changes nothing (0 marks a row trained as plain LoRA)."""
+        with torch.no_grad():
+            base = self.cache.base_squared(self.kind.rows(self.base_layer))
+            n = self.squared_norm(name).sqrt()
+            self.magnitude[name].copy_(torch.where(base > 0, n, 0.0))
+
+    def squared_norm(self, name: str, dense: bool = True) -> Tensor:
+        """``|W + s B A|^2``, float32 ``[out]``, from dense tiles (exact) or factored (fast)."""
+        rows = self.kind.rows(self.base_layer)
+        base = self.cache.base_squared(rows)
+        if name not in self.lora_A:
+            return base
+        A, B, scale = self.lora_A[name], self.lora_B[name], self.adapters[name].scale
+        with torch.no_grad(), without_autocast(rows.device):
+            if not dense:
+                return row_norm.squared_row_norm(base, rows.tiles, A, B, scale, rows.transient)
+            if not B.any() or not A.any():
+                return base  # the same sum, so that a fresh adapter has g = 1 to the last bit
+            return row_norm.dense_squared_norm(rows.tiles, A, B, scale)
+
+    def decide(self, name: str) -> None:
+        """Look at the adapter's values and choose what depends on them, away from the hot path."""
+        self.cache.clear_scale()
+        adapter = self.adapters[name]
+        if name not in self.magnitude or name in self.waiting:
+            return
+        with torch.no_grad():
+            m = self.magnitude[name].detach()
+            base = self.cache.base_squared(self.kind.rows(self.base_layer))
+            squared = self.squared_norm(name, dense=False)
+            near = (squared < CANCELLATION * base) & (base > 0)
+            adapter.dense_norm = bool(near.any())
+            bias = self.adapter_bias[name] if name in self.adapter_bias else getattr(self.base_layer, "bias", None)
+            usable = (m != 0) | (base == 0)
+            if bias is not None:
+                usable &= bias.detach().abs().float() <= BIAS_DROWNS * m.abs()
+            adapter.keep_output = bool(usable.all())
+
+    def row_scale(self, name: str, reuse: bool = False) -> Tensor:
+        """g of one adapter, float32 ``[out]``."""
+        adapter = self.adapters[name]
+        return self.cache.row_scale(
+            self.kind.rows(self.base_layer),
+            self.lora_A[name] if name in self.lora_A else None,
+            self.lora_B[name] if name in self.lora_B else None,
+            self.magnitude[name],
+            adapter.scale,
+            adapter.config.norm_gradient,
+            adapter.dense_norm,
+            reuse,
+        )
+
+    def adapter_names(self) -> list[str]:
+        return list(self.adapters)
+
+    def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        return (group[name] for group in self._groups() if name in group)
+
+    def trains(self, name: str) -> bool:
+        return self.adapters[name].trainable
+
+    def activate(self, name: str | None) -> None:
+        self.cache.clear_scale()
+        super().activate(name)
+
+    def remove(self, name: str) -> None:
+        for group in self._groups():
+            if name in group:
+                del group[name]
+        del self.adapters[name]
+        self.waiting.discard(name)
+        if self.active == name:
+            self.activate(None)
+
+    def _groups(self) -> tuple[nn.ParameterDict, ...]:
+        return self.lora_A, self.lora_B, self.magnitude, self.adapter_bias
+
+    # The layer
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The active adapter's output, or the base's own if none is active."""
+        name = self.active
+        if name is None or not self.enabled:
+            return self.base_layer(x, *args, **kwargs)
+        if args or kwargs:
+            raise TypeError(f"{self.path}: an adapted {self.kind.name} layer takes one input; found more")
+        if self.waiting:
+            self.initialise()
+        adapter = self.adapters[name]
+        options = Options(
+            self.cache,
+            adapter.config.dropout if self.training else 0.0,
+            adapter.config.norm_gradient,
+            adapter.dense_norm,
+            adapter.keep_output,
+            not self.training and not torch.is_grad_enabled(),
+            self.adapter_bias[name] if name in self.adapter_bias else None,
+        )
+        has_direction = name in self.lora_A
+        return self.kind.forward(
+            self.base_layer,
+            x,
+            self.lora_A[name] if has_direction else None,
+            self.lora_B[name] if has_direction else None,
+            self.magnitude[name] if name in self.magnitude else None,
+            adapter.scale,
+            options,
+        )
+
+    def train(self, mode: bool = True) -> AdaptedLayer:
+        """Switch between training and evaluation; what was remembered is forgotten."""
+        if mode != self.training:
+            self.cache.clear()
+        super().train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:
+        """Adapter parameters follow the model to its device, but stay float32 masters."""
+
+        def keep_dtype(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+        self.base_layer._apply(fn, recurse)
+        for group in self._groups():
+            group._apply(keep_dtype, recurse)
+        self.cache.clear()
+        rows = self.kind.rows(self.base_layer)
+        if not rows.stored.is_meta and not self.waiting:
+            # Compiled code cannot look for itself, so the sums are ready before it runs.
+            self.cache.base_squared(rows)
+        return self
+
+    def extra_repr(self) -> str:
+        """Adapters of this layer, for ``print(model)``."""
+        names = (f"{n}: {a.config.method} rank {a.rank}" for n, a in self.adapters.items())
+        return f"{', '.join(names)}; active: {self.active}"
+
+
+def _accept_plain_keys(layer: AdaptedLayer, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Let a checkpoint of the plain model fill the base: ``<path>.weight`` is ``<path>.base_layer.weight``."""
+    layer.load_prefix = prefix
+    for name in [n for n, _ in (*layer.base_layer.named_parameters(), *layer.base_layer.named_buffers())]:
+        if prefix + name in state:
+            state.setdefault(prefix + "base_layer." + name, state.pop(prefix + name))
+
+
+def _after_load(layer: AdaptedLayer, incompatible: Any) -> None:
+    layer.cache.clear()
+    if layer.waiting:
+        # A base that had no data before was filled by a checkpoint without adapters: they start fresh.
+        own = {f"{layer.load_prefix}{n}" for n, _ in layer.named_parameters() if not n.startswith("base_layer.")}
+        absent = own.intersection(incompatible.missing_keys)
+        if absent:
+            layer.initialise()
+        else:
+            layer.waiting.clear()
+        for key in absent:
+            incompatible.missing_keys.remove(key)
+    for name in layer.adapters:
+        layer.decide(name)

@@ -1,0 +1,58 @@
+"""What every module that holds adapters has in common: names, one of them active, all of them switchable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+
+class AdapterHolder(nn.Module):
+    """Stands in the place of ``base_layer``, keeps it, and shows its attributes as its own."""
+
+    base_layer: nn.Module
+
+    def __init__(self, base: nn.Module, path: str) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.path = path
+        self.active: str | None = None
+        self.enabled = True
+        self.training = base.training
+
+    def adapter_names(self) -> list[str]:
+        """Names of the adapters that this module holds."""
+        raise AssertionError("holders define adapter_names")
+
+    def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """Parameters that belong to one adapter."""
+        raise AssertionError("holders define adapter_parameters")
+
+    def trains(self, name: str) -> bool:
+        """Whether the adapter was attached to be trained."""
+        raise AssertionError("holders define trains")
+
+    def remove(self, name: str) -> None:
+        """Forget one adapter."""
+        raise AssertionError("holders define remove")
+
+    def activate(self, name: str | None) -> None:
+        """Make one adapter the active one; only its parameters get gradients."""
+        self.active = name if name in self.adapter_names() else None
+        for other in self.adapter_names():
+            chosen = other == self.active and self.trains(other)
+            for parameter in self.adapter_parameters(other):
+                parameter.requires_grad_(chosen)
+                if not chosen:
+                    # Or else an optimiser's next step would still move it.
+                    parameter.grad = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base_layer")
+            if base is None or name.startswith("__"):
+                raise
+            return getattr(base, name)

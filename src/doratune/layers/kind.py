@@ -1,0 +1,98 @@
+"""What a kind of base layer has to say about itself: one file per kind fills this in."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from doratune.layers.cache import ScaleCache
+from doratune.layers.weights import WeightRows
+
+
+class Options(NamedTuple):
+    """How an adapted layer's forward is to run; everything that is not a tensor of the adapter or its scale."""
+
+    cache: ScaleCache
+    dropout: float = 0.0
+    """Probability; 0 in evaluation."""
+    norm_gradient: str = "detached"
+    dense_norm: bool = False
+    """Compute n from dense tiles (near cancellation) instead of the factored form."""
+    keep_output: bool = False
+    """For the magnitude's gradient keep the layer's output instead of a tensor of its own."""
+    reuse_scale: bool = False
+    """g may be remembered between calls (evaluation without gradients)."""
+    bias: Tensor | None = None
+    """The adapter's own bias, in place of the base's."""
+
+
+class Kind:
+    """A kind of base layer. ``forward`` is the one function that computes it, native or under PEFT."""
+
+    name: str
+    file_names = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+    """Names of A, B and m in PEFT's files."""
+
+    def serves(self, base: nn.Module) -> bool:
+        """True if this kind is responsible for the layer."""
+        raise AssertionError(f"{type(self).__name__} must define serves")
+
+    def refusal(self, base: nn.Module) -> str | None:
+        """Why this layer cannot be adapted, or None."""
+        return None
+
+    def rows(self, base: nn.Module) -> WeightRows:
+        """W, ``[out, in]``."""
+        raise AssertionError(f"{type(self).__name__} must define rows")
+
+    def forward(
+        self,
+        base: nn.Module,
+        x: Tensor,
+        A: Tensor | None,
+        B: Tensor | None,
+        magnitude: Tensor | None,
+        scale: float,
+        options: Options,
+    ) -> Tensor:
+        """The adapted layer's output. No magnitude: LoRA. No A and B: magnitude only."""
+        raise AssertionError(f"{type(self).__name__} must define forward")
+
+    def explain(self, base: nn.Module, dropout: float) -> tuple[str, str]:
+        """Which path the forward takes, and why not a faster one."""
+        return "over the base's output", f"the {self.name} kind has one path"
+
+    def init(self, A: Tensor, B: Tensor, how: str) -> None:
+        """Start values, in place: B = 0, so that a new adapter changes nothing."""
+        if how == "gaussian":
+            nn.init.normal_(A, std=1 / A.shape[0])
+        elif how == "orthogonal":
+            nn.init.orthogonal_(A)
+        else:
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        nn.init.zeros_(B)
+
+    def to_file(self, base: nn.Module, part: str, tensor: Tensor) -> Tensor:
+        """A, B or m as PEFT's files hold it (``part`` is one of ``file_names``)."""
+        return tensor
+
+    def from_file(self, base: nn.Module, part: str, tensor: Tensor) -> Tensor:
+        """The opposite of ``to_file``, for a tensor of the right shape."""
+        return tensor
+
+    def file_refusal(self, base: nn.Module) -> str | None:
+        """Why an adapter on this layer cannot be exchanged in PEFT's format, or None."""
+        return None
+
+    def store_rows(self, base: nn.Module, merged: Tensor) -> None:
+        """Make ``merged``, ``[out, in]``, the layer's weight: a new parameter, so that a tied one is left alone."""
+        base.weight = nn.Parameter(merged, requires_grad=False)
+
+    def probe(self, base: nn.Module, generator: torch.Generator) -> Tensor:
+        """A random input, for comparing merged with unmerged output."""
+        columns = self.rows(base).shape[1]
+        weight: Tensor = base.weight  # type: ignore[assignment]
+        return torch.randn(8, columns, generator=generator).to(weight.device, weight.dtype)

@@ -1,0 +1,116 @@
+"""Linear layers: ``nn.Linear`` and transformers' ``Conv1D``."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from doratune.layers.kind import Kind, Options
+from doratune.layers.weights import WeightRows, is_transformers_conv1d, linear_rows, on_device
+from doratune.ops.compose import OutputGuard, dense_low_rank, low_rank_update, scale_rows
+
+
+def slow_reason(base: nn.Module, dropout: float) -> str | None:
+    """Why W cannot be used directly, so that the base's own forward has to run; None if it can."""
+    if type(base).forward is not nn.Linear.forward and not is_transformers_conv1d(base):
+        return f"{type(base).__name__} has a forward of its own"
+    if "forward" in base.__dict__:
+        return "the base layer's forward was replaced on the instance"
+    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+        return "the base layer has hooks"
+    if hasattr(base, "parametrizations"):
+        return "the base layer's weight is parametrised"
+    weight = base.weight
+    if type(weight) not in (Tensor, nn.Parameter):
+        return f"the weight is a {type(weight).__name__}"
+    if weight.requires_grad:
+        return "the base weight is being trained"
+    if dropout > 0:
+        return "dropout separates the low-rank input from the base's"
+    return None
+
+
+def forward(
+    base: nn.Module,
+    x: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    magnitude: Tensor | None,
+    scale: float,
+    options: Options,
+) -> Tensor:
+    """``y = g (W x + s B A x) + b`` for x ``[..., in]``; DESIGN: DoRA with one magnitude per output row.
+
+    The base's own output is the starting point, so hooks, quantisation and wrappers of the base keep working.
+    """
+    low = F.dropout(x, options.dropout) if options.dropout else x
+    bias: Tensor | None = base.bias  # type: ignore[assignment]
+    if A is not None and B is not None and slow_reason(base, options.dropout) is None:
+        inner = None
+        W: Tensor = base.weight  # type: ignore[assignment]
+        u = dense_low_rank(_autocast(x), W.T if is_transformers_conv1d(base) else W, A, B, scale)
+    else:
+        inner = bias
+        u = base(x)
+        if A is not None and B is not None:
+            u = low_rank_update(u, low, A, B, scale)
+    outer = bias if options.bias is None else options.bias
+    if magnitude is None:
+        return _swap_bias(u, inner, outer)
+    with on_device(base):
+        rows = linear_rows(base)
+        g = options.cache.row_scale(
+            rows, A, B, magnitude, scale, options.norm_gradient, options.dense_norm, options.reuse_scale
+        )
+    keep_output, guard = options.keep_output, None
+    if keep_output and g.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        guard = _guard(base, x, low, A, B, scale)
+    return scale_rows(u, g, inner, outer, guard=guard, keep_output=keep_output)
+
+
+def _guard(base: nn.Module, x: Tensor, low: Tensor, A: Tensor | None, B: Tensor | None, scale: float) -> OutputGuard:
+    """Computes ``z = W x + s B A x`` again, tile by tile, if the layer's output was overwritten."""
+
+    def recompute(x: Tensor, low: Tensor) -> Tensor:
+        with on_device(base):
+            z = torch.cat([x @ tile.to(x.dtype).T for _, tile in linear_rows(base).tiles()], -1)
+        return z if A is None or B is None else low_rank_update(z, low, A, B, scale)
+
+    return OutputGuard(recompute, x, low)
+
+
+def _swap_bias(u: Tensor, inner: Tensor | None, outer: Tensor | None) -> Tensor:
+    """LoRA's output with the bias it shall have in place of the one it has."""
+    if inner is outer or outer is None:
+        return u
+    change = outer if inner is None else outer - inner
+    return u + change.to(u.dtype)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """x as autocast would hand it to a linear layer."""
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+class Linear(Kind):
+    """``nn.Linear``, its subclasses, and transformers' ``Conv1D``."""
+
+    name = "linear"
+
+    def serves(self, base: nn.Module) -> bool:
+        return isinstance(base, nn.Linear) or is_transformers_conv1d(base)
+
+    def rows(self, base: nn.Module) -> WeightRows:
+        return linear_rows(base)
+
+    forward = staticmethod(forward)
+
+    def explain(self, base: nn.Module, dropout: float) -> tuple[str, str]:
+        reason = slow_reason(base, dropout)
+        return ("dense, fused input gradient", "") if reason is None else ("over the base's output", reason)
+
+    def store_rows(self, base: nn.Module, merged: Tensor) -> None:
+        super().store_rows(base, merged.T.contiguous() if is_transformers_conv1d(base) else merged)

@@ -1,0 +1,76 @@
+"""W of a base layer as numbers: one small function per way of storing it.
+
+Whatever the storage, W is seen as ``[out, in]``, one row per magnitude: an ``nn.Linear`` as it is, transformers'
+``Conv1D`` transposed, an embedding ``[vocab, dim]`` transposed to ``[dim, vocab]``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from doratune.ops.row_norm import Tiles
+
+
+@dataclass(frozen=True)
+class WeightRows:
+    """W of one base layer, ``[out, in]``, to be walked in tiles of rows."""
+
+    shape: tuple[int, int]
+    stored: Tensor
+    """The tensor the layer keeps; its identity, version, pointer and dtype tell whether W has changed."""
+    tiles: Tiles
+    transient: bool = False
+    """True if tiles are made for the occasion (dequantised): nothing may keep them."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.stored.device
+
+    @classmethod
+    def of_matrix(cls, matrix: Tensor, stored: Tensor) -> WeightRows:
+        """A dense ``[out, in]`` matrix, one tile and no copy."""
+
+        def tiles() -> Iterable[tuple[slice, Tensor]]:
+            return ((slice(0, matrix.shape[0]), matrix),)
+
+        return cls((matrix.shape[0], matrix.shape[1]), stored, tiles)
+
+
+def is_transformers_conv1d(base: nn.Module) -> bool:
+    """True for transformers' ``Conv1D`` (GPT-2), whose weight is ``[in, out]``; decided without importing it."""
+    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(base).__mro__)
+
+
+def linear_rows(base: nn.Module) -> WeightRows:
+    """W of a linear layer."""
+    weight: Tensor = base.weight  # type: ignore[assignment]
+    matrix = weight.detach()
+    return WeightRows.of_matrix(matrix.T if is_transformers_conv1d(base) else matrix, weight)
+
+
+def embedding_rows(base: nn.Module) -> WeightRows:
+    """W of an embedding: ``[dim, vocab]``."""
+    weight: Tensor = base.weight  # type: ignore[assignment]
+    return WeightRows.of_matrix(weight.detach().T, weight)
+
+
+@contextlib.contextmanager
+def on_device(base: nn.Module) -> Iterator[None]:
+    """Make W available on its device where accelerate keeps it offloaded between calls."""
+    hook: Any = getattr(base, "_hf_hook", None)
+    if hook is None or not getattr(hook, "offload", False):
+        yield
+        return
+    from accelerate.utils import align_module_device
+
+    with align_module_device(base):
+        yield
+
+
+RowsOf = Callable[[nn.Module], WeightRows]

@@ -1,0 +1,171 @@
+"""Merging: plain layers again, with the adapter in their weights, checked."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from doratune.errors import AdapterError
+from doratune.layers import AdaptedLayer, SavedModule
+from doratune.layers.cache import without_autocast
+from doratune.model import _thaw, active_adapter, unhold
+from doratune.ops import row_norm
+from doratune.targets import adapted_layers, holders, unwrap
+
+log = logging.getLogger("doratune")
+
+
+@dataclass(frozen=True)
+class MergeCheck:
+    """Merged against unmerged output of one layer on random inputs."""
+
+    path: str
+    difference: float
+    """Largest difference, relative to the largest unmerged output."""
+    tolerance: float
+    """What rounding to the layer's dtype explains."""
+
+    @property
+    def holds(self) -> bool:
+        """True if the difference is within the tolerance."""
+        return self.difference <= self.tolerance
+
+
+@torch.no_grad()
+def merged_weight(layer: AdaptedLayer, name: str) -> Tensor:
+    """``W' = g (W + s B A)``, ``[out, in]`` in W's dtype, computed in float32 by row tiles."""
+    rows = layer.kind.rows(layer.base_layer)
+    parts = []
+    with without_autocast(rows.device):
+        g = _exact_scale(layer, name)
+        for outer, tile in rows.tiles():
+            for inner in row_norm.row_tiles(*tile.shape):
+                here = slice(outer.start + inner.start, outer.start + inner.stop)
+                part = tile[inner].float()
+                if name in layer.lora_A:
+                    part = torch.addmm(
+                        part, layer.lora_B[name][here], layer.lora_A[name], alpha=layer.adapters[name].scale
+                    )
+                if g is not None:
+                    part = part * g[here, None]
+                parts.append(part.to(tile.dtype))
+    return torch.cat(parts)
+
+
+def _exact_scale(layer: AdaptedLayer, name: str) -> Tensor | None:
+    if name not in layer.magnitude:
+        return None
+    base = layer.cache.base_squared(layer.kind.rows(layer.base_layer))
+    return row_norm.row_scale(layer.magnitude[name], layer.squared_norm(name), base)
+
+
+@torch.no_grad()
+def verify_merge(model: nn.Module) -> list[MergeCheck]:
+    """Compare every adapted layer's output with what it would be after merging; the model stays as it is.
+
+    The comparison runs in the layer's own dtype, on fixed random inputs.
+    """
+    checks = []
+    generator = torch.Generator().manual_seed(0)
+    for path, layer in adapted_layers(model).items():
+        name = layer.active
+        if name is None:
+            continue
+        x = layer.kind.probe(layer.base_layer, generator)
+        training = layer.training
+        layer.eval()
+        try:
+            unmerged = layer(x).float()
+            merged = _merged_output(layer, name, x).float()
+        finally:
+            layer.train(training)
+        rows = layer.kind.rows(layer.base_layer)
+        tile_dtype = next(iter(rows.tiles()))[1].dtype
+        # Merging rounds each weight once; the unmerged path rounds its sums a few times.
+        tolerance = 16 * torch.finfo(tile_dtype).eps
+        scale = unmerged.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+        checks.append(MergeCheck(path, float((merged - unmerged).abs().max() / scale), tolerance))
+    return checks
+
+
+def _merged_output(layer: AdaptedLayer, name: str, x: Tensor) -> Tensor:
+    base = layer.base_layer
+    original = dict(base._parameters)
+    try:
+        _store(layer, name)
+        return base(x)
+    finally:
+        base._parameters.clear()
+        base._parameters.update(original)
+
+
+def _store(layer: AdaptedLayer, name: str) -> None:
+    layer.kind.store_rows(layer.base_layer, merged_weight(layer, name))
+    if name in layer.adapter_bias:
+        bias: Tensor = layer.base_layer.bias  # type: ignore[assignment]
+        layer.base_layer.bias = nn.Parameter(layer.adapter_bias[name].detach().to(bias.dtype), requires_grad=False)
+
+
+def merge(model: nn.Module, verify: bool = False) -> nn.Module:
+    """Put the active adapter into the weights, in place; the layers are plain again and all adapters gone.
+
+    Weights tied to others (an embedding and the output head) are untied, and ``tie_word_embeddings`` is set to False.
+
+    Args:
+        verify: compare merged with unmerged outputs first, layer by layer, and log the differences.
+
+    Returns:
+        The same model, with plain layers.
+
+    Raises:
+        AdapterError: if no adapter is active, a merged weight would not be finite, or ``verify`` finds a difference
+            that rounding does not explain. The model is then unchanged.
+    """
+    root = unwrap(model)
+    name = active_adapter(root)
+    if name is None:
+        raise AdapterError("merge: no adapter is active; call set_adapter first")
+    layers = {path: layer for path, layer in adapted_layers(root).items() if layer.active is not None}
+    problems = [
+        f"{path}: the merged weight is not finite; the adapter holds NaN, infinite or far too large values"
+        for path, layer in layers.items()
+        if not torch.isfinite(merged_weight(layer, name)).all()
+    ]
+    if verify and not problems:
+        for check in verify_merge(root):
+            log.info("merge %s: difference %.2e, tolerance %.2e", check.path, check.difference, check.tolerance)
+            if not check.holds:
+                problems.append(
+                    f"{check.path}: merged and unmerged outputs differ by {check.difference:.2e}, "
+                    f"rounding explains {check.tolerance:.2e}"
+                )
+    if problems:
+        raise AdapterError.of("merge", problems)
+    shared = _shared_parameters(root)
+    untied = False
+    for layer in layers.values():
+        weight = layer.kind.rows(layer.base_layer).stored
+        untied |= id(weight) in shared
+        _store(layer, name)
+    for holder in holders(root).values():
+        if isinstance(holder, SavedModule) and holder.active is not None:
+            holder.base_layer = holder.chosen()
+        unhold(root, holder)
+    _thaw(root)
+    if untied and hasattr(root, "config") and hasattr(root.config, "tie_word_embeddings"):
+        root.config.tie_word_embeddings = False
+    return model
+
+
+def _shared_parameters(root: nn.Module) -> set[int]:
+    """Parameters that hang in the model more than once."""
+    seen: set[int] = set()
+    shared: set[int] = set()
+    for module in root.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                (shared if id(parameter) in seen else seen).add(id(parameter))
+    return shared

@@ -1,0 +1,259 @@
+"""Adapters on whole models: attach, switch, disable, detach."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from doratune.config import AdapterConfig
+from doratune.errors import AdapterError
+from doratune.layers import AdaptedLayer, AdapterHolder, SavedModule
+from doratune.targets import adapted_layers, holders, occurrences, select, unwrap
+
+_RECORD = "_doratune_trained_before"
+
+
+def attach(model: nn.Module, config: AdapterConfig, name: str = "default", *, trainable: bool = True) -> nn.Module:
+    """Put a new adapter on a model, in place; it becomes the active one, and everything else is frozen.
+
+    A new adapter changes nothing: the model's output stays as it was, bit for bit.
+
+    Args:
+        model: any module; wrapped ones (DistributedDataParallel, torch.compile) are seen through.
+        config: what the adapter is.
+        name: under which it can be switched to; letters, digits, ``_`` and ``-``.
+        trainable: False freezes the adapter, too.
+
+    Returns:
+        The same model.
+
+    Raises:
+        AdapterError: listing every problem; the model is then unchanged.
+    """
+    root = unwrap(model)
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise AdapterError(f"adapter name: expected letters, digits, '_' and '-'; found {name!r}")
+    if name in adapter_names(root):
+        raise AdapterError(f"the model already has an adapter {name!r}; choose another name or delete that one first")
+    selection = select(root, config)
+    present = holders(root)
+    new: dict[str, AdapterHolder] = {}
+    # Everything that can fail happens before the model is touched.
+    for path, kind in selection.layers.items():
+        if not isinstance(present.get(path), AdaptedLayer):
+            new[path] = AdaptedLayer(_module_at(root, present, path), kind, path)
+    for path in selection.saved:
+        if not isinstance(present.get(path), SavedModule):
+            new[path] = SavedModule(_module_at(root, present, path), path)
+    targets = {path: new.get(path) or present[path] for path in (*selection.layers, *selection.saved)}
+    added: list[AdapterHolder] = []
+    try:
+        for path, holder in targets.items():
+            added.append(holder)
+            if isinstance(holder, AdaptedLayer):
+                holder.add(name, config, trainable)
+            elif isinstance(holder, SavedModule):
+                holder.add(name, selection.saved[path], trainable)
+    except BaseException:
+        for holder in added:
+            if name in holder.adapter_names():
+                holder.remove(name)
+        raise
+    for holder in new.values():
+        for parent, attribute in occurrences(root, holder.base_layer):
+            if parent is not holder:
+                parent._modules[attribute] = holder
+    _freeze(root)
+    set_adapter(root, name)
+    return model
+
+
+def _module_at(root: nn.Module, present: dict[str, AdapterHolder], path: str) -> nn.Module:
+    """The module at a plain path, looking through holders on the way."""
+    module = root
+    for part in path.split("."):
+        while hasattr(module, "_orig_mod") or isinstance(module, AdapterHolder):
+            module = module.base_layer if isinstance(module, AdapterHolder) else module._orig_mod  # type: ignore[assignment]
+        module = module._modules[part]  # type: ignore[assignment]
+    return module
+
+
+def _freeze(root: nn.Module) -> None:
+    """Freeze everything but adapters, and note once what was trained before, for ``detach``."""
+    own = {id(p) for h in holders(root).values() for n in h.adapter_names() for p in h.adapter_parameters(n)}
+    base = {n: p for n, p in root.named_parameters() if id(p) not in own}
+    if _RECORD not in root.__dict__:
+        root.__dict__[_RECORD] = [p for p in base.values() if p.requires_grad]
+        _let_inputs_require_grad(root)
+    for parameter in base.values():
+        parameter.requires_grad_(False)
+
+
+class _InputsRequireGrad:
+    """Forward hook on the input embeddings: reentrant checkpointing needs an input that requires grad."""
+
+    def __init__(self, checkpointed: list[nn.Module]) -> None:
+        self.checkpointed = checkpointed
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if torch.is_grad_enabled() and not output.requires_grad and self.is_checkpointing():
+            output.requires_grad_(True)
+
+    def is_checkpointing(self) -> bool:
+        return any(m.gradient_checkpointing for m in self.checkpointed)
+
+
+def _let_inputs_require_grad(root: nn.Module) -> None:
+    """As transformers does for PEFT's models, but only while checkpointing is on."""
+    checkpointed = [m for m in root.modules() if isinstance(getattr(m, "gradient_checkpointing", None), bool)]
+    get_embeddings = getattr(root, "get_input_embeddings", None)
+    if not checkpointed or not callable(get_embeddings):
+        return
+    try:
+        embeddings = get_embeddings()
+    except NotImplementedError:
+        return
+    if isinstance(embeddings, nn.Module):
+        embeddings.register_forward_hook(_InputsRequireGrad(checkpointed))
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Names of the model's adapters, in the order they were attached."""
+    names: dict[str, None] = {}
+    for holder in holders(model).values():
+        names.update(dict.fromkeys(holder.adapter_names()))
+    return list(names)
+
+
+def active_adapter(model: nn.Module) -> str | None:
+    """Name of the active adapter, or None."""
+    return next((h.active for h in holders(model).values() if h.active is not None), None)
+
+
+def _require(model: nn.Module, name: str) -> None:
+    names = adapter_names(model)
+    if name not in names:
+        raise AdapterError(f"the model has no adapter {name!r}; it has {', '.join(names) or 'none'}")
+
+
+def set_adapter(model: nn.Module, name: str) -> None:
+    """Make one adapter the active one. Only its parameters get gradients; optimiser state stays valid.
+
+    Raises:
+        AdapterError: if the model has no such adapter.
+    """
+    _require(model, name)
+    for holder in holders(model).values():
+        holder.activate(name)
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Remove one adapter; layers that hold no other become plain again.
+
+    Raises:
+        AdapterError: if the model has no such adapter.
+    """
+    _require(model, name)
+    root = unwrap(model)
+    for holder in holders(root).values():
+        if name in holder.adapter_names():
+            holder.remove(name)
+        if not holder.adapter_names():
+            unhold(root, holder)
+    if not holders(root):
+        _thaw(root)
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Remove all adapters and give back the untouched base model, bit for bit, trainable where it was before."""
+    root = unwrap(model)
+    for holder in holders(root).values():
+        unhold(root, holder)
+    _thaw(root)
+    return model
+
+
+def unhold(root: nn.Module, holder: AdapterHolder) -> None:
+    """Put a holder's base layer back in its place."""
+    for parent, attribute in occurrences(root, holder):
+        parent._modules[attribute] = holder.base_layer
+
+
+def _thaw(root: nn.Module) -> None:
+    for parameter in root.__dict__.pop(_RECORD, []):
+        parameter.requires_grad_(True)
+    for module in root.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, _InputsRequireGrad):
+                del module._forward_hooks[key]
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within this context the model is the base model, exactly."""
+    before = [(holder, holder.enabled) for holder in holders(model).values()]
+    try:
+        for holder, _ in before:
+            holder.enabled = False
+        yield
+    finally:
+        for holder, enabled in before:
+            holder.enabled = enabled
+
+
+@contextlib.contextmanager
+def frozen_scales(model: nn.Module) -> Iterator[None]:
+    """Compute every ``g = m / n`` once and reuse it within this context, whatever the mode.
+
+    For inference with torch.compile or under FSDP, where doratune does not reuse scales by itself. Changes made to the
+    adapter meanwhile do not reach g.
+    """
+    layers = [layer for layer in adapted_layers(model).values() if layer.active and layer.active in layer.magnitude]
+    before = [layer.cache.frozen for layer in layers]
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                assert layer.active is not None
+                layer.cache.frozen = layer.row_scale(layer.active)
+        yield
+    finally:
+        for layer, frozen in zip(layers, before, strict=True):
+            layer.cache.frozen = frozen
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training moves, by name."""
+    return {name: p for name, p in unwrap(model).named_parameters() if p.requires_grad}
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    lr: float,
+    magnitude_lr: float | None = None,
+    weight_decay: float = 0.0,
+    magnitude_weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Parameter groups for a torch optimiser.
+
+    Magnitudes may have a learning rate of their own, and are not decayed unless asked: decay would pull them to 0,
+    not to where they started. Biases are not decayed either.
+    """
+    trained = trainable_parameters(model)
+    magnitudes = {id(p) for layer in adapted_layers(model).values() for p in layer.magnitude.values()}
+    groups: dict[str, list[nn.Parameter]] = {"weights": [], "biases": [], "magnitudes": []}
+    for name, parameter in trained.items():
+        is_bias = ".adapter_bias." in name or name.endswith("bias")
+        key = "magnitudes" if id(parameter) in magnitudes else "biases" if is_bias else "weights"
+        groups[key].append(parameter)
+    options = {
+        "weights": {"lr": lr, "weight_decay": weight_decay},
+        "biases": {"lr": lr, "weight_decay": 0.0},
+        "magnitudes": {"lr": lr if magnitude_lr is None else magnitude_lr, "weight_decay": magnitude_weight_decay},
+    }
+    return [{"name": key, "params": params, **options[key]} for key, params in groups.items() if params]

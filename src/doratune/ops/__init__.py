@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: the mathematics of DoRA, without any nn.Module."""

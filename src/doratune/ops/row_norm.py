@@ -1,0 +1,108 @@
+"""The norm of every row of ``W + s B A`` without ever forming that matrix.
+
+Row by row (``<,>`` is the product of two rows)::
+
+    n^2 = |W|^2 + 2 s <B, W A^T> + s^2 <B (A A^T), B>
+
+``|W|^2`` is constant for a frozen weight; ``W A^T`` is a skinny product, worth r tokens of arithmetic. The formula is
+differentiable as it stands, and its gradient stays factored: that is the paper's exact gradient (eq. 6).
+
+W comes as *tiles*: an iterable of ``(rows, W[rows])``. A dense weight is one tile, a quantised one a generator that
+dequantises a few rows at a time, so that nothing of size ``[out, in]`` is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+TILE_BYTES = 32 * 1024 * 1024
+"""Size of a transient float32 tile of W."""
+
+Tiles = Callable[[], Iterable[tuple[slice, Tensor]]]
+"""A function that walks W once more, as ``(rows, W[rows])``."""
+
+
+def row_tiles(rows: int, columns: int) -> Iterator[slice]:
+    """Slices of rows whose float32 copy fits into ``TILE_BYTES``."""
+    step = max(1, TILE_BYTES // (4 * max(1, columns)))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def base_squared_norm(tiles: Tiles) -> Tensor:
+    """``|W|^2`` of each row, float32 ``[out]``, summed in float32 by row tiles."""
+    sums = []
+    for _, tile in tiles():
+        for rows in row_tiles(*tile.shape):
+            sums.append(tile[rows].float().square().sum(1))
+    return torch.cat(sums)
+
+
+class _TiledProduct(torch.autograd.Function):
+    """``U = W A^T`` over transient tiles; the backward walks the tiles again instead of keeping them."""
+
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, tiles: Tiles) -> Tensor:
+        ctx.tiles = tiles
+        ctx.like = A
+        return torch.cat([(tile @ A.to(tile.dtype).T).float() for _, tile in tiles()])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dU: Tensor) -> tuple[Tensor, None]:
+        dA = torch.zeros_like(ctx.like)
+        for rows, tile in ctx.tiles():
+            dA += (dU[rows].to(tile.dtype).T @ tile).to(dA.dtype)
+        return dA, None
+
+
+def skinny_product(tiles: Tiles, A: Tensor, transient: bool = False) -> Tensor:
+    """``U = W A^T``, float32 ``[out, r]``. A (small) is cast to W's dtype, never W (large) to A's."""
+    if transient:
+        return _TiledProduct.apply(A, tiles)
+    parts = [(tile @ A.to(tile.dtype).T).float() for _, tile in tiles()]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def squared_row_norm(
+    base_squared: Tensor, tiles: Tiles, A: Tensor, B: Tensor, scale: float, transient: bool = False
+) -> Tensor:
+    """``n^2 = |W + s B A|^2`` of each row, float32 ``[out]``, clamped at 0.
+
+    Args:
+        base_squared: ``|W|^2``, float32 ``[out]`` (``base_squared_norm``).
+        tiles: W, ``[out, in]``, tile by tile.
+        A, B: float32 ``[r, in]`` and ``[out, r]``.
+        scale: s.
+        transient: the tiles are temporary and must not be kept for the backward pass.
+
+    Differentiable with respect to A and B; run it under ``torch.no_grad`` for the detached norm.
+    """
+    A, B = A.float(), B.float()
+    U = skinny_product(tiles, A, transient)
+    G = A @ A.T
+    change = (B * (2 * scale * U + scale**2 * (B @ G))).sum(1)
+    return (base_squared + change).clamp_min(0)
+
+
+def dense_squared_norm(tiles: Tiles, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """``n^2`` by forming ``W + s B A`` tile by tile: slower, exact also where W and s B A nearly cancel."""
+    A, B = A.float(), B.float()
+    sums = []
+    for outer, tile in tiles():
+        update = B[outer]
+        for rows in row_tiles(*tile.shape):
+            sums.append(torch.addmm(tile[rows].float(), update[rows], A, alpha=scale).square().sum(1))
+    return torch.cat(sums)
+
+
+def row_scale(magnitude: Tensor, squared_norm: Tensor, base_squared: Tensor) -> Tensor:
+    """``g = m / n``, float32 ``[out]``; 1 on a plain row (a zero row of W whose m is 0, trained as LoRA)."""
+    n = torch.where(squared_norm > 0, squared_norm, 1.0).sqrt()
+    plain = (base_squared == 0) & (magnitude == 0)
+    return torch.where(plain, 1.0, magnitude.float() / n)

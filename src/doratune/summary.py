@@ -1,0 +1,141 @@
+"""What adapters do to a model, in words: what is adapted, what was left alone and why, what trains, which path runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from doratune.layers import kind_of
+from doratune.model import active_adapter, adapter_names, trainable_parameters
+from doratune.targets import adapted_layers, plain_modules, refusal, saved_modules, unwrap
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One adapted layer under the active adapter."""
+
+    path: str
+    kind: str
+    method: str
+    rank: int
+    direction: int
+    """Parameters of A and B."""
+    magnitude: int
+    """Parameters of m."""
+
+
+@dataclass
+class Summary:
+    """What ``doratune.summary`` found; ``print`` it, or read its fields."""
+
+    adapters: list[str]
+    active: str | None
+    layers: list[LayerSummary] = field(default_factory=list)
+    saved: dict[str, int] = field(default_factory=dict)
+    """Modules trained whole, with the number of parameters of the adapter's copy."""
+    left_alone: dict[str, str] = field(default_factory=dict)
+    """Weights that no adapter changes, each with the reason."""
+    base: int = 0
+    """Parameters of the base model."""
+    trained: int = 0
+    """Parameters that get gradients."""
+
+    @property
+    def direction(self) -> int:
+        """Parameters of all A and B."""
+        return sum(layer.direction for layer in self.layers)
+
+    @property
+    def magnitude(self) -> int:
+        """Parameters of all m."""
+        return sum(layer.magnitude for layer in self.layers)
+
+    @property
+    def extra_over_lora(self) -> float:
+        """Magnitude parameters per LoRA parameter: what DoRA adds to LoRA."""
+        return self.magnitude / self.direction if self.direction else 0.0
+
+    @property
+    def extra_over_model(self) -> float:
+        """Magnitude parameters per parameter of the base model: the usual "0.01 %"."""
+        return self.magnitude / self.base if self.base else 0.0
+
+    def __str__(self) -> str:
+        lines = [
+            f"adapters: {', '.join(self.adapters) or 'none'}; active: {self.active}",
+            f"adapted layers: {len(self.layers)}; modules trained whole: {len(self.saved)}",
+            f"parameters: {self.base:,} in the base, {self.trained:,} trained ({self.trained / max(1, self.base):.3%})",
+            f"direction (A, B): {self.direction:,}; magnitude (m): {self.magnitude:,}, "
+            f"{self.extra_over_lora:.2%} of LoRA's parameters, {self.extra_over_model:.4%} of the base model's",
+        ]
+        groups: dict[tuple[str, str, str, int], int] = {}
+        for layer in self.layers:
+            key = (layer.path.rpartition(".")[2], layer.kind, layer.method, layer.rank)
+            groups[key] = groups.get(key, 0) + 1
+        for (name, kind, method, rank), count in groups.items():
+            lines.append(f"  {count:4d} x {name} ({kind}): {method}, rank {rank}")
+        for path, size in self.saved.items():
+            lines.append(f"  trained whole: {path}, {size:,} parameters")
+        lines.extend(f"  left alone: {path} ({reason})" for path, reason in self.left_alone.items())
+        return "\n".join(lines)
+
+
+def summary(model: nn.Module) -> Summary:
+    """Say what is adapted, what was left alone and why, what trains, and DoRA's share."""
+    root = unwrap(model)
+    active = active_adapter(root)
+    result = Summary(adapter_names(root), active)
+    own: set[int] = set()
+    for path, layer in adapted_layers(root).items():
+        for name in layer.adapter_names():
+            own.update(id(p) for p in layer.adapter_parameters(name))
+        if layer.active is None:
+            continue
+        adapter = layer.adapters[layer.active]
+        sizes = {
+            part: group[layer.active].numel() if layer.active in group else 0
+            for part, group in (("A", layer.lora_A), ("B", layer.lora_B), ("m", layer.magnitude))
+        }
+        result.layers.append(
+            LayerSummary(
+                path, layer.kind.name, adapter.config.method, adapter.rank, sizes["A"] + sizes["B"], sizes["m"]
+            )
+        )
+    for path, saved in saved_modules(root).items():
+        for name in saved.adapter_names():
+            own.update(id(p) for p in saved.adapter_parameters(name))
+        if saved.active is not None:
+            result.saved[path] = sum(p.numel() for p in saved.adapter_parameters(saved.active))
+    result.base = sum(p.numel() for p in root.parameters() if id(p) not in own)
+    result.trained = sum(p.numel() for p in trainable_parameters(root).values())
+    result.left_alone = _left_alone(root, {layer.path for layer in result.layers} | set(result.saved))
+    return result
+
+
+def _left_alone(root: nn.Module, adapted: set[str]) -> dict[str, str]:
+    modules = plain_modules(root)
+    found: dict[str, str] = {}
+    for path, module in modules.items():
+        if path in adapted or any(path.startswith(other + ".") for other in adapted):
+            continue
+        if kind_of(module) is not None:
+            found[path] = refusal(root, modules, path) or "not among the targets"
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim > 1:
+                shape = "x".join(str(n) for n in parameter.shape)
+                found[f"{path}.{name}".lstrip(".")] = (
+                    f"a bare {shape} parameter of {type(module).__name__}, which no kind of layer serves"
+                )
+    return found
+
+
+def explain(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """For every adapted layer: which path its forward takes, and why not a faster one ("" if it is the fastest)."""
+    return {
+        path: layer.kind.explain(
+            layer.base_layer, layer.adapters[layer.active].config.dropout if layer.training and layer.active else 0.0
+        )
+        for path, layer in adapted_layers(model).items()
+    }

@@ -1,0 +1,214 @@
+"""Which modules of a model an adapter goes to, decided and checked before anything is changed."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from doratune.config import ALL_LINEAR, AdapterConfig
+from doratune.errors import AdapterError
+from doratune.layers import AdaptedLayer, AdapterHolder, Kind, SavedModule, kind_of
+
+HEAD_NAMES = ("classifier", "score", "lm_head", "head", "classification_head", "qa_outputs")
+"""Names of output heads, for models that cannot be asked."""
+WRAPPER_NAMES = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""What torch.compile, activation checkpointing and FSDP add to the paths of modules they wrap."""
+
+
+@dataclass
+class Selection:
+    """What an adapter's options mean on one model."""
+
+    layers: dict[str, Kind] = field(default_factory=dict)
+    """Paths of modules to adapt, with the kind of each."""
+    saved: dict[str, list[str]] = field(default_factory=dict)
+    """Paths of modules of which the adapter gets a copy, with the parameters that it trains there."""
+    left_alone: dict[str, str] = field(default_factory=dict)
+    """Paths of modules that could have been adapted and are not, each with the reason."""
+
+
+def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules of the model by path, as they were before adapters: bases under their own path, no adapter parts."""
+    modules: dict[str, nn.Module] = {}
+    inside: list[str] = []
+    for raw, module in unwrap(model).named_modules():
+        if any(raw.startswith(prefix) for prefix in inside):
+            continue
+        path = plain_path(raw)
+        if isinstance(module, AdapterHolder):
+            inside.append(raw + ".")
+            modules.update(module.base_layer.named_modules(prefix=path))
+        else:
+            modules[path] = module
+    return modules
+
+
+def select(model: nn.Module, config: AdapterConfig) -> Selection:
+    """Find the modules an adapter goes to.
+
+    Raises:
+        AdapterError: listing targets that match nothing, or only modules that cannot be adapted.
+    """
+    modules = plain_modules(model)
+    problems: list[str] = []
+    selection = Selection()
+    for name in config.modules_to_save:
+        paths = [p for p in modules if p and matches(p, [name])]
+        if not paths:
+            problems.append(f"modules_to_save {name!r} matches no module{_suggestion(name, modules)}")
+        for path in paths:
+            selection.saved[path] = [n for n, _ in modules[path].named_parameters()]
+    heads = _heads(model, modules)
+    everything = config.targets == ALL_LINEAR
+    unserved: dict[str, str] = {}
+    passed_over: dict[str, str] = {}
+    for path, module in modules.items():
+        inside_saved = any(path == p or path.startswith(p + ".") for p in selection.saved)
+        chosen = _is_linear(module) if everything else bool(path) and matches(path, config.targets)
+        if not chosen or inside_saved or matches(path, config.exclude):
+            continue
+        if everything and path in heads:
+            selection.left_alone[path] = "output head"
+            continue
+        kind = kind_of(module)
+        reason = refusal(model, modules, path)
+        if kind is not None and reason is None:
+            selection.layers[path] = kind
+        elif everything:
+            selection.left_alone[path] = reason or ""
+        elif kind is None and isinstance(config.targets, str):
+            passed_over[path] = reason or ""  # an expression may well match containers, too
+        else:
+            unserved[path] = reason or ""
+    problems.extend(f"{path}: {reason}" for path, reason in unserved.items())
+    if not everything and not isinstance(config.targets, str):
+        for target in config.targets:
+            if not any(matches(path, [target]) for path in modules):
+                problems.append(f"target {target!r} matches no module{_suggestion(target, modules)}")
+    if not selection.layers and not problems:
+        problems.extend(f"{path}: {reason}" for path, reason in list(passed_over.items())[:5])
+        if not problems:
+            problems.append(_nothing(config, modules, selection))
+    if problems:
+        raise AdapterError.of("targets", problems)
+    if config.bias == "all":
+        for path, module in modules.items():
+            own = [n for n, _ in module.named_parameters(recurse=False) if "bias" in n]
+            if own and path and path not in selection.layers and path not in selection.saved:
+                selection.saved[path] = own
+    return selection
+
+
+def matches(path: str, targets: str | Iterable[str]) -> bool:
+    """PEFT's rule: a string is a regular expression for the whole path; names match a path or its last parts."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, path) is not None if targets else False
+    return any(path == target or path.endswith("." + target) for target in targets)
+
+
+def refusal(model: nn.Module, modules: dict[str, nn.Module], path: str) -> str | None:
+    """Why the module at ``path`` cannot be adapted, or None."""
+    module = modules[path]
+    kind = kind_of(module)
+    if kind is None:
+        return f"no kind of layer serves {type(module).__name__}; served are {', '.join(_served())}"
+    parent_path, _, child = path.rpartition(".")
+    parent = modules.get(parent_path, model)
+    if isinstance(parent, nn.MultiheadAttention) and child == "out_proj":
+        return "nn.MultiheadAttention reads out_proj.weight and never calls it: an adapter would do nothing there"
+    if isinstance(parent, nn.TransformerEncoderLayer) and child in ("linear1", "linear2"):
+        return (
+            f"nn.TransformerEncoderLayer reads {child}.weight in evaluation and does not call it: "
+            "an adapter would do nothing there"
+        )
+    return kind.refusal(module)
+
+
+def _served() -> list[str]:
+    from doratune.layers import KINDS
+
+    return [kind.name for kind in KINDS]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    kind = kind_of(module)
+    return kind is not None and kind.name == "linear"
+
+
+def _heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
+    """Paths of the output head: what transformers calls output embeddings, or a head by its usual name."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    if isinstance(head, AdapterHolder):
+        head = head.base_layer
+    if head is not None:
+        return {path for path, module in modules.items() if module is head}
+    if callable(get_head):
+        return {path for path in modules if path.split(".")[0] in HEAD_NAMES}
+    return set()
+
+
+def _suggestion(name: str, modules: dict[str, nn.Module]) -> str:
+    names = sorted({path.rpartition(".")[2] for path in modules if kind_of(modules[path]) is not None})
+    close = difflib.get_close_matches(name.rpartition(".")[2], names, n=3)
+    if close:
+        return f"; did you mean {' or '.join(close)}?"
+    return f"; modules that can be adapted here: {', '.join(names[:12]) or 'none'}"
+
+
+def _nothing(config: AdapterConfig, modules: dict[str, nn.Module], selection: Selection) -> str:
+    if config.targets == ALL_LINEAR:
+        reasons = "".join(f"; {path}: {reason}" for path, reason in list(selection.left_alone.items())[:5])
+        return f"the model has no linear layer to adapt{reasons or '; name other layers in targets'}"
+    wanted = config.targets if isinstance(config.targets, str) else ", ".join(config.targets)
+    return f"{wanted!r} matches no module that can be adapted{_suggestion(wanted, modules)}"
+
+
+def occurrences(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Every place, parent and attribute, where a module hangs in the model; shared modules hang in several."""
+    return [(parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is module]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own model inside DistributedDataParallel or a compiled module."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def plain_path(path: str) -> str:
+    """A module's path without the names that wrappers inside the model add to it."""
+    return ".".join(part for part in path.split(".") if part not in WRAPPER_NAMES)
+
+
+def holders(model: nn.Module) -> dict[str, AdapterHolder]:
+    """The model's adapted layers and saved modules by path."""
+    named = unwrap(model).named_modules()
+    return {plain_path(path): m for path, m in named if isinstance(m, AdapterHolder)}
+
+
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """The model's adapted layers by path."""
+    return {path: m for path, m in holders(model).items() if isinstance(m, AdaptedLayer)}
+
+
+def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
+    """The model's saved modules by path."""
+    return {path: m for path, m in holders(model).items() if isinstance(m, SavedModule)}
+
+
+def as_targets(paths: Sequence[str], modules: Iterable[str]) -> list[str] | str:
+    """The shortest PEFT ``target_modules`` that match exactly ``paths`` among ``modules``."""
+    wanted, everything = set(paths), list(modules)
+    for names in (sorted({p.rpartition(".")[2] for p in wanted}), sorted(wanted)):
+        if {m for m in everything if m and matches(m, names)} == wanted:
+            return names
+    return "|".join(re.escape(p) for p in sorted(wanted))
