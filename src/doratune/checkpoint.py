@@ -1,7 +1,7 @@
 """Adapters to and from disk, in PEFT's format.
 
-A folder with ``adapter_config.json`` and ``adapter_model.safetensors``; keys ``base_model.model.<path>.<part>``. What is
-written here, PEFT reads as the same function, and the other way round.
+A folder with ``adapter_config.json`` and ``adapter_model.safetensors``; keys ``base_model.model.<path>.<part>``. What
+is written here, PEFT reads as the same function, and the other way round.
 """
 
 from __future__ import annotations
@@ -9,87 +9,96 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from doratune.config import AdapterConfig
+from doratune.contents import BIAS, METADATA, PREFIX, Contents, read_contents
 from doratune.errors import AdapterError
 from doratune.files import WEIGHTS, read_config, read_weights, write_adapter
-from doratune.layers import AdaptedLayer, Kind, SavedModule, kind_of
+from doratune.layers import AdaptedLayer, SavedModule
 from doratune.layers.weights import is_transformers_conv1d
-from doratune.model import attach
-from doratune.peft_config import from_peft, to_peft, with_own_options
-from doratune.targets import adapted_layers, as_targets, plain_modules, refusal, saved_modules, unwrap
+from doratune.model import active_adapter, attach, delete_adapter, set_adapter
+from doratune.peft_config import OWN_TYPE, from_peft, to_peft
+from doratune.targets import adapted_layers, as_targets, matches, plain_modules, saved_modules, unwrap
 
 log = logging.getLogger("doratune")
 
-PREFIX = "base_model.model."
-METADATA = "doratune"
-"""Key in the weights' metadata for what PEFT's options cannot say."""
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SAME_NORM = 1e-4
 """A zero row of W whose stored m is its norm, up to this relative difference, is trained as plain LoRA."""
+PLACEHOLDER_B = 1e-3
+PLACEHOLDER_A = 1e-12
+"""Stand in for zeros where 0 would have others divide 0 by 0; read back as 0."""
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "default") -> None:
     """Write one adapter to a folder, in PEFT's format, whole or not at all.
 
+    An adapter on layers that PEFT cannot express (grouped convolutions, projections of ``nn.MultiheadAttention``) is
+    written with the ``peft_type`` DORATUNE: doratune reads it back, PEFT refuses it, and a warning says why.
+
     Raises:
-        AdapterError: if there is no such adapter, a value is not finite, the format cannot express the adapter, or the
-            folder cannot be written.
+        AdapterError: if there is no such adapter, a value is not finite, PEFT's options cannot name its modules, or
+            the folder cannot be written.
     """
     root = unwrap(model)
     layers = {path: layer for path, layer in adapted_layers(root).items() if name in layer.adapters}
     if not layers:
         raise AdapterError(f"the model has no adapter {name!r} to save")
-    tensors = adapter_tensors(root, name)
-    problems = [f"{key}: not finite" for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    problems += [
-        f"{path}: {reason}"
-        for path, layer in layers.items()
-        if (reason := layer.kind.file_refusal(layer.base_layer)) is not None
-    ]
+    problems = [f"{path}: holds no data yet (meta device)" for path, layer in layers.items() if name in layer.waiting]
+    tensors = {} if problems else adapter_tensors(root, name)
+    problems += [f"{key}: not finite" for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if problems:
         raise AdapterError.of(f"adapter {name!r} cannot be saved", problems)
     for path, layer in layers.items():
         _look_for_cancellation(path, layer, name)
     config = next(iter(layers.values())).adapters[name].config
-    transposed = all(is_transformers_conv1d(layer.base_layer) for layer in layers.values())
+    whole = [path for path in saved_modules(root) if matches(path, config.modules_to_save)]
+    transposed = any(is_transformers_conv1d(layer.base_layer) for layer in layers.values())
     own = {
         "magnitude_only": sorted(path for path, layer in layers.items() if layer.adapters[name].rank == 0),
         "norm_gradient": config.norm_gradient,
         "init": config.init,
     }
-    write_adapter(Path(folder), tensors, to_peft(root, config, layers, transposed), {METADATA: json.dumps(own)})
+    options = to_peft(root, config, layers, whole, transposed)
+    inexpressible = {
+        layer.kind.file_refusal(layer.base_layer): path
+        for path, layer in layers.items()
+        if layer.kind.file_refusal(layer.base_layer) is not None
+    }
+    for reason, path in inexpressible.items():
+        options["peft_type"] = OWN_TYPE
+        log.warning("%s is written for doratune only. %s: %s", folder, path, reason)
+    write_adapter(Path(folder), tensors, options, {METADATA: json.dumps(own)})
 
 
 def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """One adapter as it stands in a file: PEFT's keys, float32, contiguous, on the CPU."""
+    """One adapter as it stands in a file: PEFT's keys, contiguous, on the CPU; its own parameters in float32."""
     tensors: dict[str, Tensor] = {}
-    for path, layer in adapted_layers(model).items():
-        if name not in layer.adapters:
-            continue
+    layers = {path: layer for path, layer in adapted_layers(model).items() if name in layer.adapters}
+    for path, layer in layers.items():
         for part, tensor in zip(layer.kind.file_names, _parts(layer, name), strict=True):
             if tensor is not None:
                 tensors[f"{PREFIX}{path}.{part}"] = layer.kind.to_file(layer.base_layer, part, tensor)
         if name in layer.adapter_bias:
-            tensors[f"{PREFIX}{path}.base_layer.bias"] = layer.adapter_bias[name]
+            tensors[f"{PREFIX}{path}.{BIAS}"] = layer.adapter_bias[name]
+    modules = plain_modules(model)
     for path, saved in saved_modules(model).items():
-        if name in saved.copies:
-            tensors.update({f"{PREFIX}{path}.{k}": v for k, v in _saved_state(saved, name).items()})
+        if name in saved.copies and path in modules:
+            own = _saved_state(path, saved, name, layers)
+            tensors.update({f"{PREFIX}{path}.{k}": v for k, v in own.items()})
     return {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
 
 
-def _saved_state(saved: SavedModule, name: str) -> dict[str, Tensor]:
-    """What an adapter's copy of a module adds to the base: its own parameters and, for whole modules, buffers."""
-    state = saved.copies[name].state_dict()
-    shared = {n for n, _ in saved.base_layer.named_parameters()} - set(saved.trained[name])
-    buffers = {n for n, _ in saved.base_layer.named_buffers()} if not shared else set()
-    return {k: v for k, v in state.items() if k in saved.trained[name] or k in buffers}
+def _saved_state(path: str, saved: SavedModule, name: str, layers: dict[str, AdaptedLayer]) -> dict[str, Tensor]:
+    """What an adapter's copy of a module adds to the base: everything, or the biases that it trains."""
+    state = {k: v for k, v in saved.copies[name].state_dict().items() if isinstance(v, Tensor)}
+    config = next(iter(layers.values())).adapters[name].config
+    if matches(path, config.modules_to_save):
+        return state
+    return {k: v for k, v in state.items() if k in saved.trained[name]}
 
 
 @torch.no_grad()
@@ -104,14 +113,30 @@ def _parts(layer: AdaptedLayer, name: str) -> tuple[Tensor | None, Tensor | None
     if name not in layer.magnitude:
         return A, B, None
     m = layer.magnitude[name].detach()
-    plain = (layer.cache.base_squared(rows) == 0) & (m == 0)
-    if plain.any():
+    zero = layer.cache.base_squared(rows) == 0
+    if zero.any():
         n = layer.squared_norm(name).sqrt()
-        m = torch.where(plain, n, m)
-        # m = 0 makes the row 0 whatever B is; a row of B that is not 0 keeps others from dividing 0 by 0.
-        B = B.clone()
-        B[plain & (n == 0), int(A.square().sum(1).argmax())] = 1e-3
+        m = torch.where(zero & (m == 0), n, m)
+        dead = zero & (n == 0)
+        if dead.any():
+            # m = 0 makes the row 0 whatever B is; an update that is not 0 keeps others from dividing 0 by 0.
+            m = torch.where(dead, 0.0, m)
+            A = A if A.any() else torch.full_like(A, PLACEHOLDER_A)
+            B = B.clone()
+            B[_silent(dead, A, B)] = _placeholder_row(A)
     return A, B, m
+
+
+def _silent(rows: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """Indices, among the rows marked, of those where B A is 0."""
+    indices = rows.nonzero()[:, 0]
+    return indices[(B[indices] @ A).square().sum(1) == 0]
+
+
+def _placeholder_row(A: Tensor) -> Tensor:
+    row = torch.zeros(A.shape[0], device=A.device)
+    row[A.square().sum(1).argmax()] = PLACEHOLDER_B
+    return row
 
 
 def load_adapter(
@@ -125,6 +150,9 @@ def load_adapter(
     """Attach the adapter of a folder, written here or by PEFT, and make it the active one.
 
     Args:
+        model: the model the adapter was made for.
+        folder: where its two files are.
+        name: what to call it here.
         trainable: True to go on training it.
         as_dora: read a plain LoRA file as the start of a DoRA adapter, ``m = |W + s B A|``: the same function.
 
@@ -137,179 +165,62 @@ def load_adapter(
     root, folder = unwrap(model), Path(folder)
     options = from_peft(read_config(folder), str(folder / "adapter_config.json"))
     tensors, metadata = read_weights(folder)
-    contents = _sort(root, options.config, tensors, metadata)
-    contents.check(root, options.targeted(root))
+    contents = read_contents(root, options, tensors, metadata)
     if contents.problems:
         raise AdapterError.of(f"{folder / WEIGHTS} does not fit", contents.problems)
+    modules = plain_modules(root)
+    # PEFT lists heads that some other model might have.
+    names = [name for name in contents.config.modules_to_save if any(matches(path, [name]) for path in modules)]
+    if {path for path in modules if matches(path, names)} != contents.whole:
+        names = sorted(contents.whole)
     config = replace(
         contents.config,
-        targets=as_targets(list(contents.layers), plain_modules(root)),
+        method="dora" if as_dora else contents.config.method,
+        targets=as_targets(list(contents.layers), modules),
         exclude=(),
-        method="dora" if as_dora else options.config.method,
+        modules_to_save=names,
     )
+    before = active_adapter(root)
     attach(root, config, name, trainable=trainable)
-    for path, layer in adapted_layers(root).items():
-        if path in contents.layers:
-            _fill(path, layer, name, contents.layers[path])
-    for path, saved in saved_modules(root).items():
-        if name in saved.copies:
-            saved.copies[name].load_state_dict(contents.saved.get(path, {}), strict=False)
+    try:
+        _fill(root, contents, name)
+    except BaseException:
+        delete_adapter(root, name)
+        if before is not None:
+            set_adapter(root, before)
+        raise
     return model
 
 
-@dataclass
-class _Contents:
-    """A file's tensors, sorted by the module they belong to."""
-
-    config: AdapterConfig
-    layers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-    def check(self, root: nn.Module, targeted: set[str]) -> None:
-        """Compare with the model and the options: every tensor expected is there, and none other."""
-        modules = plain_modules(root)
-        for path in sorted(targeted | set(self.layers)):
-            module = modules.get(path)
-            kind = None if module is None else kind_of(module)
-            if module is None:
-                self.problems.append(f"{path}: the model has no such module; is the file of another model?")
-            elif path not in self.layers:
-                self.problems.append(f"{path}: the options target it, but the file has no tensors for it")
-            elif path not in targeted:
-                self.problems.append(f"{path}: the file has tensors for it, but the options do not target it")
-            elif kind is None or (reason := refusal(root, modules, path) or kind.file_refusal(module)):
-                self.problems.append(
-                    f"{path}: {reason if kind else f'no kind of layer serves {type(module).__name__}'}"
-                )
-            else:
-                self._check_layer(path, module, kind)
-        self._check_saved(modules)
-
-    def _check_layer(self, path: str, base: nn.Module, kind: Kind) -> None:
-        parts = self.layers[path]
-        rows = kind.rows(base)
-        if rows.stored.is_meta:
-            self.problems.append(f"{path}: the model holds no data yet (meta device); load the base model first")
-            return
-        out, columns = rows.shape
-        rank = max(1, self.config.rank_of(path))
-        a, b, m = kind.file_names
-        like = {a: (rank, columns), b: (out, rank)}
-        if self.config.method == "dora":
-            like[m] = (out,)
-        if "base_layer.bias" in parts and self.config.bias != "none" and getattr(base, "bias", None) is not None:
-            like["base_layer.bias"] = (out,)
-        for part, shape in like.items():
-            if part not in parts:
-                self.problems.append(f"{PREFIX}{path}.{part}: missing")
-                continue
-            expected = tuple(kind.to_file(base, part, torch.empty(shape, device="meta")).shape)
-            found = tuple(parts[part].shape)
-            if found != expected:
-                self.problems.append(f"{PREFIX}{path}.{part}: expected shape {expected}, found {found}")
-        for part in parts.keys() - like.keys():
-            if part == "base_layer.weight" and _same(parts[part], getattr(base, "weight", None)):
-                continue  # PEFT adds the table of an adapted embedding; the model's own is the same
-            self.problems.append(f"{PREFIX}{path}.{part}: {_why_unexpected(part, self.config)}")
-
-    def _check_saved(self, modules: dict[str, nn.Module]) -> None:
-        for path, state in self.saved.items():
-            own = modules[path].state_dict()
-            for key, tensor in state.items():
-                if tensor.shape != own[key].shape:
-                    expected, found = tuple(own[key].shape), tuple(tensor.shape)
-                    self.problems.append(f"{PREFIX}{path}.{key}: expected shape {expected}, found {found}")
-            if self.config.bias != "all":
-                self.problems.extend(f"{PREFIX}{path}.{key}: missing" for key in own.keys() - state.keys())
-        for name in self.config.modules_to_save:
-            if not any(path == name or path.endswith("." + name) for path in self.saved):
-                self.problems.append(f"modules_to_save {name!r}: the file has no tensors for it")
-
-
-PARTS = (
-    "lora_A.weight",
-    "lora_B.weight",
-    "lora_embedding_A",
-    "lora_embedding_B",
-    "lora_magnitude_vector",
-    "base_layer.bias",
-    "base_layer.weight",
-)
-KEY = re.compile(rf"(?P<path>.+)\.(?P<part>{'|'.join(re.escape(p) for p in PARTS)})(?:(?<=vector)\.weight)?")
-
-
-def _sort(root: nn.Module, config: AdapterConfig, tensors: dict[str, Tensor], metadata: dict[str, str]) -> _Contents:
-    contents = _Contents(config)
-    try:
-        contents.config = with_own_options(config, json.loads(metadata.get(METADATA, "{}")))
-    except (ValueError, TypeError, AttributeError) as error:
-        contents.problems.append(f"metadata {METADATA!r}: {error}")
-    modules = plain_modules(root)
-    saved = [p for p in modules if p and any(p == n or p.endswith("." + n) for n in config.modules_to_save)]
-    for key, tensor in tensors.items():
-        if tensor.dtype not in FLOATS:
-            names = ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
-            contents.problems.append(
-                f"{key}: expected one of {names}, found {str(tensor.dtype).removeprefix('torch.')}"
-            )
-            continue
-        if not torch.isfinite(tensor).all():
-            contents.problems.append(f"{key}: holds NaN or infinite values")
-            continue
-        if not key.startswith(PREFIX):
-            contents.problems.append(f"{key}: unknown key; expected it to start with {PREFIX!r}")
-            continue
-        inner = key.removeprefix(PREFIX)
-        match = KEY.fullmatch(inner)
-        owner = next((p for p in saved if inner.startswith(p + ".")), None)
-        module, _, parameter = inner.rpartition(".")
-        if match:
-            contents.layers.setdefault(match["path"], {})[match["part"]] = tensor
-        elif owner is not None and inner.removeprefix(owner + ".") in modules[owner].state_dict():
-            contents.saved.setdefault(owner, {})[inner.removeprefix(owner + ".")] = tensor
-        elif (
-            config.bias == "all"
-            and "bias" in parameter
-            and parameter in getattr(modules.get(module), "_parameters", {})
-        ):
-            contents.saved.setdefault(module, {})[parameter] = tensor
-        else:
-            contents.problems.append(f"{key}: unknown key; nothing in the model or the options corresponds to it")
-    return contents
-
-
-def _why_unexpected(part: str, config: AdapterConfig) -> str:
-    if part == "base_layer.weight":
-        return "a weight of the base model that differs from the model's own; an adapter's file may not replace it"
-    if part == "lora_magnitude_vector":
-        return "a magnitude, but use_dora is not set"
-    if part == "base_layer.bias":
-        return f"a bias, but bias is {config.bias!r} or the layer has none"
-    return "does not belong to a layer of this kind"
-
-
-def _same(stored: Tensor, own: Tensor | None) -> bool:
-    return own is not None and stored.shape == own.shape and torch.equal(stored.to(own.dtype), own.detach().cpu())
+def _fill(root: nn.Module, contents: Contents, name: str) -> None:
+    """Copy a file's tensors, already checked, into a fresh adapter."""
+    for path, layer in adapted_layers(root).items():
+        if name in layer.adapters:
+            _fill_layer(path, layer, name, contents.layers[path])
+    without_place = dict(contents.saved)
+    for path, saved in saved_modules(root).items():
+        if name in saved.copies:
+            saved.copies[name].load_state_dict(without_place.pop(path, {}), strict=False)
+    if without_place:
+        reason = "its parameters cannot be an adapter's here"
+        raise AdapterError.of(f"{WEIGHTS} does not fit", [f"{path}: {reason}" for path in without_place])
 
 
 @torch.no_grad()
-def _fill(path: str, layer: AdaptedLayer, name: str, parts: dict[str, Tensor]) -> None:
-    """Copy a file's tensors, already checked, into a fresh adapter."""
+def _fill_layer(path: str, layer: AdaptedLayer, name: str, parts: dict[str, Tensor]) -> None:
     base, kind = layer.base_layer, layer.kind
     a, b, m = kind.file_names
     if name in layer.lora_A:
         layer.lora_A[name].copy_(kind.from_file(base, a, parts[a]))
         layer.lora_B[name].copy_(kind.from_file(base, b, parts[b]))
-    if name in layer.adapter_bias and "base_layer.bias" in parts:
-        layer.adapter_bias[name].copy_(parts["base_layer.bias"])
+    if name in layer.adapter_bias:
+        layer.adapter_bias[name].copy_(parts[BIAS])
     if name in layer.magnitude:
         if m in parts:
             layer.magnitude[name].copy_(kind.from_file(base, m, parts[m]))
             _recognise_plain_rows(layer, name)
         else:
             layer.reset_magnitude(name)
-    layer.decide(name)
     _look_for_cancellation(path, layer, name)
 
 
@@ -319,8 +230,16 @@ def _recognise_plain_rows(layer: AdaptedLayer, name: str) -> None:
     if not zero.any():
         return
     m = layer.magnitude[name]
-    if name in layer.lora_B:
-        layer.lora_B[name][zero & (m == 0)] = 0  # the row is 0 either way
+    without_m = zero & (m == 0)
+    if name in layer.lora_B and without_m.any():
+        A, B = layer.lora_A[name], layer.lora_B[name]
+        stands_in = (B == _placeholder_row(A)).all(1)  # noqa: SIM300
+        if (A == torch.tensor(PLACEHOLDER_A)).all():  # noqa: SIM300
+            A.zero_()
+        # These rows are 0 whatever B is; read as plain LoRA, with m = 0, their B would be heard.
+        kept = torch.zeros_like(zero)
+        kept[_silent(without_m, A, B)] = True
+        B[without_m & (stands_in | ~kept)] = 0
     n = layer.squared_norm(name).sqrt()
     m[zero & ((m - n).abs() <= SAME_NORM * n)] = 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar, get_args
@@ -82,7 +83,7 @@ def _lookup(pattern: Mapping[str, _T], path: str, default: _T) -> _T:
     for key, value in pattern.items():
         if re.match(rf"(.*\.)?({key})$", path):
             return value
-    return default
+    return pattern.get(path, default)
 
 
 def _problems(c: AdapterConfig) -> Iterator[str]:
@@ -96,7 +97,7 @@ def _problems(c: AdapterConfig) -> Iterator[str]:
         elif rank == 0 and c.method == "lora":
             yield f"{name} is 0, which trains the magnitude only, but method 'lora' has none; use 'dora' or a rank of 1"
     for name, alpha in (("alpha", c.alpha), *((f"alpha_pattern[{k!r}]", a) for k, a in dict(c.alpha_pattern).items())):
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= sys.float_info.max:
             yield f"{name} must be a finite number above 0; found {alpha!r}"
     if isinstance(c.dropout, bool) or not isinstance(c.dropout, int | float) or not 0 <= c.dropout < 1:
         yield f"dropout must be at least 0 and below 1; found {c.dropout!r}"
@@ -116,7 +117,7 @@ def _problems(c: AdapterConfig) -> Iterator[str]:
         for pattern in patterns:
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 yield f"{name}: {pattern!r} is no regular expression ({error})"
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,27 +25,60 @@ def writing(folder: Path, what: str) -> Iterator[Path]:
     """A temporary folder inside ``folder``; its files move to ``folder`` together when all are written.
 
     Raises:
-        AdapterError: if the folder cannot be written to; nothing is left behind then.
+        AdapterError: if the folder cannot be written to; what was there before is still there then, and nothing else.
     """
     staging = folder / f".{secrets.token_hex(4)}.partial"
+    fresh = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
         yield staging
-        for file in staging.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        for file in sorted(staging.iterdir()):
-            os.replace(file, folder / file.name)
-    except FileExistsError as error:
-        raise AdapterError(f"cannot write {what}: {folder} is a file; name a folder") from error
+        _publish(staging, folder)
     except OSError as error:
-        raise AdapterError(f"cannot write {what} to {folder}: {error.strerror or error}") from error
+        reason = error.strerror or str(error)
+        if folder.exists() and not folder.is_dir():
+            reason = "it is a file; name a folder"
+        raise AdapterError(f"cannot write {what} to {folder}: {reason}") from error
     finally:
-        with contextlib.suppress(OSError):
-            for file in staging.iterdir():
-                file.unlink()
-            staging.rmdir()
+        shutil.rmtree(staging, ignore_errors=True)
+        if fresh:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # which only an empty one lets happen
+
+
+def _publish(staging: Path, folder: Path) -> None:
+    """Move all files to the folder, or none.
+
+    One file replaces its predecessor in one step. Of several, the predecessors are withdrawn first: whoever reads in
+    between finds files missing, never new options with old weights.
+    """
+    files = [file for file in sorted(staging.iterdir(), reverse=True) if not _same_bytes(file, folder / file.name)]
+    for file in files:
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+        if (folder / file.name).is_dir():
+            raise IsADirectoryError(f"{file.name} is a folder there")
+    withdrawn = staging / "old"
+    withdrawn.mkdir()
+    placed: list[Path] = []
+    try:
+        for file in files:
+            if len(files) > 1 and (folder / file.name).exists():
+                os.replace(folder / file.name, withdrawn / file.name)
+        for file in files:
+            os.replace(file, folder / file.name)
+            placed.append(folder / file.name)
+    except BaseException:
+        for path in placed:
+            path.unlink()
+        for old in withdrawn.iterdir():
+            os.replace(old, folder / old.name)
+        raise
+
+
+def _same_bytes(file: Path, other: Path) -> bool:
+    small = file.stat().st_size < 2**20
+    return small and other.is_file() and other.read_bytes() == file.read_bytes()
 
 
 def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], metadata: dict[str, str]) -> None:
@@ -71,10 +105,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{folder} does not exist; name a folder with {CONFIG} and {WEIGHTS}")
     if not folder.is_dir():
         raise AdapterError(f"{folder} is a file; name the folder with {CONFIG} and {WEIGHTS}")
+    if not path.is_file():
+        raise AdapterError(f"{folder} has no {CONFIG}; it is not an adapter's folder")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise AdapterError(f"{folder} has no {CONFIG}; it is not an adapter's folder") from error
     except OSError as error:
         raise AdapterError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from doratune.errors import AdapterError
 from doratune.layers import AdaptedLayer, SavedModule
 from doratune.layers.cache import without_autocast
+from doratune.layers.quantised import library_of, requantisation_loss
 from doratune.model import _thaw, active_adapter, unhold
 from doratune.ops import row_norm
 from doratune.targets import adapted_layers, holders, unwrap
@@ -27,6 +28,8 @@ class MergeCheck:
     """Largest difference, relative to the largest unmerged output."""
     tolerance: float
     """What rounding to the layer's dtype explains."""
+    requantisation: float | None = None
+    """For a quantised base: relative change of the merged weight if it were quantised the same way again."""
 
     @property
     def holds(self) -> bool:
@@ -74,39 +77,32 @@ def verify_merge(model: nn.Module) -> list[MergeCheck]:
         name = layer.active
         if name is None:
             continue
+        rows = layer.kind.rows(layer.base_layer)
         x = layer.kind.probe(layer.base_layer, generator)
+        merged = merged_weight(layer, name)
+        plain = merged_layer(layer, name, merged)
         training = layer.training
         layer.eval()
         try:
             unmerged = layer(x).float()
-            merged = _merged_output(layer, name, x).float()
+            difference = (plain.eval()(x).float() - unmerged).abs().max()
         finally:
             layer.train(training)
-        rows = layer.kind.rows(layer.base_layer)
-        tile_dtype = next(iter(rows.tiles()))[1].dtype
-        # Merging rounds each weight once; the unmerged path rounds its sums a few times.
-        tolerance = 16 * torch.finfo(tile_dtype).eps
+        loss = requantisation_loss(layer.base_layer, merged)
+        # Merging rounds each weight once; the unmerged path rounds its sums a few times. A quantised base may
+        # compute with other numbers than it dequantises to.
+        tolerance = 16 * torch.finfo(merged.dtype).eps if not rows.transient else 0.05
         scale = unmerged.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-        checks.append(MergeCheck(path, float((merged - unmerged).abs().max() / scale), tolerance))
+        checks.append(MergeCheck(path, float(difference / scale), tolerance, loss))
     return checks
 
 
-def _merged_output(layer: AdaptedLayer, name: str, x: Tensor) -> Tensor:
-    base = layer.base_layer
-    original = dict(base._parameters)
-    try:
-        _store(layer, name)
-        return base(x)
-    finally:
-        base._parameters.clear()
-        base._parameters.update(original)
-
-
-def _store(layer: AdaptedLayer, name: str) -> None:
-    layer.kind.store_rows(layer.base_layer, merged_weight(layer, name))
-    if name in layer.adapter_bias:
-        bias: Tensor = layer.base_layer.bias  # type: ignore[assignment]
-        layer.base_layer.bias = nn.Parameter(layer.adapter_bias[name].detach().to(bias.dtype), requires_grad=False)
+def merged_layer(layer: AdaptedLayer, name: str, weight: Tensor) -> nn.Module:
+    """The plain layer with the adapter in its weight; the layer itself stays as it is."""
+    bias: Tensor | None = getattr(layer.base_layer, "bias", None)
+    if bias is not None:
+        bias = (layer.adapter_bias[name] if name in layer.adapter_bias else bias).detach().to(bias.dtype)
+    return layer.kind.merged_layer(layer.base_layer, weight, bias)
 
 
 def merge(model: nn.Module, verify: bool = False) -> nn.Module:
@@ -146,18 +142,35 @@ def merge(model: nn.Module, verify: bool = False) -> nn.Module:
         raise AdapterError.of("merge", problems)
     shared = _shared_parameters(root)
     untied = False
+    dtype = next((p.dtype for n, p in root.named_parameters() if p.is_floating_point() and ".lora_" not in n), None)
     for layer in layers.values():
-        weight = layer.kind.rows(layer.base_layer).stored
-        untied |= id(weight) in shared
-        _store(layer, name)
+        rows = layer.kind.rows(layer.base_layer)
+        untied |= id(rows.stored) in shared
+        weight = merged_weight(layer, name)
+        layer.base_layer = merged_layer(layer, name, weight.to(dtype) if rows.transient and dtype else weight)
     for holder in holders(root).values():
         if isinstance(holder, SavedModule) and holder.active is not None:
             holder.base_layer = holder.chosen()
         unhold(root, holder)
     _thaw(root)
+    _forget_quantisation(root)
     if untied and hasattr(root, "config") and hasattr(root.config, "tie_word_embeddings"):
         root.config.tie_word_embeddings = False
     return model
+
+
+def _forget_quantisation(root: nn.Module) -> None:
+    """A transformers model without a quantised layer left is saved and loaded as a plain one."""
+    config = getattr(root, "config", None)
+    if not hasattr(config, "quantization_config") or any(library_of(m) for m in root.modules()):
+        return
+    del config.quantization_config  # type: ignore[union-attr]
+    for name, value in (("is_quantized", False), ("hf_quantizer", None), ("quantization_method", None)):
+        if hasattr(root, name):
+            setattr(root, name, value)
+    for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "_hf_peft_config_loaded"):
+        if getattr(root, name, False):
+            setattr(root, name, False)
 
 
 def _shared_parameters(root: nn.Module) -> set[int]:

@@ -12,8 +12,9 @@ from torch import nn
 
 from doratune.config import AdapterConfig
 from doratune.errors import AdapterError
-from doratune.layers import AdaptedLayer, AdapterHolder, SavedModule
-from doratune.targets import adapted_layers, holders, occurrences, select, unwrap
+from doratune.layers import AdaptedLayer, AdapterHolder, AttentionHost, SavedModule, quantised
+from doratune.layers.attention import AttentionProjection, NoNestedTensors
+from doratune.targets import WRAPPER_NAMES, Selection, adapted_layers, holders, occurrences, select, unwrap
 
 _RECORD = "_doratune_trained_before"
 
@@ -42,18 +43,19 @@ def attach(model: nn.Module, config: AdapterConfig, name: str = "default", *, tr
         raise AdapterError(f"the model already has an adapter {name!r}; choose another name or delete that one first")
     selection = select(root, config)
     present = holders(root)
+    hosts = _new_hosts(root, selection)
     new: dict[str, AdapterHolder] = {}
     # Everything that can fail happens before the model is touched.
     for path, kind in selection.layers.items():
-        if not isinstance(present.get(path), AdaptedLayer):
-            new[path] = AdaptedLayer(_module_at(root, present, path), kind, path)
+        if path not in present:
+            new[path] = AdaptedLayer(_module_at(root, path, hosts), kind, path)
     for path in selection.saved:
-        if not isinstance(present.get(path), SavedModule):
-            new[path] = SavedModule(_module_at(root, present, path), path)
-    targets = {path: new.get(path) or present[path] for path in (*selection.layers, *selection.saved)}
+        if path not in present:
+            new[path] = SavedModule(_module_at(root, path, hosts), path)
     added: list[AdapterHolder] = []
     try:
-        for path, holder in targets.items():
+        for path in (*selection.layers, *selection.saved):
+            holder = new.get(path) or present[path]
             added.append(holder)
             if isinstance(holder, AdaptedLayer):
                 holder.add(name, config, trainable)
@@ -64,23 +66,75 @@ def attach(model: nn.Module, config: AdapterConfig, name: str = "default", *, tr
             if name in holder.adapter_names():
                 holder.remove(name)
         raise
+    for host in hosts.values():
+        _replace(root, host.base_layer, host)
     for holder in new.values():
-        for parent, attribute in occurrences(root, holder.base_layer):
-            if parent is not holder:
-                parent._modules[attribute] = holder
+        _replace(root, holder.base_layer, holder)
     _freeze(root)
+    _prepare(root)
     set_adapter(root, name)
     return model
 
 
-def _module_at(root: nn.Module, present: dict[str, AdapterHolder], path: str) -> nn.Module:
-    """The module at a plain path, looking through holders on the way."""
+def _new_hosts(root: nn.Module, selection: Selection) -> dict[str, AttentionHost]:
+    """A host for each ``nn.MultiheadAttention`` whose projections are adapted for the first time."""
+    hosts: dict[str, AttentionHost] = {}
+    for path, kind in selection.layers.items():
+        parent = path.rpartition(".")[0]
+        if isinstance(kind, AttentionProjection) and parent not in hosts:
+            module = _module_at(root, parent, {})
+            if isinstance(module, nn.MultiheadAttention):
+                hosts[parent] = AttentionHost(module)
+    return hosts
+
+
+def _module_at(root: nn.Module, path: str, hosts: dict[str, AttentionHost]) -> nn.Module:
+    """The module at a plain path, looking through wrappers and holders on the way."""
+    parent, _, name = path.rpartition(".")
+    if parent in hosts:
+        return hosts[parent]._projections[name]
     module = root
     for part in path.split("."):
-        while hasattr(module, "_orig_mod") or isinstance(module, AdapterHolder):
-            module = module.base_layer if isinstance(module, AdapterHolder) else module._orig_mod  # type: ignore[assignment]
+        while True:
+            if isinstance(module, AttentionHost) and part in module._projections:
+                module = module._projections
+            elif isinstance(module, AdapterHolder):
+                module = module.base_layer
+            else:
+                wrapped = next((n for n in WRAPPER_NAMES if n in module._modules), None)
+                if wrapped is None or part in module._modules:
+                    break
+                module = module._modules[wrapped]  # type: ignore[assignment]
         module = module._modules[part]  # type: ignore[assignment]
     return module
+
+
+def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put one module into every place of another."""
+    for parent, attribute in occurrences(root, old):
+        if parent is not new:
+            parent._modules[attribute] = new
+
+
+def _prepare(root: nn.Module) -> None:
+    """Settings that keep other libraries' evaluation paths from going past adapters; undone by ``_thaw``."""
+    for module in root.modules():
+        quantised.prepare(module)
+        if isinstance(module, nn.TransformerEncoderLayer):
+            for child in (module.linear1, module.linear2, module.self_attn):
+                if isinstance(child, AdaptedLayer | AttentionHost):
+                    child.in_encoder_layer = True
+        if isinstance(module, nn.TransformerEncoder) and not _nested_hooks(module):
+            hook = NoNestedTensors()
+            module.register_forward_pre_hook(hook.enter)
+            module.register_forward_hook(hook.leave, always_call=True)
+
+
+def _nested_hooks(module: nn.Module) -> list[tuple[Any, int]]:
+    found = []
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        found += [(hooks, k) for k, h in hooks.items() if isinstance(getattr(h, "__self__", None), NoNestedTensors)]
+    return found
 
 
 def _freeze(root: nn.Module) -> None:
@@ -180,14 +234,19 @@ def detach(model: nn.Module) -> nn.Module:
 
 def unhold(root: nn.Module, holder: AdapterHolder) -> None:
     """Put a holder's base layer back in its place."""
-    for parent, attribute in occurrences(root, holder):
-        parent._modules[attribute] = holder.base_layer
+    _replace(root, holder, holder.base_layer)
+    for host in [m for m in root.modules() if isinstance(m, AttentionHost) and not m.adapted()]:
+        _replace(root, host, host.plain())
 
 
 def _thaw(root: nn.Module) -> None:
     for parameter in root.__dict__.pop(_RECORD, []):
         parameter.requires_grad_(True)
     for module in root.modules():
+        quantised.release(module)
+        for hooks, key in _nested_hooks(module):
+            del hooks[key]
+            module._forward_hooks_always_called.pop(key, None)
         for key, hook in list(module._forward_hooks.items()):
             if isinstance(hook, _InputsRequireGrad):
                 del module._forward_hooks[key]

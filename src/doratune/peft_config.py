@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+import reprlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +15,13 @@ from doratune.config import ALL_LINEAR, AdapterConfig
 from doratune.errors import AdapterError
 from doratune.targets import as_targets, matches, plain_modules
 
-HARMLESS_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+PEFT_TYPE = "LORA"
+OWN_TYPE = "DORATUNE"
+"""``peft_type`` of an adapter that PEFT cannot express: the same files, which PEFT refuses by this name."""
+MOST_RANKS = 2**20
+WRAPPER_PARTS = ("base_layer", "lora_dropout", "lora_A", "lora_B", "lora_magnitude_vector", "lora_A.default")
+"""Modules that PEFT puts inside an adapted one, where its search for modules_to_save meets them."""
+HARMLESS_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 """Start values that left W alone: the trained tensors say everything."""
 
 REFUSED = {
@@ -49,23 +57,6 @@ WITHOUT_EFFECT = {
     "runtime_config",
     "task_type",
 }
-HONOURED = {
-    "alpha_pattern",
-    "bias",
-    "exclude_modules",
-    "init_lora_weights",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "lora_dropout",
-    "modules_to_save",
-    "peft_type",
-    "r",
-    "rank_pattern",
-    "target_modules",
-    "use_dora",
-    "use_rslora",
-}
 
 TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -75,6 +66,76 @@ TASKS = {
     "ForQuestionAnswering": "QUESTION_ANS",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
+HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
+"""Modules that PEFT takes for saved because of the task alone."""
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 0 < value <= MOST_RANKS
+
+
+def _is_alpha(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 1e38 and math.isfinite(value)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+
+
+def _is_expression(value: Any, form: str = "{}") -> bool:
+    try:
+        return isinstance(value, str) and bool(re.compile(form.format(value)))
+    except (re.error, OverflowError, RecursionError):
+        return False
+
+
+def _is_pattern(value: Any, of: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(_is_expression(k, r"(.*\.)?({})$") and of(v) for k, v in value.items())
+
+
+def _is_indices(value: Any) -> bool:
+    return type(value) is int or (isinstance(value, list) and all(type(index) is int for index in value))
+
+
+def _is_layers_pattern(value: Any) -> bool:
+    names = [value] if isinstance(value, str) else value
+    return isinstance(names, list) and all(_is_expression(name, r"(?:^|.*?\.){}\.(\d+)\.") for name in names)
+
+
+def _is_saved(value: Any) -> bool:
+    return _is_names(value) and all(_is_expression(name, r"(^|.*\.){}($|\..*)") for name in value)
+
+
+@dataclass(frozen=True)
+class _Field:
+    """One honoured field of the file: what it is when absent, what may stand in it."""
+
+    default: Any
+    accepts: Callable[[Any], bool]
+    expected: str
+    nullable: bool = True
+
+
+NAMES = "names of modules, or a regular expression"
+HONOURED = {
+    "peft_type": _Field(PEFT_TYPE, lambda v: v in (PEFT_TYPE, OWN_TYPE), PEFT_TYPE, False),
+    "r": _Field(8, _is_rank, f"a whole number from 1 to {MOST_RANKS}", False),
+    "lora_alpha": _Field(8, _is_alpha, "a finite number above 0", False),
+    "lora_dropout": _Field(0.0, lambda v: type(v) in (int, float) and 0 <= v < 1, "at least 0 and below 1", False),
+    "target_modules": _Field(None, lambda v: bool(v) and (_is_names(v) or _is_expression(v)), NAMES, False),
+    "exclude_modules": _Field(None, lambda v: _is_names(v) or _is_expression(v), NAMES),
+    "rank_pattern": _Field({}, lambda v: _is_pattern(v, _is_rank), "names or regular expressions with a rank each"),
+    "alpha_pattern": _Field({}, lambda v: _is_pattern(v, _is_alpha), "names or regular expressions with a number each"),
+    "use_rslora": _Field(False, lambda v: type(v) is bool, "true or false"),
+    "use_dora": _Field(False, lambda v: type(v) is bool, "true or false"),
+    "bias": _Field("none", lambda v: v in ("none", "all", "lora_only"), "none, all or lora_only", False),
+    "modules_to_save": _Field(None, _is_saved, "names of modules"),
+    "layers_to_transform": _Field(None, _is_indices, "a whole number or several"),
+    "layers_pattern": _Field(None, _is_layers_pattern, "a name or several"),
+    "init_lora_weights": _Field(True, lambda v: True, "anything"),
+}
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 100
 
 
 @dataclass(frozen=True)
@@ -84,6 +145,8 @@ class PeftOptions:
     config: AdapterConfig
     layers_to_transform: list[int] | None
     layers_pattern: list[str]
+    own_type: bool = False
+    """Written by doratune for layers that PEFT cannot express."""
 
     def targeted(self, model: nn.Module) -> set[str]:
         """Paths of the modules that PEFT would adapt on this model."""
@@ -102,12 +165,18 @@ class PeftOptions:
         """PEFT's rule: the first numbered part of the path is the layer's index."""
         if self.layers_to_transform is None or isinstance(self.config.targets, str) or path in self.config.targets:
             return True
-        expressions = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in self.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
-        for expression in expressions:
-            found = re.match(expression, path)
+        numbered = r"\.(?P<doratune_index>\d+)\."
+        for expression in [rf"(?:^|.*?\.){p}" for p in self.layers_pattern] or [r".*?\.[^.]*"]:
+            found = re.match(expression + numbered, path)
             if found:
-                return int(found.group(1)) in self.layers_to_transform
+                return int(found["doratune_index"]) in self.layers_to_transform
         return False
+
+
+def saved_by_peft(names: Iterable[str], paths: Iterable[str]) -> set[str]:
+    """The modules that PEFT saves for ``modules_to_save``: the end of the path decides, dots or not."""
+    ends = tuple(names)
+    return {path for path in paths if path and path.endswith(ends)}
 
 
 def from_peft(raw: dict[str, Any], where: str) -> PeftOptions:
@@ -116,87 +185,112 @@ def from_peft(raw: dict[str, Any], where: str) -> PeftOptions:
     Raises:
         AdapterError: naming every field that is missing, of the wrong type, or that cannot be honoured.
     """
+    if raw.get("peft_type") not in (PEFT_TYPE, OWN_TYPE):
+        raise AdapterError(f"{where}: peft_type: expected {PEFT_TYPE!r}, found {_repr.repr(raw.get('peft_type'))}")
     problems: list[str] = []
-    method = raw.get("peft_type")
-    if method != "LORA":
-        raise AdapterError(f"{where}: peft_type: expected 'LORA', found {method!r}")
     for name, value in raw.items():
         if name in REFUSED and value:
-            problems.append(f"{name}={value!r} is not supported: {REFUSED[name]}")
+            problems.append(f"{name}={_repr.repr(value)} is not supported: {REFUSED[name]}")
         elif name not in REFUSED and name not in WITHOUT_EFFECT and name not in HONOURED and value:
-            problems.append(f"unknown option {name}={value!r}")
-    init = raw.get("init_lora_weights", True)
+            problems.append(f"unknown option {_repr.repr(name)}: found {_repr.repr(value)}")
+    values: dict[str, Any] = {}
+    for name, rule in HONOURED.items():
+        value = raw.get(name, rule.default)
+        if value is None and rule.nullable:
+            value = rule.default
+        elif not rule.accepts(value):
+            problems.append(f"{name}: expected {rule.expected}, found {_repr.repr(value)}")
+        values[name] = value
+    init = values["init_lora_weights"]
     if init not in HARMLESS_INITS:
         problems.append(
-            f"init_lora_weights={init!r} is not supported: it changed W, and the file does not hold that change; "
-            "convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+            f"init_lora_weights={_repr.repr(init)} is not supported: it may have changed W, and the file does not hold "
+            "that change; convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
-    targets = raw.get("target_modules")
-    if not targets or not isinstance(targets, str | list):
-        problems.append(f"target_modules: expected names or an expression, found {targets!r}")
-        targets = ["?"]
+    targets, indices, pattern = values["target_modules"], values["layers_to_transform"], values["layers_pattern"] or []
     if targets == ALL_LINEAR:
         problems.append(f"target_modules: {ALL_LINEAR!r} must be written out as names in a file")
-    indices = raw.get("layers_to_transform")
-    pattern = raw.get("layers_pattern") or []
-    fields = {
-        "method": "dora" if raw.get("use_dora") else "lora",
-        "rank": raw.get("r", 8),
-        "alpha": raw.get("lora_alpha", 8),
-        "dropout": raw.get("lora_dropout", 0.0),
-        "targets": targets,
-        "exclude": raw.get("exclude_modules") or (),
-        "rank_pattern": raw.get("rank_pattern") or {},
-        "alpha_pattern": raw.get("alpha_pattern") or {},
-        "rank_stabilized": bool(raw.get("use_rslora", False)),
-        "bias": raw.get("bias", "none"),
-        "modules_to_save": raw.get("modules_to_save") or (),
-    }
-    config = None
-    try:
-        config = AdapterConfig(**fields)
-    except AdapterError as error:
-        problems.extend(line.strip(" -") for line in str(error).split("\n") if "problems):" not in line)
-    except (TypeError, ValueError) as error:
-        problems.append(f"a field has the wrong type ({error})")
-    if problems or config is None:
+    if isinstance(targets, str) and indices is not None:
+        problems.append("layers_to_transform: cannot be used when target_modules is a regular expression")
+    if problems:
         raise AdapterError.of(where, problems)
-    return PeftOptions(
-        config,
-        [indices] if isinstance(indices, int) else list(indices) if indices else None,
-        [pattern] if isinstance(pattern, str) else list(pattern),
+    config = AdapterConfig(
+        method="dora" if values["use_dora"] else "lora",
+        rank=values["r"],
+        alpha=values["lora_alpha"],
+        dropout=values["lora_dropout"],
+        targets=targets,
+        exclude=values["exclude_modules"] or (),
+        rank_pattern=values["rank_pattern"],
+        alpha_pattern=values["alpha_pattern"],
+        rank_stabilized=values["use_rslora"],
+        bias=values["bias"],
+        modules_to_save=values["modules_to_save"] or (),
     )
+    if isinstance(indices, int):
+        indices = [indices]
+    patterns = [pattern] if isinstance(pattern, str) else list(pattern)
+    return PeftOptions(config, indices or None, patterns, raw["peft_type"] == OWN_TYPE)
 
 
-def to_peft(model: nn.Module, config: AdapterConfig, paths: Iterable[str], transposed: bool) -> dict[str, Any]:
-    """PEFT's options for an adapter on the modules at ``paths``.
+def to_peft(
+    model: nn.Module, config: AdapterConfig, paths: Iterable[str], saved: Iterable[str], transposed: bool
+) -> dict[str, Any]:
+    """PEFT's options for an adapter on the modules at ``paths``, with those at ``saved`` saved whole.
 
     PEFT knows no rank 0: a magnitude-only module is written with rank 1 and zeros.
+
+    Raises:
+        AdapterError: if PEFT's options cannot name exactly these modules.
     """
-    name = type(model).__name__
-    return {
-        "peft_type": "LORA",
-        "task_type": next((task for end, task in TASKS.items() if name.endswith(end)), None),
-        "auto_mapping": {"base_model_class": name, "parent_library": type(model).__module__},
+    modules = plain_modules(model)
+    adapted, whole = set(paths), set(saved)
+    names = list(config.modules_to_save)
+    if saved_by_peft(names, modules) != whole:
+        names = sorted(whole)
+    inner = [f"{path}.{part}" for path in adapted for part in WRAPPER_PARTS]
+    more = sorted(saved_by_peft(names, [*modules, *inner]) - whole)
+    task = next((task for end, task in TASKS.items() if type(model).__name__.endswith(end)), None)
+    if task in HEADS and not saved_by_peft(HEADS[task], modules) <= whole:
+        task = None  # or else PEFT would look for the head in the file
+    raw = {
+        "peft_type": PEFT_TYPE,
+        "task_type": task,
+        "auto_mapping": None
+        if task
+        else {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "revision": None,
         "inference_mode": True,
         "r": max(1, config.rank),
-        "lora_alpha": config.alpha,
+        "lora_alpha": _plain_number(config.alpha),
         "lora_dropout": config.dropout,
-        "target_modules": as_targets(list(paths), plain_modules(model)),
+        "target_modules": as_targets(sorted(adapted), modules),
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
         "rank_pattern": {key: max(1, rank) for key, rank in config.rank_pattern.items()},
-        "alpha_pattern": dict(config.alpha_pattern),
+        "alpha_pattern": {key: _plain_number(alpha) for key, alpha in config.alpha_pattern.items()},
         "use_rslora": config.rank_stabilized,
         "use_dora": config.method == "dora",
         "fan_in_fan_out": transposed,
         "bias": config.bias,
-        "modules_to_save": list(config.modules_to_save) or None,
+        "modules_to_save": names or None,
         "init_lora_weights": True,
     }
+    problems = [f"modules_to_save: by its name PEFT would save {path} as well" for path in more]
+    problems += [
+        f"{path}: PEFT would not adapt it, as its path fits a name in modules_to_save"
+        for path in sorted(adapted - from_peft(raw, "PEFT's format").targeted(model))
+    ]
+    if problems:
+        raise AdapterError.of("PEFT's format cannot hold this adapter", problems)
+    return raw
+
+
+def _plain_number(value: float) -> float:
+    """32.0 as 32: PEFT's own files hold whole numbers."""
+    return int(value) if float(value).is_integer() else value
 
 
 def with_own_options(config: AdapterConfig, own: dict[str, Any]) -> AdapterConfig:
@@ -206,5 +300,5 @@ def with_own_options(config: AdapterConfig, own: dict[str, Any]) -> AdapterConfi
         config,
         norm_gradient=own.get("norm_gradient", config.norm_gradient),
         init=own.get("init", config.init),
-        rank_pattern={**ranks, **config.rank_pattern},
+        rank_pattern={**ranks, **{key: rank for key, rank in config.rank_pattern.items() if key not in ranks}},
     )

@@ -120,7 +120,7 @@ def _left_alone(root: nn.Module, adapted: set[str]) -> dict[str, str]:
         if path in adapted or any(path.startswith(other + ".") for other in adapted):
             continue
         if kind_of(module) is not None:
-            found[path] = refusal(root, modules, path) or "not among the targets"
+            found[path] = refusal(modules, path) or "not among the targets"
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim > 1:

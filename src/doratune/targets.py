@@ -11,12 +11,13 @@ from torch import nn
 
 from doratune.config import ALL_LINEAR, AdapterConfig
 from doratune.errors import AdapterError
-from doratune.layers import AdaptedLayer, AdapterHolder, Kind, SavedModule, kind_of
+from doratune.layers import KINDS, AdaptedLayer, AdapterHolder, AttentionHost, Kind, SavedModule, kind_of
+from doratune.layers.attention import projections
 
 HEAD_NAMES = ("classifier", "score", "lm_head", "head", "classification_head", "qa_outputs")
 """Names of output heads, for models that cannot be asked."""
-WRAPPER_NAMES = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-"""What torch.compile, activation checkpointing and FSDP add to the paths of modules they wrap."""
+WRAPPER_NAMES = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_projections")
+"""What torch.compile, activation checkpointing, FSDP and our attention hosts add to paths of modules."""
 
 
 @dataclass
@@ -32,18 +33,24 @@ class Selection:
 
 
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules of the model by path, as they were before adapters: bases under their own path, no adapter parts."""
+    """Modules of the model by path, as they were before adapters: bases under their own path, no adapter parts.
+
+    The projections of an ``nn.MultiheadAttention``, which are no modules, are listed as if they were.
+    """
     modules: dict[str, nn.Module] = {}
     inside: list[str] = []
     for raw, module in unwrap(model).named_modules():
         if any(raw.startswith(prefix) for prefix in inside):
             continue
         path = plain_path(raw)
-        if isinstance(module, AdapterHolder):
+        if isinstance(module, AdapterHolder | AttentionHost):
             inside.append(raw + ".")
             modules.update(module.base_layer.named_modules(prefix=path))
         else:
             modules[path] = module
+    for path, module in list(modules.items()):
+        if isinstance(module, nn.MultiheadAttention):
+            modules.update({f"{path}.{name}".lstrip("."): p for name, p in projections(module).items()})
     return modules
 
 
@@ -75,7 +82,7 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
             selection.left_alone[path] = "output head"
             continue
         kind = kind_of(module)
-        reason = refusal(model, modules, path)
+        reason = refusal(modules, path) or (kind.config_refusal(config) if kind else None)
         if kind is not None and reason is None:
             selection.layers[path] = kind
         elif everything:
@@ -96,9 +103,12 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
     if problems:
         raise AdapterError.of("targets", problems)
     if config.bias == "all":
+        inside = tuple(path + "." for path in selection.saved)
+        hosted = {path.rpartition(".")[0] for path, kind in selection.layers.items() if kind.name == "attention"}
         for path, module in modules.items():
             own = [n for n, _ in module.named_parameters(recurse=False) if "bias" in n]
-            if own and path and path not in selection.layers and path not in selection.saved:
+            taken = path in selection.layers or path in selection.saved or path in hosted
+            if own and path and not taken and not path.startswith(inside):
                 selection.saved[path] = own
     return selection
 
@@ -110,33 +120,22 @@ def matches(path: str, targets: str | Iterable[str]) -> bool:
     return any(path == target or path.endswith("." + target) for target in targets)
 
 
-def refusal(model: nn.Module, modules: dict[str, nn.Module], path: str) -> str | None:
+def refusal(modules: dict[str, nn.Module], path: str) -> str | None:
     """Why the module at ``path`` cannot be adapted, or None."""
     module = modules[path]
     kind = kind_of(module)
     if kind is None:
         return f"no kind of layer serves {type(module).__name__}; served are {', '.join(_served())}"
-    parent_path, _, child = path.rpartition(".")
-    parent = modules.get(parent_path, model)
-    if isinstance(parent, nn.MultiheadAttention) and child == "out_proj":
-        return "nn.MultiheadAttention reads out_proj.weight and never calls it: an adapter would do nothing there"
-    if isinstance(parent, nn.TransformerEncoderLayer) and child in ("linear1", "linear2"):
-        return (
-            f"nn.TransformerEncoderLayer reads {child}.weight in evaluation and does not call it: "
-            "an adapter would do nothing there"
-        )
     return kind.refusal(module)
 
 
 def _served() -> list[str]:
-    from doratune.layers import KINDS
-
     return [kind.name for kind in KINDS]
 
 
 def _is_linear(module: nn.Module) -> bool:
     kind = kind_of(module)
-    return kind is not None and kind.name == "linear"
+    return kind is not None and kind.name in ("linear", "attention")
 
 
 def _heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:

@@ -5,15 +5,27 @@ from __future__ import annotations
 from torch import nn
 
 from doratune.layers.adapted import AdaptedLayer, LayerAdapter
+from doratune.layers.attention import AttentionHost, AttentionProjection
+from doratune.layers.conv import Convolution
 from doratune.layers.embedding import Embedding
 from doratune.layers.holder import AdapterHolder
 from doratune.layers.kind import Kind, Options
 from doratune.layers.linear import Linear
 from doratune.layers.saved import SavedModule
 
-KINDS: tuple[Kind, ...] = (Linear(), Embedding())
+KINDS: tuple[Kind, ...] = (Linear(), Embedding(), Convolution(), AttentionProjection())
 
-__all__ = ["KINDS", "AdaptedLayer", "AdapterHolder", "Kind", "LayerAdapter", "Options", "SavedModule", "kind_of"]
+__all__ = [
+    "KINDS",
+    "AdaptedLayer",
+    "AdapterHolder",
+    "AttentionHost",
+    "Kind",
+    "LayerAdapter",
+    "Options",
+    "SavedModule",
+    "kind_of",
+]
 
 
 def kind_of(module: nn.Module) -> Kind | None:

@@ -43,6 +43,8 @@ class AdaptedLayer(AdapterHolder):
     def __init__(self, base: nn.Module, kind: Kind, path: str) -> None:
         super().__init__(base, path)
         self.kind = kind
+        self.in_encoder_layer = False
+        """Inside ``nn.TransformerEncoderLayer``, whose fast path would compute past this layer."""
         self.adapters: dict[str, LayerAdapter] = {}
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
@@ -180,11 +182,16 @@ class AdaptedLayer(AdapterHolder):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The active adapter's output, or the base's own if none is active."""
-        name = self.active
-        if name is None or not self.enabled:
+        if self.active is None or not self.enabled:
             return self.base_layer(x, *args, **kwargs)
         if args or kwargs:
             raise TypeError(f"{self.path}: an adapted {self.kind.name} layer takes one input; found more")
+        return self.kind.forward(self.base_layer, x, *self.active_tensors())
+
+    def active_tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, float, Options]:
+        """A, B, m, scale and options of the active adapter, as a kind's functions take them."""
+        name = self.active
+        assert name is not None
         if self.waiting:
             self.initialise()
         adapter = self.adapters[name]
@@ -197,12 +204,9 @@ class AdaptedLayer(AdapterHolder):
             not self.training and not torch.is_grad_enabled(),
             self.adapter_bias[name] if name in self.adapter_bias else None,
         )
-        has_direction = name in self.lora_A
-        return self.kind.forward(
-            self.base_layer,
-            x,
-            self.lora_A[name] if has_direction else None,
-            self.lora_B[name] if has_direction else None,
+        return (
+            self.lora_A[name] if name in self.lora_A else None,
+            self.lora_B[name] if name in self.lora_B else None,
             self.magnitude[name] if name in self.magnitude else None,
             adapter.scale,
             options,

@@ -85,8 +85,8 @@ class Embedding(Kind):
         nn.init.zeros_(A)
         nn.init.normal_(B)
 
-    def store_rows(self, base: nn.Module, merged: Tensor) -> None:
-        super().store_rows(base, merged.T.contiguous())
+    def merged_layer(self, base: nn.Module, merged: Tensor, bias: Tensor | None) -> nn.Module:
+        return super().merged_layer(base, merged.T.contiguous(), bias)
 
     def probe(self, base: nn.Module, generator: torch.Generator) -> Tensor:
         vocabulary = self.rows(base).shape[1]

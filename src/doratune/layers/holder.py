@@ -5,7 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+
+class NoFastPath(Tensor):
+    """A weight that keeps ``nn.TransformerEncoderLayer`` from computing with it and past the layer that holds it.
+
+    Its evaluation fast path is for plain tensors only; any subclass sends it the ordinary way, through the layers.
+    """
+
+
+def base_attribute(holder: nn.Module, name: str, active: bool) -> Any:
+    """An attribute of the holder's base layer, shown as the holder's own."""
+    base = holder.__dict__.get("_modules", {}).get("base_layer")
+    if base is None or name.startswith("__"):
+        raise AttributeError(f"{type(holder).__name__} has no attribute {name!r}")
+    value = getattr(base, name)
+    if name in ("weight", "in_proj_weight") and active and holder.__dict__.get("in_encoder_layer", False):
+        return value.detach().as_subclass(NoFastPath)
+    return value
 
 
 class AdapterHolder(nn.Module):
@@ -52,7 +70,4 @@ class AdapterHolder(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            base = self.__dict__.get("_modules", {}).get("base_layer")
-            if base is None or name.startswith("__"):
-                raise
-            return getattr(base, name)
+            return base_attribute(self, name, bool(self.__dict__.get("active")) and self.__dict__["enabled"])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from doratune.config import AdapterConfig
 from doratune.layers.cache import ScaleCache
 from doratune.layers.weights import WeightRows
 
@@ -42,6 +44,10 @@ class Kind:
 
     def refusal(self, base: nn.Module) -> str | None:
         """Why this layer cannot be adapted, or None."""
+        return None
+
+    def config_refusal(self, config: AdapterConfig) -> str | None:
+        """Why this kind cannot take an adapter with these options, or None."""
         return None
 
     def rows(self, base: nn.Module) -> WeightRows:
@@ -87,9 +93,14 @@ class Kind:
         """Why an adapter on this layer cannot be exchanged in PEFT's format, or None."""
         return None
 
-    def store_rows(self, base: nn.Module, merged: Tensor) -> None:
-        """Make ``merged``, ``[out, in]``, the layer's weight: a new parameter, so that a tied one is left alone."""
-        base.weight = nn.Parameter(merged, requires_grad=False)
+    def merged_layer(self, base: nn.Module, merged: Tensor, bias: Tensor | None) -> nn.Module:
+        """A plain layer with ``merged``, in the base's layout, as its weight, and ``bias``; the base stays as it is."""
+        layer = copy.copy(base)
+        layer._parameters = dict(base._parameters)
+        layer.weight = nn.Parameter(merged, requires_grad=False)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias, requires_grad=False)
+        return layer
 
     def probe(self, base: nn.Module, generator: torch.Generator) -> Tensor:
         """A random input, for comparing merged with unmerged output."""

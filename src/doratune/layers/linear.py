@@ -6,15 +6,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from doratune.layers import quantised
 from doratune.layers.kind import Kind, Options
-from doratune.layers.weights import WeightRows, is_transformers_conv1d, linear_rows, on_device
+from doratune.layers.weights import WeightRows, is_transformers_conv1d, linear_rows, on_device, rows_by_forward
 from doratune.ops.compose import OutputGuard, dense_low_rank, low_rank_update, scale_rows
+
+
+def rows_of(base: nn.Module) -> WeightRows:
+    """W, ``[out, in]``, however the layer keeps it."""
+    if quantised.library_of(base) is not None:
+        return quantised.quantised_rows(base)
+    if has_own_forward(base):
+        return rows_by_forward(base)
+    return linear_rows(base)
+
+
+def has_own_forward(base: nn.Module) -> bool:
+    """True for a subclass of ``nn.Linear`` that computes its output in its own way."""
+    return isinstance(base, nn.Linear) and type(base).forward is not nn.Linear.forward
 
 
 def slow_reason(base: nn.Module, dropout: float) -> str | None:
     """Why W cannot be used directly, so that the base's own forward has to run; None if it can."""
-    if type(base).forward is not nn.Linear.forward and not is_transformers_conv1d(base):
-        return f"{type(base).__name__} has a forward of its own"
+    library = quantised.library_of(base)
+    if library is not None:
+        return f"the weight is quantised ({library})"
+    if has_own_forward(base):
+        return f"{type(base).__name__} has a forward of its own; its weight is found by running it on the identity"
     if "forward" in base.__dict__:
         return "the base layer's forward was replaced on the instance"
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
@@ -59,9 +77,8 @@ def forward(
     if magnitude is None:
         return _swap_bias(u, inner, outer)
     with on_device(base):
-        rows = linear_rows(base)
         g = options.cache.row_scale(
-            rows, A, B, magnitude, scale, options.norm_gradient, options.dense_norm, options.reuse_scale
+            rows_of(base), A, B, magnitude, scale, options.norm_gradient, options.dense_norm, options.reuse_scale
         )
     keep_output, guard = options.keep_output, None
     if keep_output and g.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -74,7 +91,7 @@ def _guard(base: nn.Module, x: Tensor, low: Tensor, A: Tensor | None, B: Tensor 
 
     def recompute(x: Tensor, low: Tensor) -> Tensor:
         with on_device(base):
-            z = torch.cat([x @ tile.to(x.dtype).T for _, tile in linear_rows(base).tiles()], -1)
+            z = torch.cat([x @ tile.to(x.dtype).T for _, tile in rows_of(base).tiles()], -1)
         return z if A is None or B is None else low_rank_update(z, low, A, B, scale)
 
     return OutputGuard(recompute, x, low)
@@ -101,10 +118,13 @@ class Linear(Kind):
     name = "linear"
 
     def serves(self, base: nn.Module) -> bool:
-        return isinstance(base, nn.Linear) or is_transformers_conv1d(base)
+        return isinstance(base, nn.Linear) or is_transformers_conv1d(base) or quantised.library_of(base) is not None
 
     def rows(self, base: nn.Module) -> WeightRows:
-        return linear_rows(base)
+        return rows_of(base)
+
+    def refusal(self, base: nn.Module) -> str | None:
+        return quantised.refusal(base)
 
     forward = staticmethod(forward)
 
@@ -112,5 +132,19 @@ class Linear(Kind):
         reason = slow_reason(base, dropout)
         return ("dense, fused input gradient", "") if reason is None else ("over the base's output", reason)
 
-    def store_rows(self, base: nn.Module, merged: Tensor) -> None:
-        super().store_rows(base, merged.T.contiguous() if is_transformers_conv1d(base) else merged)
+    def probe(self, base: nn.Module, generator: torch.Generator) -> Tensor:
+        library = quantised.library_of(base)
+        if library is None:
+            return super().probe(base, generator)
+        rows = self.rows(base)
+        dtype = next(iter(rows.tiles()))[1].dtype
+        return torch.randn(8, rows.shape[1], generator=generator).to(rows.device, dtype)
+
+    def merged_layer(self, base: nn.Module, merged: Tensor, bias: Tensor | None) -> nn.Module:
+        if quantised.library_of(base) is None and not has_own_forward(base):
+            return super().merged_layer(base, merged.T.contiguous() if is_transformers_conv1d(base) else merged, bias)
+        plain = nn.Linear(merged.shape[1], merged.shape[0], bias=bias is not None, device="meta")
+        plain.weight = nn.Parameter(merged, requires_grad=False)
+        if bias is not None:
+            plain.bias = nn.Parameter(bias.to(merged.dtype), requires_grad=False)
+        return plain.train(base.training)

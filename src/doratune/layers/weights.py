@@ -48,16 +48,39 @@ def is_transformers_conv1d(base: nn.Module) -> bool:
 
 
 def linear_rows(base: nn.Module) -> WeightRows:
-    """W of a linear layer."""
+    """W of a dense linear layer."""
     weight: Tensor = base.weight  # type: ignore[assignment]
     matrix = weight.detach()
     return WeightRows.of_matrix(matrix.T if is_transformers_conv1d(base) else matrix, weight)
+
+
+def rows_by_forward(base: nn.Module) -> WeightRows:
+    """W of a linear layer of unknown make: what its own forward does to the identity, without the bias.
+
+    The last resort, at the price of ``in`` more tokens through the layer.
+    """
+    weight: Tensor = base.weight  # type: ignore[assignment]
+    out, columns = int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
+
+    def tiles() -> Iterable[tuple[slice, Tensor]]:
+        with torch.no_grad():
+            identity = torch.eye(columns, dtype=weight.dtype, device=weight.device)
+            offset = base(identity.new_zeros(1, columns))
+            yield slice(0, out), (base(identity) - offset).T
+
+    return WeightRows((out, columns), weight, tiles, transient=True)
 
 
 def embedding_rows(base: nn.Module) -> WeightRows:
     """W of an embedding: ``[dim, vocab]``."""
     weight: Tensor = base.weight  # type: ignore[assignment]
     return WeightRows.of_matrix(weight.detach().T, weight)
+
+
+def conv_rows(base: nn.Module) -> WeightRows:
+    """W of a convolution: ``[out, in / groups * kernel]``."""
+    weight: Tensor = base.weight  # type: ignore[assignment]
+    return WeightRows.of_matrix(weight.detach().flatten(1), weight)
 
 
 @contextlib.contextmanager

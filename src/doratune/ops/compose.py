@@ -27,6 +27,11 @@ def _rows(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1])
 
 
+def _shaped(t: Tensor, shape: torch.Size) -> Tensor:
+    """A fresh t in another shape and not a view of it: views made inside a Function cannot be changed in place."""
+    return t if t.shape == shape else torch.ops.aten._unsafe_view(t, shape)
+
+
 class _LowRankUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, base_output: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -35,7 +40,7 @@ class _LowRankUpdate(torch.autograd.Function):
         u = torch.addmm(_rows(base_output), h, (B * scale).to(dtype).T)
         ctx.scale = scale
         ctx.save_for_backward(x, h, A, B)
-        return u.view(base_output.shape)
+        return _shaped(u, base_output.shape)
 
     @staticmethod
     @once_differentiable
@@ -54,7 +59,7 @@ class _DenseLowRank(torch.autograd.Function):
         u.addmm_(h, (B * scale).to(dtype).T)
         ctx.scale = scale
         ctx.save_for_backward(x, h, W, A, B)
-        return u.view(*x.shape[:-1], W.shape[0])
+        return _shaped(u, torch.Size([*x.shape[:-1], W.shape[0]]))
 
     @staticmethod
     @once_differentiable
@@ -168,7 +173,8 @@ class _Guard(torch.autograd.Function):
             ctx.guard.overwritten = False
             z = ctx.guard.recompute(*ctx.saved_tensors)
             dg = _sum_to_rows(du.float() * z.float(), ctx.dim) / _nonzero(ctx.g)
-        return du, dg, None, None, *(None for _ in ctx.saved_tensors)
+        # Not counted by ctx.saved_tensors: checkpointing lets them be read once.
+        return du, dg, *[None] * (len(ctx.needs_input_grad) - 2)
 
 
 class _ScaleRows(torch.autograd.Function):
@@ -182,12 +188,14 @@ class _ScaleRows(torch.autograd.Function):
         dim: int,
         keep_output: bool,
         guard: OutputGuard | None,
+        same_bias: bool,
     ) -> Tensor:
-        y = piecewise(lambda u: scaled(u, g, inner, outer, dim), _flat(u, dim)).view(u.shape)
+        inner = outer if same_bias else inner
+        y = _shaped(piecewise(lambda u: scaled(u, g, inner, outer, dim), _flat(u, dim)), u.shape)
         # g and the biases are small. What is large is saved on its own, through autograd's saved tensors: reading
         # those fails as a whole once somebody has overwritten y, and du must not be lost with it.
         ctx.g, ctx.inner, ctx.outer, ctx.dim = g, inner, outer, dim
-        ctx.keep_output, ctx.guard = keep_output, guard
+        ctx.keep_output, ctx.guard, ctx.same_bias = keep_output, guard, same_bias
         if guard is not None:
             ctx.version = y._version
         if ctx.needs_input_grad[1]:
@@ -212,8 +220,8 @@ class _ScaleRows(torch.autograd.Function):
         if needs_inner or needs_outer:
             total = sum_piecewise(lambda dy: _sum_to_rows(dy.float(), dim), dy)
             d_inner = (-g * total).to(ctx.inner.dtype) if needs_inner else None
-            d_outer = total.to(ctx.outer.dtype) if needs_outer else None
-        return du, dg, d_inner, d_outer, None, None, None
+            d_outer = ((1 - g) * total if ctx.same_bias else total).to(ctx.outer.dtype) if needs_outer else None
+        return du, dg, d_inner, d_outer, None, None, None, None
 
 
 def scaled(u: Tensor, g: Tensor, inner: Tensor | None, outer: Tensor | None, dim: int) -> Tensor:
@@ -281,4 +289,40 @@ def scale_rows(
     if guard is not None:
         u = _Guard.apply(u, g, dim, guard, *guard.inputs)
         guard.inputs = ()
-    return _ScaleRows.apply(u, g, inner, outer, dim, keep_output, guard)
+    # torch.compile does not take the same tensor twice.
+    same_bias = inner is outer and inner is not None
+    return _ScaleRows.apply(u, g, None if same_bias else inner, outer, dim, keep_output, guard, same_bias)
+
+
+class _AdaptedWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, A: Tensor | None, B: Tensor | None, g: Tensor | None, scale: float) -> Tensor:
+        ctx.scale = scale
+        ctx.save_for_backward(W, A, B, g)
+        return _weight(W, A, B, g, scale).to(W.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dW: Tensor) -> tuple[Tensor | None, ...]:
+        W, A, B, g = ctx.saved_tensors
+        dW = dW.float()
+        dA = dB = dg = None
+        if ctx.needs_input_grad[3]:
+            dg = (dW * _weight(W, A, B, None, ctx.scale)).sum(1)
+        if g is not None:
+            dW = dW * g[:, None]
+        if ctx.needs_input_grad[1]:
+            dA = ctx.scale * (B.float().T @ dW)
+        if ctx.needs_input_grad[2]:
+            dB = ctx.scale * (dW @ A.float().T)
+        return None, dA, dB, dg, None
+
+
+def _weight(W: Tensor, A: Tensor | None, B: Tensor | None, g: Tensor | None, scale: float) -> Tensor:
+    V = W.float() if A is None or B is None else torch.addmm(W.float(), B.float(), A.float(), alpha=scale)
+    return V if g is None else V * g[:, None]
+
+
+def adapted_weight(W: Tensor, A: Tensor | None, B: Tensor | None, g: Tensor | None, scale: float) -> Tensor:
+    """``W' = g (W + s B A)``, ``[out, in]`` in W's dtype, for a frozen W; keeps nothing of that size for backward."""
+    return _AdaptedWeight.apply(W, A, B, g, scale)

@@ -1,0 +1,78 @@
+"""The ``doratune`` command: one file per command, flags from dataclasses.
+
+Exit codes: 0, 1 for failures, 2 for wrong usage, 130 after Ctrl-C. torch and transformers are not imported here.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
+
+from doratune.cli import inspect, merge, train
+from doratune.errors import AdapterError
+
+RUNNERS: dict[type, Any] = {
+    train.TrainConfig: train.run,
+    merge.Merge: merge.run,
+    inspect.Inspect: inspect.run,
+}
+"""What each command's options are handed to; it returns the exit code."""
+
+
+@dataclass
+class Program:
+    """DoRA fine-tuning: train adapters on language models, look at them, merge them."""
+
+    command: (
+        Annotated[train.TrainConfig, tyro.conf.subcommand("train")]
+        | Annotated[merge.Merge, tyro.conf.subcommand("merge")]
+        | Annotated[inspect.Inspect, tyro.conf.subcommand("inspect")]
+    )
+    debug: bool = False
+    """Show the whole traceback of an error."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; wrong usage raises SystemExit(2), ``--help`` SystemExit(0)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.ERROR)
+    logging.getLogger("doratune").setLevel(logging.WARNING)
+    try:
+        program = _parse(arguments)
+    except AdapterError as error:  # a recipe that cannot be read
+        return _fail(error)
+    try:
+        code: int = RUNNERS[type(program.command)](program.command)
+        return code
+    except AdapterError as error:
+        if program.debug:
+            raise
+        return _fail(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if program.debug:
+            raise
+        return _fail(f"{type(error).__name__}: {error}\n(doratune --debug ... shows where)")
+
+
+def _parse(arguments: list[str]) -> Program:
+    defaults = train.from_recipe(arguments)
+    return tyro.cli(
+        Program,
+        prog="doratune",
+        args=arguments,
+        default=tyro.MISSING_NONPROP if defaults is None else Program(defaults),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
+
+
+def _fail(error: object) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 1

@@ -1,0 +1,145 @@
+"""``doratune merge``: an adapter and its base model become one plain model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from doratune.errors import AdapterError
+
+if TYPE_CHECKING:
+    from doratune.merge import MergeCheck
+
+
+@dataclass
+class Merge:
+    """Put an adapter into the weights of its base model, and write the whole model to a folder."""
+
+    adapter: tyro.conf.Positional[Path]
+    """Folder of the adapter, as written by doratune or PEFT."""
+    output: Path
+    """Folder for the merged model; it must not exist, or be empty. It appears when it is whole, or not at all."""
+    base: str | None = None
+    """Base model, a folder or hub name; none: the one that the adapter names."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the merged weights; auto: as the base is stored."""
+    verify: bool = False
+    """Compare merged with unmerged outputs, layer by layer and as a whole; a difference beyond rounding is an error."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def run(options: Merge) -> int:
+    """Load, check, merge, check again, write."""
+    from rich.console import Console
+
+    from doratune.checkpoint import load_adapter
+    from doratune.cli.quiet import quiet_libraries
+    from doratune.files import read_config, read_weights
+    from doratune.merge import merge, verify_merge
+    from doratune.train.models import load_model, load_tokenizer
+
+    raw = read_config(options.adapter)
+    read_weights(options.adapter)  # a broken file is found before a large model is loaded
+    base = options.base or raw.get("base_model_name_or_path")
+    if not base:
+        raise AdapterError(f"{options.adapter} does not name its base model; give it with --base")
+    if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
+        raise AdapterError(f"output {options.output} exists and is not empty; name a new folder")
+    quiet_libraries()
+    model = load_model(base, options.dtype, raw.get("task_type") or None)
+    load_adapter(model, options.adapter)
+    checks = verify_merge(model) if options.verify else []
+    bad = [f"{c.path}: {c.difference:.2e}, rounding explains {c.tolerance:.2e}" for c in checks if not c.holds]
+    if bad:
+        raise AdapterError.of("merged and unmerged outputs differ", bad)
+    probe = _Logits(model) if options.verify else None
+    merge(model)
+    whole = probe.compare() if probe else None
+    _write(model, load_tokenizer(base) if _has_tokenizer(base) else None, options.output)
+    if options.json:
+        worst = max((c.difference for c in checks), default=None)
+        found = {"output": str(options.output), "layers": len(checks), "largest_difference": worst, "logits": whole}
+        print(json.dumps({**found, "checks": [asdict(c) for c in checks]}))
+    else:
+        out = Console()
+        if checks:
+            out.print(_table(checks, whole))
+        out.print(f"Merged model written to {options.output}")
+    return 0
+
+
+class _Logits:
+    """Output of the whole model on fixed token ids, before and after merging; nothing for models without tokens."""
+
+    def __init__(self, model: Any) -> None:
+        import torch
+
+        self.model = model.eval()
+        size = getattr(model.config, "vocab_size", None)
+        if getattr(model, "main_input_name", None) != "input_ids" or not size:
+            self.ids = None
+            return
+        generator = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(0, size, (2, 32), generator=generator).to(model.device)
+        self.before = self._logits()
+
+    def _logits(self) -> Any:
+        import torch
+
+        with torch.no_grad():
+            return self.model(input_ids=self.ids)[0].float()
+
+    def compare(self) -> dict[str, float] | None:
+        """Largest difference, and the largest value for comparison."""
+        if self.ids is None:
+            return None
+        difference = (self._logits() - self.before).abs().max()
+        return {"difference": float(difference), "largest": float(self.before.abs().max())}
+
+
+def _has_tokenizer(base: str) -> bool:
+    folder = Path(base).expanduser()
+    return not folder.is_dir() or any(folder.glob("tokenizer*"))
+
+
+def _write(model: Any, tokenizer: Any, output: Path) -> None:
+    """Write beside the output folder and rename, so that a broken attempt leaves nothing behind."""
+    import secrets
+    import shutil
+
+    partial = output.parent / f".{output.name}.{secrets.token_hex(4)}.partial"
+    try:
+        partial.mkdir(parents=True)
+        model.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        partial.replace(output)
+    except OSError as error:
+        raise AdapterError(f"cannot write the merged model to {output}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _table(checks: list[MergeCheck], whole: dict[str, float] | None) -> Any:
+    """Differences by kind of layer: the worst of each, and of the whole model."""
+    from rich.table import Table
+
+    table = Table(title="merged against unmerged, relative to the largest output")
+    for name in ("layers", "number", "largest difference", "rounding explains"):
+        table.add_column(name, justify="left" if name == "layers" else "right")
+    groups: dict[str, list[MergeCheck]] = {}
+    for check in checks:
+        groups.setdefault(check.path.rpartition(".")[2], []).append(check)
+    for name, group in groups.items():
+        worst = max(c.difference for c in group)
+        table.add_row(name, str(len(group)), f"{worst:.1e}", f"{max(c.tolerance for c in group):.1e}")
+    if whole:
+        table.add_section()
+        table.add_row("logits of the model", "", f"{whole['difference'] / whole['largest']:.1e}", "")
+        table.caption = f"logits differ by {whole['difference']:.2e} at most, they reach {whole['largest']:.1f}"
+    return table

@@ -1,0 +1,17 @@
+"""Other libraries' bars and notes, switched off where doratune shows its own."""
+
+from __future__ import annotations
+
+import logging
+
+from doratune.train.extras import require
+
+
+def quiet_libraries() -> None:
+    """Only errors of transformers and datasets, and none of their progress bars."""
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao, when transformers imports it
+    notes = require("transformers.utils.logging")
+    notes.set_verbosity_error()
+    notes.disable_progress_bar()
+    datasets = require("datasets")
+    datasets.disable_progress_bars()

@@ -1,0 +1,53 @@
+"""``doratune train``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from doratune.train.config import TrainConfig
+from doratune.train.recipe import load_recipe
+
+__all__ = ["TrainConfig", "from_recipe", "run"]
+
+
+@dataclass
+class _RecipeFlag:
+    recipe: Path | None = None
+
+
+def from_recipe(arguments: Sequence[str]) -> TrainConfig | None:
+    """The recipe named among the arguments as defaults for the flags; None if there is none."""
+    if "train" not in arguments or not any(word.startswith("--recipe") for word in arguments):
+        return None
+    words = [word for word in arguments if word not in ("-h", "--help")]
+    flag, _ = tyro.cli(_RecipeFlag, args=words, return_unknown_args=True, add_help=False)
+    if flag.recipe is None:
+        return None
+    required: dict[str, Any] = {"model": tyro.MISSING, "data": tyro.MISSING}
+    return TrainConfig(**{**required, **load_recipe(flag.recipe), "recipe": flag.recipe})
+
+
+def run(config: TrainConfig) -> int:
+    """Train, and print results and how to go on."""
+    from rich.console import Console
+
+    from doratune.cli.quiet import quiet_libraries
+    from doratune.train.run import CURVES, METRICS, check, train
+
+    check(config)  # before the libraries are imported, which takes seconds
+    quiet_libraries()
+    result = train(config, Console(stderr=True))
+    out = Console()
+    out.print(result.table())
+    if result.prompt is not None:
+        for name, sample in (("before", result.sample_before), ("after", result.sample_after)):
+            out.print(f"[bold]{name}:[/bold]", end=" ")
+            out.print(f"{result.prompt}{sample}", markup=False, highlight=False)
+    out.print(f"Written to {config.output}: {Path(result.adapter).name}/, {METRICS}, {CURVES}, results.json")
+    out.print(result.next_steps(), markup=False, highlight=False, soft_wrap=True)
+    return 0

@@ -1,0 +1,217 @@
+"""What an adapter's file holds, sorted by module and checked against the model before anything is changed."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from doratune.config import AdapterConfig
+from doratune.layers import Kind, kind_of
+from doratune.peft_config import PeftOptions, saved_by_peft, with_own_options
+from doratune.targets import plain_modules, plain_path, refusal
+
+PREFIX = "base_model.model."
+METADATA = "doratune"
+"""Key in the weights' metadata for what PEFT's options cannot say."""
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+BIAS = "base_layer.bias"
+PARTS = (
+    "lora_A.weight",
+    "lora_B.weight",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
+    BIAS,
+    "base_layer.weight",
+)
+KEY = re.compile(rf"(?P<path>.+)\.(?P<part>{'|'.join(re.escape(p) for p in PARTS)})(?:(?<=vector)\.weight)?", re.DOTALL)
+
+
+@dataclass
+class Contents:
+    """A file's tensors, sorted by the module they belong to, and what is wrong with them."""
+
+    config: AdapterConfig
+    layers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    whole: set[str] = field(default_factory=set)
+    """Paths of modules that are saved whole; of the others in ``saved`` only biases are."""
+    problems: list[str] = field(default_factory=list)
+
+
+def read_contents(
+    root: nn.Module, options: PeftOptions, tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> Contents:
+    """Sort a file's tensors and compare them with the model and the options, collecting every problem."""
+    return _Reader(root, options).read(tensors, metadata)
+
+
+class _Reader:
+    def __init__(self, root: nn.Module, options: PeftOptions) -> None:
+        self.modules = plain_modules(root)
+        self.targeted = options.targeted(root)
+        self.own_type = options.own_type
+        whole = saved_by_peft(options.config.modules_to_save, self.modules)
+        self.whole = {path: self.modules[path].state_dict() for path in sorted(whole, key=len, reverse=True)}
+        self.contents = Contents(options.config, whole=whole)
+        self.problems = self.contents.problems
+
+    def read(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Contents:
+        try:
+            self.contents.config = with_own_options(self.contents.config, json.loads(metadata.get(METADATA, "{}")))
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            self.problems.append(f"metadata {METADATA!r}: {error}")
+        for key, tensor in tensors.items():
+            problem = self._sort(key, tensor)
+            if problem:
+                self.problems.append(f"{key}: {problem}")
+        for path in sorted(self.targeted | self.contents.layers.keys()):
+            self._check_layer(path)
+        self._check_saved()
+        return self.contents
+
+    # Sorting
+
+    def _sort(self, key: str, tensor: Tensor) -> str | None:
+        """Put one tensor where it belongs; the problem with it, if any."""
+        if not key.startswith(PREFIX):
+            return f"unknown key; expected it to start with {PREFIX!r}"
+        inner = plain_path(key.removeprefix(PREFIX))
+        owner = next((path for path in self.whole if inner.startswith(path + ".")), None)
+        module, _, name = inner.rpartition(".")
+        match = KEY.fullmatch(inner)
+        base = self.modules.get(module)
+        all_biases = self.contents.config.bias == "all"
+        if owner is not None:
+            name = inner.removeprefix(owner + ".")
+            if name in self.whole[owner]:
+                return self._keep(self.contents.saved, owner, name, tensor, like=self.whole[owner][name])
+            if all_biases and name.startswith(("original_module.", "modules_to_save.")) and name.endswith("bias"):
+                return None  # PEFT repeats the biases of saved modules, under names of its own wrapper
+        elif all_biases and module not in {"", *self.targeted} and "bias" in name and name in _parameters(base):
+            return self._keep(self.contents.saved, module, name, tensor)
+        elif match:
+            return self._keep(self.contents.layers, match["path"], match["part"], tensor)
+        own = _parameters(base).get(name, getattr(base, "_buffers", {}).get(name))
+        if own is None:
+            return "unknown key; nothing in the model or the options corresponds to it"
+        return None if _same(tensor, own) else REPLACES
+
+    def _keep(
+        self,
+        group: dict[str, dict[str, Tensor]],
+        path: str,
+        name: str,
+        tensor: Tensor,
+        like: Tensor | None = None,
+    ) -> str | None:
+        problem = None
+        allowed = FLOATS if like is None or like.is_floating_point() else (like.dtype,)
+        if name in group.setdefault(path, {}):
+            problem = "the file holds this tensor twice, under two keys"
+        elif tensor.dtype not in allowed:
+            names = [str(dtype).removeprefix("torch.") for dtype in (*allowed, tensor.dtype)]
+            problem = f"expected {' or '.join(names[:-1])}, found {names[-1]}"
+        elif not torch.isfinite(tensor).all():
+            problem = "holds NaN or infinite values"
+        group[path][name] = tensor
+        return problem
+
+    # Checking
+
+    def _check_layer(self, path: str) -> None:
+        module = self.modules.get(path)
+        kind = None if module is None else kind_of(module)
+        problem = None
+        if module is None:
+            problem = "the model has no such module; is the file of another model?"
+        elif path not in self.contents.layers:
+            problem = "the options target it, but the file has no tensors for it"
+        elif path not in self.targeted:
+            problem = "the file has tensors for it, but the options do not target it"
+        else:
+            problem = refusal(self.modules, path)
+        if not problem and module is not None and kind is not None:
+            problem = None if self.own_type else kind.file_refusal(module)
+            problem = problem or kind.config_refusal(self.contents.config)
+            if kind.rows(module).stored.is_meta:
+                problem = "the model holds no data yet (meta device); load the base model first"
+            elif not problem:
+                self._check_parts(path, module, kind)
+        if problem:
+            self.problems.append(f"{path}: {problem}")
+
+    def _check_parts(self, path: str, base: nn.Module, kind: Kind) -> None:
+        config, parts = self.contents.config, self.contents.layers[path]
+        out, columns = kind.rows(base).shape
+        rank = max(1, config.rank_of(path))
+        a, b, m = kind.file_names
+        like: dict[str, tuple[int, ...]] = {a: (rank, columns), b: (out, rank)}
+        if config.method == "dora":
+            like[m] = (out,)
+        if config.bias != "none" and getattr(base, "bias", None) is not None:
+            like[BIAS] = (out,)
+        before = len(self.problems)
+        for part, shape in like.items():
+            if part not in parts:
+                self.problems.append(f"{PREFIX}{path}.{part}: missing")
+                continue
+            if part != BIAS:
+                shape = tuple(kind.to_file(base, part, torch.empty(shape, device="meta")).shape)
+            self._check_shape(f"{path}.{part}", parts[part], shape)
+        for part in sorted(parts.keys() - like.keys()):
+            if part == "base_layer.weight" and _same(parts[part], getattr(base, "weight", None)):
+                continue  # PEFT adds the table of an adapted embedding; the model's own is the same
+            self.problems.append(f"{PREFIX}{path}.{part}: {_why_unexpected(part, config)}")
+        if len(self.problems) == before and config.rank_of(path) == 0 and parts[b][parts[m] != 0].any():
+            self.problems.append(f"{PREFIX}{path}.{b}: the metadata says magnitude only, so expected 0")
+
+    def _check_shape(self, key: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+        if tuple(tensor.shape) != expected:
+            self.problems.append(f"{PREFIX}{key}: expected shape {expected}, found {tuple(tensor.shape)}")
+
+    def _check_saved(self) -> None:
+        saved = self.contents.saved
+        for path, state in saved.items():
+            for name, tensor in state.items():
+                own = self.whole[path][name] if path in self.whole else self.modules[path]._parameters[name]
+                assert own is not None
+                self._check_shape(f"{path}.{name}", tensor, tuple(own.shape))
+        expected = {f"{path}.{name}" for path, own in self.whole.items() for name in own}
+        if self.contents.config.bias == "all":
+            inside = tuple(path + "." for path in self.whole)
+            expected |= {
+                f"{path}.bias"
+                for path, module in self.modules.items()
+                if path and module._parameters.get("bias") is not None
+                if path not in self.targeted and not path.startswith(inside)
+            } - {f"{path}.bias" for path in self.whole}
+        found = {f"{path}.{name}" for path, state in saved.items() for name in state}
+        self.problems.extend(f"{PREFIX}{key}: missing" for key in sorted(expected - found))
+
+
+def _parameters(module: nn.Module | None) -> dict[str, nn.Parameter | None]:
+    return {} if module is None else module._parameters
+
+
+REPLACES = "a weight of the base model that differs from the model's own; an adapter's file may not replace it"
+
+
+def _why_unexpected(part: str, config: AdapterConfig) -> str:
+    if part == "base_layer.weight":
+        return REPLACES
+    if part == "lora_magnitude_vector":
+        return "a magnitude, but use_dora is not set"
+    if part == BIAS:
+        return f"a bias, but bias is {config.bias!r} or the layer has none"
+    return "does not belong to a layer of this kind"
+
+
+def _same(stored: Tensor, own: Tensor | None) -> bool:
+    if own is None or own.is_meta or stored.shape != own.shape:
+        return False
+    return torch.equal(stored.to(own.dtype), own.detach().cpu())

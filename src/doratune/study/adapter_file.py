@@ -1,0 +1,143 @@
+"""What an adapter's folder holds, without its base model: ranks, targets, sizes, and values that look wrong."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from doratune.config import AdapterConfig
+from doratune.contents import KEY, PREFIX
+from doratune.files import WEIGHTS, read_config, read_weights
+from doratune.peft_config import from_peft
+
+HUGE = 1e3
+"""No trained A, B or m has values like this: where they are, training diverged."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One adapted layer in a file."""
+
+    path: str
+    rank: int
+    parameters: int
+    a_largest: float
+    b_largest: float
+    m_smallest: float | None
+    """Smallest and largest magnitude; None for LoRA."""
+    m_largest: float | None
+
+
+@dataclass
+class FileReport:
+    """What ``inspect_adapter`` found."""
+
+    folder: str
+    method: str
+    config: AdapterConfig
+    base_model: str | None
+    task: str | None
+    bytes: int
+    layers: list[LayerReport] = field(default_factory=list)
+    saved: dict[str, int] = field(default_factory=dict)
+    """Tensors of modules trained whole and of biases, with their sizes."""
+    broken: list[str] = field(default_factory=list)
+    """What keeps the file from being used."""
+    suspicious: list[str] = field(default_factory=list)
+    """What is allowed, but rarely meant."""
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the file."""
+        return sum(layer.parameters for layer in self.layers) + sum(self.saved.values())
+
+
+def inspect_adapter(folder: Path) -> FileReport:
+    """Read an adapter's folder and look at its values.
+
+    Raises:
+        AdapterError: if it cannot be read at all: no folder, no JSON, a truncated file, another kind of adapter.
+    """
+    raw = read_config(folder)
+    config = from_peft(raw, str(folder / "adapter_config.json")).config
+    tensors, _ = read_weights(folder)
+    report = FileReport(
+        str(folder),
+        config.method,
+        config,
+        raw.get("base_model_name_or_path"),
+        raw.get("task_type"),
+        (folder / WEIGHTS).stat().st_size,
+    )
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            report.broken.append(f"{key}: holds {str(tensor.dtype).removeprefix('torch.')}, not floating-point numbers")
+            continue
+        if not torch.isfinite(tensor).all():
+            report.broken.append(f"{key}: holds NaN or infinite values")
+        match = KEY.fullmatch(key.removeprefix(PREFIX))
+        if not key.startswith(PREFIX):
+            report.broken.append(f"{key}: unknown key; expected it to start with {PREFIX!r}")
+        elif match and match["part"].startswith("lora"):
+            layers.setdefault(match["path"], {})[match["part"]] = tensor.float()
+        else:
+            report.saved[key.removeprefix(PREFIX)] = tensor.numel()
+    if not layers:
+        report.broken.append(f"{WEIGHTS} holds no adapted layer")
+    for path, parts in sorted(layers.items(), key=lambda item: _natural(item[0])):
+        _look_at(report, config, path, parts)
+    return report
+
+
+def _look_at(report: FileReport, config: AdapterConfig, path: str, parts: dict[str, Tensor]) -> None:
+    A = parts.get("lora_A.weight", parts.get("lora_embedding_A"))
+    B = parts.get("lora_B.weight", parts.get("lora_embedding_B"))
+    m = parts.get("lora_magnitude_vector")
+    if A is None or B is None:
+        report.broken.append(f"{path}: {'lora_A' if A is None else 'lora_B'} is missing")
+        return
+    if A.ndim < 2 or B.ndim < 2 or A.shape[0] != B.shape[1]:
+        report.broken.append(f"{path}: A {tuple(A.shape)} and B {tuple(B.shape)} do not belong together")
+        return
+    if A.shape[0] != max(1, config.rank_of(path)):
+        report.broken.append(f"{path}: A and B have rank {A.shape[0]}, adapter_config.json says {config.rank_of(path)}")
+    if config.method == "dora" and m is None:
+        report.broken.append(f"{path}: use_dora is set, but there is no magnitude")
+    if config.method == "lora" and m is not None:
+        report.broken.append(f"{path}: there is a magnitude, but use_dora is not set")
+    if m is not None and m.numel() != B.shape[0]:
+        report.broken.append(f"{path}: {m.numel()} magnitudes for {B.shape[0]} rows of B")
+    for name, tensor in (("A", A), ("B", B), ("m", m)):
+        if tensor is not None and tensor.isfinite().all() and float(tensor.abs().max()) > HUGE:
+            report.suspicious.append(f"{path}: {name} has values up to {float(tensor.abs().max()):.3g}")
+    if not A.any():
+        report.suspicious.append(f"{path}: A is 0, so the direction does not change and cannot be trained further")
+    elif not B.any():
+        report.suspicious.append(f"{path}: B is 0, as before training: the direction does not change")
+    if m is not None and bool((m < 0).any()):
+        report.suspicious.append(
+            f"{path}: {int((m < 0).sum())} magnitudes are negative: their rows point the other way"
+        )
+    if m is not None and bool((m == 0).any()):
+        report.suspicious.append(f"{path}: {int((m == 0).sum())} magnitudes are 0: their rows give 0")
+    report.layers.append(
+        LayerReport(
+            path,
+            A.shape[0],
+            sum(t.numel() for t in (A, B, m) if t is not None),
+            float(A.abs().max()),
+            float(B.abs().max()),
+            None if m is None else float(m.min()),
+            None if m is None else float(m.max()),
+        )
+    )
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    """Sort key by which layer 10 comes after layer 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"\.", path)]

@@ -1,0 +1,211 @@
+"""What transformers' Trainer and TRL's SFTTrainer need in order to train adapters on plain models: one mixin.
+
+    class MyTrainer(AdapterTrainerMixin, Trainer): ...
+
+Checkpoints hold the adapter instead of the whole model, and end with a completion marker; resuming goes on from the
+last complete one; magnitudes get their own learning rate and no weight decay. On a model without adapters everything
+but the marker is the Trainer's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from doratune.checkpoint import save_adapter
+from doratune.errors import AdapterError
+from doratune.model import active_adapter, parameter_groups, trainable_parameters
+from doratune.targets import holders
+from doratune.train.checkpoints import (
+    checkpoints,
+    is_complete,
+    last_checkpoint,
+    mark_complete,
+    restore_adapter,
+    rotate,
+    unmark,
+)
+from doratune.train.extras import require
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+else:
+    Trainer = object
+
+
+class AdapterTrainerMixin(Trainer):
+    """Put it before the Trainer among the bases; attach the adapter before the trainer is made.
+
+    Args:
+        magnitude_learning_rate: of the magnitudes; None: that of the rest.
+        magnitude_weight_decay: of the magnitudes; decay pulls them to 0, not to where they started.
+
+    Everything else goes to the Trainer.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        *args: Any,
+        magnitude_learning_rate: float | None = None,
+        magnitude_weight_decay: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        self.magnitude_learning_rate = magnitude_learning_rate
+        self.magnitude_weight_decay = magnitude_weight_decay
+        with _keeping_masters(model):
+            super().__init__(_trainable_when_quantised(model), *args, **kwargs)
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """The Trainer's own; a quantised model that it makes is declared trainable."""
+        return _trainable_when_quantised(super().call_model_init(trial))
+
+    # The optimiser
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The Trainer's own optimiser, over doratune's parameter groups.
+
+        Raises:
+            AdapterError: if parameters outside the adapter are trained, which its checkpoints would not hold.
+        """
+        model = self.model
+        if active_adapter(model) is None:
+            return super().create_optimizer(*args, **kwargs)
+        _refuse_strangers(model)
+        if self.optimizer is not None:
+            return super().create_optimizer(*args, **kwargs)
+        chosen: Any = self.optimizer_cls_and_kwargs  # type: ignore[has-type]
+        factory, options = chosen or self.get_optimizer_cls_and_kwargs(self.args, model)
+        if not options.keys() & {"params", "model", "optimizer_dict"}:  # else the optimiser makes groups of its own
+            groups = parameter_groups(
+                model,
+                lr=options.get("lr", self.args.learning_rate),
+                magnitude_lr=self.magnitude_learning_rate,
+                weight_decay=self.args.weight_decay,
+                magnitude_weight_decay=self.magnitude_weight_decay,
+            )
+            self.optimizer_cls_and_kwargs = (factory, {**options, "params": groups})
+        try:
+            return super().create_optimizer(*args, **kwargs)
+        finally:
+            self.optimizer_cls_and_kwargs = chosen
+
+    # Checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's own; ``True`` resumes from the last *complete* checkpoint.
+
+        Raises:
+            AdapterError: if there is none, or the one named was cut short.
+        """
+        if resume_from_checkpoint is True:
+            last = last_checkpoint(self.args.output_dir)
+            if last is None:
+                found = len(checkpoints(self.args.output_dir))
+                raise AdapterError(
+                    f"{self.args.output_dir} holds no complete checkpoint to resume from"
+                    + (f" ({found} without a completion marker were passed over)" if found else "")
+                )
+            resume_from_checkpoint = str(last)
+        elif resume_from_checkpoint and not is_complete(resume_from_checkpoint):
+            raise AdapterError(
+                f"{resume_from_checkpoint} has no completion marker, or files that do not fit it: writing it was cut "
+                "short; resume_from_checkpoint=True takes the last complete one"
+            )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        name = active_adapter(self.model)
+        if name is None:
+            super()._save(output_dir, state_dict)
+            return
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        save_adapter(self.model, folder, name)
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        torch.save(self.args, folder / "training_args.bin")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            unmark(folder)
+        with self._without_rotation():  # older ones are deleted once this one is known to be whole
+            super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # every process has written its part
+        if self.args.should_save:
+            mark_complete(folder)
+            rotate(folder.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    @contextlib.contextmanager
+    def _without_rotation(self) -> Any:
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield
+        finally:
+            self.args.save_total_limit = limit
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if active_adapter(self.model) is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            restore_adapter(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if active_adapter(self.model) is None:
+            super()._load_best_model()
+        elif self.state.best_model_checkpoint is not None:
+            restore_adapter(self.model, self.state.best_model_checkpoint)
+
+
+def _trainable_when_quantised(model: Any) -> Any:
+    """Trainer refuses quantised models unless they are known to carry adapters; ours are not PEFT's, but adapters."""
+    if getattr(model, "is_quantized", False) and active_adapter(model) is not None:
+        model._hf_peft_config_loaded = True
+    return model
+
+
+@contextlib.contextmanager
+def _keeping_masters(model: Any) -> Any:
+    """Undo what SFTTrainer does to quantised models: casting trained parameters, magnitudes too, to bfloat16."""
+    parameters = trainable_parameters(model).values() if isinstance(model, nn.Module) else ()
+    masters = [(parameter, parameter.data) for parameter in parameters]
+    yield
+    for parameter, data in masters:
+        if parameter.dtype != data.dtype:
+            parameter.data = data.to(parameter.device)
+
+
+def _refuse_strangers(model: nn.Module) -> None:
+    name = active_adapter(model)
+    own = {id(p) for h in holders(model).values() if name in h.adapter_names() for p in h.adapter_parameters(name)}
+    strangers = [n for n, p in trainable_parameters(model).items() if id(p) not in own]
+    if strangers:
+        raise AdapterError(
+            f"{len(strangers)} trained parameters are no part of the adapter {name!r}, so its checkpoints would not "
+            f"hold them: {', '.join(strangers[:5])}; name their modules in modules_to_save, or freeze them"
+        )
+
+
+def __getattr__(name: str) -> Any:
+    """``AdapterTrainer`` and ``AdapterSFTTrainer``: the mixin on transformers' Trainer and on TRL's."""
+    bases = {"AdapterTrainer": ("transformers", "Trainer"), "AdapterSFTTrainer": ("trl", "SFTTrainer")}
+    if name not in bases:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    library, base = bases[name]
+    made = type(name, (AdapterTrainerMixin, getattr(require(library), base)), {"__module__": __name__})
+    globals()[name] = made  # the same class on every look-up
+    return made
+
+
+if TYPE_CHECKING:
+    AdapterTrainer: Any
+    AdapterSFTTrainer: Any
+
+__all__ = ["AdapterSFTTrainer", "AdapterTrainer", "AdapterTrainerMixin"]

@@ -1,0 +1,29 @@
+"""Settings shared by all tests: fixed seeds, and hypothesis without clocks and chance."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+settings.register_profile(
+    "doratune",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("doratune")
+
+
+def pytest_configure(config):
+    # torch.compile instantiates every autograd.Function it traces, and warns about that itself (torch 2.13).
+    config.addinivalue_line("filterwarnings", "ignore:.*should not be instantiated:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(0)

@@ -1,0 +1,375 @@
+"""Quantised bases: the library's own forward, the norm from transient numbers, full precision after merging."""
+
+import copy
+import logging
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torchao.quantization import (
+    Int8DynamicActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
+    quantize_,
+)
+from torchao.quantization.granularity import PerGroup
+
+import doratune as dt
+from doratune.layers import quantised
+from doratune.ops import reference
+from helpers import error, tiny_llama
+
+IN, OUT = 128, 64
+
+
+def linear(bias=True):
+    torch.manual_seed(0)
+    return nn.Linear(IN, OUT, bias=bias)
+
+
+def bnb_4bit(kind="nf4", nested=True):
+    def make():
+        plain = linear()
+        layer = bnb.nn.Linear4bit(IN, OUT, quant_type=kind, compress_statistics=nested, compute_dtype=torch.float32)
+        layer.weight = bnb.nn.Params4bit(
+            plain.weight.data.clone(), requires_grad=False, quant_type=kind, compress_statistics=nested
+        )
+        layer.bias = plain.bias
+        return layer.to("cpu")
+
+    return make
+
+
+def bnb_8bit():
+    plain = linear()
+    layer = bnb.nn.Linear8bitLt(IN, OUT, has_fp16_weights=False)
+    layer.weight = bnb.nn.Int8Params(plain.weight.data.clone(), requires_grad=False)
+    layer.bias = plain.bias
+    return layer.to("cpu")
+
+
+def torchao(config):
+    def make():
+        model = nn.Sequential(linear())
+        quantize_(model, config)
+        return model[0]
+
+    return make
+
+
+def hqq():
+    settings = BaseQuantizeConfig(nbits=4, group_size=64)
+    return HQQLinear(linear(), settings, compute_dtype=torch.float32, device="cpu")
+
+
+LAYERS = {
+    "nf4": bnb_4bit(),
+    "nf4-single": bnb_4bit(nested=False),
+    "fp4": bnb_4bit("fp4"),
+    "bnb-int8": bnb_8bit,
+    "torchao-int8": torchao(Int8WeightOnlyConfig()),
+    "torchao-int4": torchao(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))),
+    "hqq": hqq,
+}
+every_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+METHODS = {"dora": {}, "lora": {"method": "lora"}, "magnitude": {"rank": 0}, "exact": {"norm_gradient": "exact"}}
+every_method = pytest.mark.parametrize("method", METHODS)
+# bitsandbytes says once that 8-bit inputs become float16 inside.
+pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+
+
+def made(make, method="dora", moved=True, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(make(), nn.ReLU(inplace=True))
+    dt.attach(model, dt.AdapterConfig(**{"rank": 4} | METHODS[method] | options))
+    if moved:
+        move(model)
+    return model
+
+
+@torch.no_grad()
+def move(model):
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.normal_(std=0.1)
+        elif "magnitude" in name:
+            p.mul_(1 + 0.3 * torch.rand_like(p))
+    return model
+
+
+def numbers(layer):
+    (tile,) = [tile for _, tile in layer.kind.rows(layer.base_layer).tiles()]
+    return tile.double()
+
+
+def leaves_of(layer):
+    """A, B and m in float64, zeros where the adapter has none."""
+    found = {}
+    for part in ("lora_A", "lora_B", "magnitude"):
+        group = getattr(layer, part)
+        if "default" in group:
+            found[part] = group["default"].detach().double().requires_grad_()
+    return found
+
+
+def reference_output(layer, x, leaves):
+    adapter = layer.adapters["default"]
+    A = leaves.get("lora_A", torch.zeros(1, IN).double())
+    B = leaves.get("lora_B", torch.zeros(OUT, 1).double())
+    bias = layer.base_layer.bias.detach().double()
+    if "magnitude" not in leaves:
+        return x.double() @ reference.lora_weight(numbers(layer), A, B, adapter.scale).T + bias
+    gradient = adapter.config.norm_gradient
+    return reference.dora_linear(x.double(), numbers(layer), bias, A, B, leaves["magnitude"], adapter.scale, gradient)
+
+
+@every_method
+@every_layer
+def test_output_and_gradients_are_the_references(make, method):
+    model = made(make, method, moved=False)
+    layer = model[0]
+    x = torch.randn(6, IN)
+    assert torch.equal(model(x), layer.base_layer(x).relu())
+    move(model)
+    leaves = leaves_of(layer)
+    expected = reference_output(layer, x, leaves).relu()
+    y = model(x)
+    # An 8-bit bitsandbytes layer rounds its input, too; its base's output stands for W x.
+    coarse = 1e-2 if isinstance(layer.base_layer, bnb.nn.Linear8bitLt) else 1e-5
+    assert error(y, expected) < coarse
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    for part, leaf in leaves.items():
+        assert error(getattr(layer, part)["default"].grad, leaf.grad) < 3 * coarse, part
+    assert all(p.grad is None for p in layer.base_layer.parameters())
+
+
+@every_method
+@every_layer
+def test_merging_gives_a_plain_layer_of_full_precision(make, method):
+    model = made(make, method)
+    x = torch.randn(6, IN)
+    model.eval()
+    with torch.no_grad():
+        y = model(x)
+        (check,) = dt.verify_merge(model)
+        dt.merge(model, verify=True)
+        assert type(model[0]) is nn.Linear
+        assert model[0].weight.dtype == torch.float32
+        assert error(model(x), y) < (2e-2 if make is bnb_8bit else 1e-5)
+    assert check.holds
+    assert check.requantisation < 0.2
+    if method != "magnitude":  # a scaled row falls on the same grid, scaled
+        assert check.requantisation > 1e-4
+
+
+@every_layer
+def test_adapters_act_in_every_mode(make):
+    model = made(make)
+    x = torch.randn(6, IN)
+    with dt.disabled(model):
+        base = model(x)
+    expected = model(x)
+    assert error(expected, base) > 1e-2
+    for training in (True, False):
+        model.train(training)
+        assert error(model(x), expected) < 1e-2
+        with torch.no_grad():
+            assert error(model(x), expected) < 1e-2
+        with torch.inference_mode():
+            assert error(model(x), expected) < 1e-2
+    with torch.autocast("cpu", torch.bfloat16):
+        assert error(model(x), expected) < 5e-2
+
+
+@every_layer
+def test_training_still_works_after_an_evaluation(make):
+    """bitsandbytes would repack a 4-bit weight for good in its first evaluation forward on some processors."""
+    model = made(make)
+    x = torch.randn(6, IN)
+    before = numbers(model[0])
+    model.eval()
+    with torch.no_grad():
+        model(x)
+    model.train()
+    x.requires_grad_()
+    model(x).sum().backward()
+    assert x.grad is not None
+    assert torch.isfinite(x.grad).all()
+    assert x.grad.abs().sum() > 0
+    assert torch.equal(numbers(model[0]), before)
+
+
+@every_layer
+def test_nothing_dequantised_is_kept_for_backward(make):
+    model = made(make, bias="none")
+    tokens = 3
+    kept = []
+
+    def pack(t):
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(torch.randn(tokens, IN))
+    floats = [t for t in kept if type(t) is torch.Tensor and t.is_floating_point() and t.numel() >= OUT * IN]
+    assert floats == []
+
+
+def test_an_nf4_step_keeps_no_more_than_lora_and_its_outputs():
+    """Bytes kept for backward: DoRA's are LoRA's, plus at most one output for each layer."""
+
+    def kept(method):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(bnb_4bit()() for _ in range(1)))
+        dt.attach(model, dt.AdapterConfig(rank=4, method=method))
+        storages = {}
+
+        def pack(t):
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        x = torch.randn(32, IN, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = model(x)
+        return sum(storages.values()), y.numel() * y.element_size()
+
+    lora, _ = kept("lora")
+    dora, output = kept("dora")
+    assert dora <= lora + output + OUT * 8  # g, and which rows have one
+
+
+def test_dynamic_activations_and_repacked_weights_are_refused_by_name():
+    layer = torchao(Int8DynamicActivationInt8WeightConfig())()
+    with pytest.raises(dt.AdapterError, match=r"0: torchao quantises its activations dynamically"):
+        dt.attach(nn.Sequential(layer), dt.AdapterConfig(targets=["0"]))
+    packed = bnb_4bit()()
+    packed.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(dt.AdapterError, match="repacked the weight"):
+        dt.attach(nn.Sequential(packed), dt.AdapterConfig(targets=["0"]))
+
+
+def test_detach_gives_the_quantised_layer_back():
+    layer = bnb_4bit()()
+    before = (layer.support_avx512bf16_for_cpu, layer.weight.data.clone())
+    model = nn.Sequential(layer)
+    dt.attach(model, dt.AdapterConfig(rank=2))
+    assert not layer.support_avx512bf16_for_cpu
+    dt.detach(model)
+    assert model[0] is layer
+    assert (layer.support_avx512bf16_for_cpu, True) == (before[0], torch.equal(layer.weight.data, before[1]))
+
+
+def nf4_llama():
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_use_double_quant=True,
+    )
+
+    def load(folder):
+        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype=torch.float32)
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("llama")
+    model = tiny_llama(hidden_size=64, intermediate_size=128, num_key_value_heads=2)
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _quiet_loading():
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+@pytest.mark.parametrize("use_dora", [True, False])
+def test_files_of_an_nf4_model_go_both_ways_with_peft(folder, tmp_path, use_dora):
+    load = nf4_llama()
+    ids = torch.arange(12)[None] % 32
+    theirs = get_peft_model(
+        load(folder), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], use_dora=use_dora)
+    )
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.1)
+            elif "magnitude" in name:
+                p.mul_(1 + 0.3 * torch.rand_like(p))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = dt.load_adapter(load(folder), tmp_path / "theirs", trainable=True)
+    theirs.train()
+    ours.train()
+    y = theirs(ids).logits
+    assert error(ours(ids).logits, y) < 1e-5
+    theirs(ids, labels=ids).loss.backward()
+    ours(ids, labels=ids).loss.backward()
+    their_gradients = {
+        n.replace("base_model.model.", ""): p.grad for n, p in theirs.named_parameters() if p.grad is not None
+    }
+    for name, p in dt.trainable_parameters(ours).items():
+        wanted = name.replace("lora_A.default", "lora_A.default.weight").replace(
+            "lora_B.default", "lora_B.default.weight"
+        )
+        wanted = wanted.replace("magnitude.default", "lora_magnitude_vector.default.weight")
+        assert error(p.grad, their_gradients[wanted]) < 1e-4, name
+    dt.save_adapter(ours, tmp_path / "ours")
+    again = PeftModel.from_pretrained(load(folder), tmp_path / "ours").train()
+    assert error(again(ids).logits, y) < 1e-5
+
+
+def test_a_quantised_model_of_transformers_trains_with_trainer_and_merges(folder, tmp_path):
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
+
+    from doratune.train import AdapterTrainerMixin
+
+    class AdapterTrainer(AdapterTrainerMixin, Trainer):
+        pass
+
+    model = nf4_llama()(folder)
+    dt.attach(model, dt.AdapterConfig(rank=4, norm_gradient="exact"))
+    rows = [{"input_ids": list(range(8)), "labels": list(range(8))}] * 8
+    arguments = TrainingArguments(
+        str(tmp_path / "run"),
+        max_steps=4,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+    )
+    trainer = AdapterTrainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows))
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    ids = torch.arange(8)[None]
+    model.eval()
+    with torch.no_grad():
+        y = model(ids).logits
+        dt.merge(model, verify=True)
+        assert error(model(ids).logits, y) < 1e-4
+    assert not any(quantised.library_of(m) for m in model.modules())
+    model.save_pretrained(tmp_path / "merged")
+    plain = type(model).from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        assert error(plain.eval()(ids).logits, y) < 1e-4
+
+
+def test_copies_train_on_their_own():
+    model = made(bnb_4bit())
+    other = copy.deepcopy(model)
+    x = torch.randn(4, IN)
+    assert error(other(x), model(x)) < 1e-6
+    with torch.no_grad():
+        other[0].magnitude["default"].mul_(2)
+    assert error(other(x), model(x)) > 1e-2

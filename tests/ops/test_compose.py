@@ -1,0 +1,250 @@
+"""The output of an adapted layer from the output of its base, and what its backward pass keeps."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from doratune.ops import reference
+from doratune.ops.compose import OutputGuard, dense_low_rank, low_rank_update, scale_rows
+from helpers import error
+
+SHAPES = [(7,), (1, 7), (5, 7), (2, 3, 7), (2, 1, 2, 7), (0, 7), (2, 0, 7)]
+
+
+def tensors(shape=(5, 7), out=6, rank=3, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def new(*size):
+        return torch.randn(size, generator=generator)
+
+    x = new(*shape).to(dtype)
+    return x, new(out, shape[-1]).to(dtype), new(rank, shape[-1]), new(out, rank), new(out) + 2, new(out)
+
+
+def by_update(x, W, A, B, scale):
+    return low_rank_update(F.linear(x, W), x, A, B, scale)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("function", [dense_low_rank, by_update])
+def test_low_rank_change_and_its_gradients(function, shape):
+    x, W, A, B, _, _ = tensors(shape)
+    leaves = [t.requires_grad_() for t in (x, A, B)]
+    doubles = [t.detach().double().requires_grad_() for t in (x, A, B)]
+    y = function(x, W, A, B, 0.6)
+    expected = F.linear(doubles[0], reference.lora_weight(W.double(), *doubles[1:], 0.6))
+    assert y.shape == expected.shape == (*shape[:-1], 6)
+    assert error(y, expected) < 1e-5
+    dy = torch.randn(y.shape)
+    for f, e in zip(
+        torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, doubles, dy.double()), strict=True
+    ):
+        assert f.dtype == torch.float32
+        assert error(f, e) < 1e-5
+
+
+@given(
+    batch=st.lists(st.integers(0, 4), max_size=3),
+    columns=st.integers(1, 9),
+    out=st.integers(1, 9),
+    rank=st.integers(1, 5),
+    scale=st.sampled_from([0.25, 1.0, 16.0]),
+    has_bias=st.booleans(),
+    keep_output=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape(batch, columns, out, rank, scale, has_bias, keep_output, seed):
+    x, W, A, B, g, b = tensors((*batch, columns), out, rank, seed=seed)
+    b = b if has_bias else None
+    g = torch.where(g.abs() < 0.2, 0.7, g)
+    leaves = [t.requires_grad_() for t in (x, A, B, g)]
+    y = scale_rows(dense_low_rank(x, W, A, B, scale), g, None, b, keep_output=keep_output)
+    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    x2, A2, B2, g2 = doubles
+    expected = F.linear(x2, g2[:, None] * reference.lora_weight(W.double(), A2, B2, scale))
+    expected = expected if b is None else expected + b.double()
+    assert y.shape == expected.shape
+    assert error(y, expected) < 1e-5
+    dy = torch.randn(y.shape)
+    found = torch.autograd.grad(y, leaves, dy)
+    for f, e in zip(found, torch.autograd.grad(expected, doubles, dy.double()), strict=True):
+        assert error(f, e) < 1e-4  # few rows: sums may cancel
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("keep_output", [False, True])
+@pytest.mark.parametrize("biases", ["none", "outer", "both", "swapped"])
+def test_scale_and_its_gradients(biases, keep_output, shape):
+    u, _, _, _, g, b = tensors(shape, out=7)
+    inner, outer = {"none": (None, None), "outer": (None, b), "both": (b, b), "swapped": (2 * b, b)}[biases]
+    distinct = {id(t): t for t in (u, g, inner, outer) if t is not None}
+    leaves = [t.requires_grad_() for t in distinct.values() if t.is_leaf]
+    if biases == "swapped":
+        inner = inner.detach().requires_grad_()
+        leaves = [u, g, inner, outer]
+    doubles = {id(t): t.detach().double().requires_grad_() for t in leaves}
+    y = scale_rows(u, g, inner, outer, keep_output=keep_output)
+    u2, g2 = doubles[id(u)], doubles[id(g)]
+    i2, o2 = (0 if t is None else doubles[id(t)] for t in (inner, outer))
+    expected = g2 * (u2 - i2) + o2
+    assert error(y, expected) < 1e-5
+    dy = torch.randn(y.shape)
+    found = torch.autograd.grad(y, leaves, dy)
+    for f, e in zip(found, torch.autograd.grad(expected, list(doubles.values()), dy.double()), strict=True):
+        assert error(f, e) < 1e-5
+
+
+def test_features_in_another_dimension():
+    u, g, b = torch.randn(2, 3, 4, 5, requires_grad=True), torch.rand(3) + 0.5, torch.randn(3)
+    g.requires_grad_()
+    for keep_output in (False, True):
+        y = scale_rows(u, g, b, b, dim=1, keep_output=keep_output)
+        g2, u2 = g.detach().double().requires_grad_(), u.detach().double().requires_grad_()
+        shape = (1, 3, 1, 1)
+        expected = g2.view(shape) * (u2 - b.view(shape)) + b.view(shape)
+        assert error(y, expected) < 1e-6
+        dy = torch.randn(y.shape)
+        found = torch.autograd.grad(y, (u, g), dy)
+        for f, e in zip(found, torch.autograd.grad(expected, (u2, g2), dy.double()), strict=True):
+            assert error(f, e) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(600, 7), (1, 600, 7), (3, 300, 7), (1, 7), (7,)], ids=str)
+@pytest.mark.parametrize("keep_output", [False, True])
+def test_pieces_make_no_difference(monkeypatch, keep_output, shape):
+    from doratune.ops import compose
+
+    u, _, _, _, g, b = tensors(shape, out=7)
+    g = g.abs() + 0.1
+    dy = torch.randn(u.shape)
+    results = []
+    for piece in (compose.PIECE, 100):
+        monkeypatch.setattr(compose, "PIECE", piece)
+        u1, g1, b1 = (t.clone().requires_grad_() for t in (u, g, b))
+        y = scale_rows(u1, g1, None, b1, keep_output=keep_output)
+        results.append((y.detach(), *torch.autograd.grad(y, (u1, g1, b1), dy)))
+    for whole, pieces in zip(*results, strict=True):
+        assert error(pieces, whole) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_scale_is_applied_in_float32(dtype):
+    """In the output's dtype a g near 1 would be rounded to 8 bits, and so would sums for its gradient."""
+    u = torch.randn(512, 6).to(dtype)
+    g = 1 + torch.arange(6) * 1e-3
+    y = scale_rows(u, g.requires_grad_())
+    expected = (u.double() * g.double()).to(dtype)
+    assert y.dtype == dtype
+    assert torch.equal(y, expected)
+    dy = torch.randn(512, 6).to(dtype)
+    (dg,) = torch.autograd.grad(y, g, dy)
+    assert error(dg, (dy.double() * u.double()).sum(0)) < 1e-5
+
+
+def test_a_scale_of_one_changes_nothing():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        u, b = torch.randn(64, 6).to(dtype), torch.randn(6).to(dtype)
+        assert torch.equal(scale_rows(u, torch.ones(6)), u)
+        assert torch.equal(scale_rows(u, torch.ones(6), b, b), u)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-8])
+def test_scales_of_zero_have_their_gradient(size):
+    u, _, _, _, g, b = tensors((9, 7), out=7)
+    g = (g * size).requires_grad_()
+    y = scale_rows(u, g, None, b)  # such a layer keeps u
+    assert error(y, g.detach() * u + b) < 1e-6
+    dy = torch.randn(9, 7)
+    (dg,) = torch.autograd.grad(y, g, dy)
+    assert error(dg, (dy.double() * u.double()).sum(0)) < 1e-5
+
+
+def test_a_bias_of_100_costs_no_digits():
+    u, _, _, _, g, _ = tensors((9, 7), out=7)
+    b = torch.full((7,), 100.0)
+    g.requires_grad_()
+    dy = torch.randn(9, 7)
+    (dg,) = torch.autograd.grad(scale_rows(u, g, None, b), g, dy)
+    assert error(dg, (dy.double() * u.double()).sum(0)) < 1e-5
+
+
+@pytest.mark.parametrize("afterwards", ["none", "add_", "relu_", "zero_", "copy_"])
+@pytest.mark.parametrize("hooks", [False, True])
+def test_the_guard_recomputes_what_was_overwritten(afterwards, hooks):
+    u, _, _, _, g, b = tensors((9, 7), out=7)
+    called = []
+
+    def recompute(kept):
+        called.append(True)
+        return kept
+
+    dy = torch.randn(9, 7)
+    g.requires_grad_(), u.requires_grad_()
+    context = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t) if hooks else torch.enable_grad()
+    with context:
+        y = scale_rows(u, g, None, b, guard=OutputGuard(recompute, u.detach()), keep_output=True)
+        before = y.detach().clone()
+        factor = torch.ones(9, 7)
+        if afterwards == "add_":
+            y.add_(1)
+        elif afterwards == "relu_":
+            y.relu_()
+            factor = (before > 0).float()
+        elif afterwards in ("zero_", "copy_"):
+            y.zero_() if afterwards == "zero_" else y.copy_(torch.ones(9, 7))
+            factor = torch.zeros(9, 7)
+    du, dg = torch.autograd.grad(y, (u, g), dy)
+    assert error(du, g.detach() * dy * factor) < 1e-6
+    assert error(dg, (dy * factor * u.detach()).double().sum(0)) < 1e-5
+    assert bool(called) == (afterwards != "none")
+
+
+# What is kept for the backward pass
+
+
+def kept_by(run):
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = run()
+    return list(kept.values()), result
+
+
+@pytest.mark.parametrize("keep_output", [False, True])
+def test_nothing_of_the_weights_size_is_kept_but_the_weight(keep_output):
+    """bf16: x, W, the small A x, and one output; no float32 copy of anything large."""
+    x, W, A, B, g, b = tensors((64, 48), out=56, rank=4, dtype=torch.bfloat16)
+    for t in (x, A, B, g):
+        t.requires_grad_()
+    kept, _ = kept_by(lambda: scale_rows(dense_low_rank(x, W, A, B, 0.5), g, None, b, keep_output=keep_output))
+    sizes = sorted((t.numel() * t.element_size() for t in kept), reverse=True)
+    large = [t for t in kept if t.numel() > 64 * 4]
+    assert all(t.dtype == torch.bfloat16 for t in large)
+    assert [t.untyped_storage().data_ptr() for t in kept].count(W.untyped_storage().data_ptr()) == 1
+    allowed = 2 * (64 * 48 + 56 * 48 + 64 * 56 + 64 * 4) + 4 * (4 * 48 + 56 * 4)
+    assert sum(sizes) <= allowed
+
+
+def test_no_gradient_reaches_a_frozen_weight():
+    x, W, A, B, _, _ = tensors()
+    W.requires_grad_()
+    A.requires_grad_()
+    y = dense_low_rank(x, W, A, B, 0.5)
+    assert torch.autograd.grad(y.sum(), W, allow_unused=True) == (None,)
+
+
+def test_what_needs_no_gradient_is_not_computed():
+    x, W, A, B, _, _ = tensors()
+    x.requires_grad_()
+    (dx,) = torch.autograd.grad(dense_low_rank(x, W, A, B, 0.5).sum(), x)
+    assert error(dx, (W.double() + 0.5 * B.double() @ A.double()).sum(0).expand(5, 7)) < 1e-5
+    x.requires_grad_(False)
+    B.requires_grad_()
+    (dB,) = torch.autograd.grad(dense_low_rank(x, W, A, B, 0.5).sum(), B)
+    assert error(dB, (0.5 * x.double() @ A.double().T).sum(0).expand(6, 3)) < 1e-5

@@ -1,0 +1,16 @@
+import pytest
+
+from doratune.study.curves import _smooth, draw_curves
+
+pytest.importorskip("matplotlib")
+
+
+def test_a_picture_is_drawn_of_runs_of_any_length(tmp_path):
+    long = [{"step": s, "loss": 3 - s / 100} for s in range(50)] + [{"step": 0, "eval_loss": 3.0}]
+    draw_curves({"a": long, "b": [], "c": long[:1]}, tmp_path / "x.png", "title")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_running_mean_is_not_pulled_to_zero():
+    assert _smooth([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
+    assert _smooth([]) == []

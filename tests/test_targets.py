@@ -1,0 +1,356 @@
+import pytest
+import torch
+from torch import nn
+
+import doratune as dt
+from doratune.targets import adapted_layers, as_targets, matches, plain_modules, saved_modules
+from helpers import assert_same, ids, move, output, snapshot, tiny, tiny_llama
+
+LINEARS = {f"layers.{i}.{n}" for i in (0, 1) for n in ("q_proj", "v_proj", "up", "down")}
+
+
+def attached(model=None, **options):
+    model = tiny() if model is None else model
+    dt.attach(model, dt.AdapterConfig(**{"rank": 2} | options))
+    return model
+
+
+def paths(model):
+    return set(adapted_layers(model))
+
+
+def refused(model, *words, **options):
+    """The error's text; the model is as it was."""
+    before = snapshot(model)
+    with pytest.raises(dt.AdapterError) as caught:
+        attached(model, **options)
+    assert_same(before, snapshot(model))
+    for word in words:
+        assert word in str(caught.value)
+    return str(caught.value)
+
+
+# Which modules
+
+
+def test_all_linear_leaves_the_head_and_the_embedding():
+    assert paths(attached()) == LINEARS
+
+
+def test_all_linear_without_a_head_takes_every_linear():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    assert paths(attached(model)) == {"0", "2"}
+
+
+def test_all_linear_of_a_transformers_model():
+    model = attached(tiny_llama())
+    assert len(paths(model)) == 14
+    assert not any("lm_head" in p or "embed" in p for p in paths(model))
+
+
+def test_all_linear_takes_transformers_conv1d_and_leaves_the_classifier():
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    config = GPT2Config(vocab_size=32, n_positions=8, n_embd=8, n_layer=1, n_head=2, pad_token_id=0)
+    model = attached(GPT2ForSequenceClassification(config))
+    names = {p.rpartition(".")[2] for p in paths(model)}
+    assert names == {"c_attn", "c_proj", "c_fc"}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"targets": ["q_proj"]}, {"layers.0.q_proj", "layers.1.q_proj"}),
+        ({"targets": ["1.q_proj", "embed"]}, {"layers.1.q_proj", "embed"}),
+        ({"targets": ["layers.0.up"]}, {"layers.0.up"}),
+        ({"targets": r"layers\.\d\.(up|down)"}, {f"layers.{i}.{n}" for i in (0, 1) for n in ("up", "down")}),
+        ({"targets": r".*proj"}, {f"layers.{i}.{n}" for i in (0, 1) for n in ("q_proj", "v_proj")}),
+        ({"targets": ["lm_head"]}, {"lm_head"}),
+        ({"exclude": ["q_proj", "0.up"]}, LINEARS - {"layers.0.q_proj", "layers.1.q_proj", "layers.0.up"}),
+        ({"exclude": r"layers\.0\..*"}, {p for p in LINEARS if p.startswith("layers.1")}),
+        ({"targets": ["up"], "exclude": r".*\.0\..*"}, {"layers.1.up"}),
+        ({"modules_to_save": ["layers.0"]}, {p for p in LINEARS if p.startswith("layers.1")}),
+    ],
+    ids=lambda v: str(v) if isinstance(v, dict) else "",
+)
+def test_selection(options, expected):
+    assert paths(attached(**options)) == expected
+
+
+def test_names_match_whole_parts_of_a_path():
+    assert matches("layers.0.up", ["up"])
+    assert matches("up", ["up"])
+    assert not matches("layers.0.group", ["up"])
+    assert not matches("layers.0.up.inner", ["up"])
+    assert matches("layers.0.up", r".*up")
+    assert not matches("layers.0.up2", r".*up")
+    assert not matches("layers.0.up", "")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ({"a.q", "b.q"}, ["q"]),
+        ({"a.q"}, ["a.q"]),
+        ({"q"}, r"q"),
+    ],
+    ids=["last parts", "a path", "an expression"],
+)
+def test_paths_as_the_shortest_targets(chosen, expected):
+    modules = ["", "a", "a.q", "b", "b.q", "b.v", "q"]
+    modules = modules if "q" in chosen else modules[:-1]
+    assert as_targets(sorted(chosen), modules) == expected
+
+
+# Ranks and scales
+
+
+def test_ranks_and_alphas_for_some_modules():
+    model = attached(rank=4, alpha=4, rank_pattern={"q_proj": 8, r"layers\.1\.up": 0}, alpha_pattern={"down": 12})
+    found = {p: layer.adapters["default"] for p, layer in adapted_layers(model).items()}
+    assert {p: a.rank for p, a in found.items() if a.rank != 4} == {
+        "layers.0.q_proj": 8,
+        "layers.1.q_proj": 8,
+        "layers.1.up": 0,
+    }
+    assert found["layers.0.q_proj"].scale == 0.5
+    assert found["layers.0.down"].scale == 3
+    layer = adapted_layers(model)["layers.1.up"]
+    assert "default" not in layer.lora_A
+    assert "default" in layer.magnitude
+
+
+# Errors
+
+
+def test_a_misspelt_target_gets_a_suggestion():
+    refused(tiny(), "'q_porj' matches no module", "did you mean q_proj", targets=["q_porj", "up"])
+
+
+def test_targets_that_match_nothing_are_all_listed():
+    text = refused(tiny(), "'nothing'", "'nix'", "'lost'", targets=["nothing", "nix"], modules_to_save=["lost"])
+    assert "3 problems" in text
+    assert "q_proj" in text  # what there is
+
+
+@pytest.mark.parametrize("targets", [r"blocks\..*", r".*proj2"])
+def test_an_expression_that_matches_nothing(targets):
+    refused(tiny(), repr(targets), "matches no module", targets=targets)
+
+
+def test_a_model_without_linear_layers():
+    refused(nn.Sequential(nn.ReLU()), "no linear layer")
+
+
+def test_kinds_that_are_not_served_are_named_with_what_is():
+    text = refused(tiny(), "layers.0.norm", "LayerNorm", "linear", "embedding", targets=["norm"])
+    assert "2 problems" in text
+
+
+# Modules whose adapters would do nothing
+
+
+class WithAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.out = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.out(self.attention(x, x, x, need_weights=False)[0])
+
+
+def transformer(layers=1):
+    return nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), layers, enable_nested_tensor=False
+    )
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("make", [WithAttention, transformer], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("no_grad", [True, False])
+def test_no_adapter_is_bypassed(make, training, no_grad):
+    """Whatever is adapted acts, in every mode; what could not act is left alone and named."""
+    torch.manual_seed(0)
+    model = make()
+    attached(model)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+    model.train(training)
+    x = torch.randn(2, 3, 8)
+    left = dt.summary(model).left_alone
+    assert not set(left) & paths(model)
+    with torch.set_grad_enabled(not no_grad):
+        before = model(x).detach().clone()
+        for layer in adapted_layers(model).values():
+            for group in (layer.lora_B, layer.magnitude):
+                with torch.no_grad():
+                    group["default"].add_(0.5)
+                after = model(x).detach().clone()
+                assert not torch.equal(before, after), layer.path
+                before = after
+
+
+@pytest.mark.parametrize("targets", [["out_proj"], r".*out_proj"], ids=["name", "expression"])
+def test_an_attentions_output_projection_is_never_wrapped_in_vain(targets):
+    model = WithAttention().eval()
+    x = torch.randn(2, 3, 8)
+    message = ""
+    try:
+        attached(model, targets=targets)
+    except dt.AdapterError as refused:
+        message = str(refused)
+    if message:
+        assert "attention.out_proj" in message
+        assert "would do nothing there" in message
+        assert isinstance(model.attention.out_proj, nn.Linear)
+        return
+    with torch.no_grad():
+        before = model(x)
+        move(model)
+        assert not torch.equal(model(x), before)
+
+
+# Modules trained whole
+
+
+def test_modules_to_save_train_a_copy_and_leave_the_original():
+    model = tiny()
+    x = ids()
+    before = output(model, x)
+    original = model.lm_head.weight
+    attached(model, modules_to_save=["lm_head", "norm"])
+    assert set(saved_modules(model)) == {"lm_head", "layers.0.norm", "layers.1.norm"}
+    assert torch.equal(output(model, x), before)
+    trained = dt.trainable_parameters(model)
+    assert "lm_head.copies.default.weight" in trained
+    assert all(".base_layer." not in n for n in trained)
+    optimizer = torch.optim.SGD(trained.values(), lr=0.5)
+    model(x).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(output(model, x), before)
+    assert original.grad is None
+    with dt.disabled(model):
+        assert torch.equal(output(model, x), before)
+    moved = model.lm_head.weight.detach().clone()
+    expected = output(model, x)
+    assert not torch.equal(moved, original)
+    dt.merge(model)
+    assert type(model.lm_head) is nn.Linear
+    assert torch.equal(model.lm_head.weight, moved)
+    assert torch.allclose(output(model, x), expected, atol=1e-5)
+
+
+def test_saved_modules_give_back_the_original_when_detached():
+    model = tiny()
+    before = snapshot(model)
+    attached(model, modules_to_save=["lm_head"], bias="all")
+    for p in dt.trainable_parameters(model).values():
+        p.data.add_(0.1)
+    dt.detach(model)
+    assert_same(before, snapshot(model))
+
+
+def test_a_saved_container_owns_what_is_inside():
+    class Headed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(4, 4)
+            self.head = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+
+        def forward(self, x):
+            return self.head(self.body(x))
+
+    for bias in ("none", "all", "lora_only"):
+        torch.manual_seed(0)
+        model = Headed()
+        x = torch.randn(5, 4)
+        before = model(x)
+        attached(model, modules_to_save=["head"], bias=bias)
+        assert set(adapted_layers(model)) == {"body"}
+        assert set(saved_modules(model)) == {"head"}
+        assert torch.equal(model(x), before)
+        model(x).sum().backward()
+        assert all(p.grad is not None for p in dt.trainable_parameters(model).values())
+        with torch.no_grad():
+            for p in dt.trainable_parameters(model).values():
+                p.add_(0.1)
+            expected = model(x)
+            with dt.disabled(model):
+                assert torch.equal(model(x), before)
+            assert torch.allclose(dt.merge(model)(x), expected, atol=1e-5)
+
+
+# Biases
+
+
+@pytest.mark.parametrize(
+    ("bias", "expected"),
+    [
+        ("none", set()),
+        ("lora_only", {f"layers.{i}.{n}" for i in (0, 1) for n in ("q_proj", "up", "down")}),
+        ("all", {f"layers.{i}.{n}" for i in (0, 1) for n in ("q_proj", "up", "down", "norm")}),
+    ],
+)
+def test_biases(bias, expected):
+    model = tiny()
+    x = ids()
+    before = output(model, x)
+    attached(model, bias=bias)
+    assert torch.equal(output(model, x), before)
+    trained = {n for n in dt.trainable_parameters(model) if "bias" in n}
+    owners = {n.split(".adapter_bias")[0].split(".copies")[0] for n in trained}
+    assert owners == expected
+    model(x).square().mean().backward()
+    with torch.no_grad():
+        for name in trained:
+            p = dt.trainable_parameters(model)[name]
+            assert p.grad is not None
+            assert p.grad.any()
+            p.add_(1)
+    moved = output(model, x)
+    assert torch.equal(moved, before) == (not expected)
+    with dt.disabled(model):
+        assert torch.equal(output(model, x), before)
+    dt.merge(model)
+    assert torch.allclose(output(model, x), moved, atol=1e-5)
+
+
+# Paths
+
+
+def test_paths_are_those_of_the_plain_model():
+    model = tiny()
+    plain = set(plain_modules(model))
+    attached(model, modules_to_save=["lm_head"], bias="all")
+    dt.attach(model, dt.AdapterConfig(rank=3, targets=["embed", "up"]), "second")
+    assert set(plain_modules(model)) == plain
+
+
+def test_wrapped_blocks_keep_their_plain_paths():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = tiny()
+    x = ids()
+    before = output(model, x)
+    model.layers[0] = checkpoint_wrapper(model.layers[0])
+    model.layers[1] = torch.compile(model.layers[1], backend="eager")
+    attached(model, targets=["up", "layers.0.down"])
+    assert paths(model) == {"layers.0.up", "layers.1.up", "layers.0.down"}
+    with torch.compiler.set_stance("force_eager"):
+        assert torch.allclose(output(model, x), before)
+        move(model)
+        assert not torch.allclose(output(model, x), before)
+    dt.detach(model)
+    assert not paths(model)
+
+
+def test_a_compiled_model_is_seen_through():
+    model = tiny()
+    compiled = torch.compile(model, backend="eager")
+    assert dt.attach(compiled, dt.AdapterConfig(rank=2)) is compiled
+    assert paths(model) == paths(compiled) == LINEARS
+    assert dt.summary(compiled).trained == dt.summary(model).trained > 0

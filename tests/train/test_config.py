@@ -1,0 +1,91 @@
+import dataclasses
+
+import pytest
+
+import doratune as dt
+from doratune.train import AdapterOptions, TrainConfig
+from doratune.train.config import listed
+
+
+def config(**values):
+    return TrainConfig(**{"model": "m", "data": ("d",), **values})
+
+
+def test_defaults_of_the_adapter_are_those_of_adapter_config():
+    assert config().adapter_config() == dt.AdapterConfig()
+    for field in dataclasses.fields(dt.AdapterConfig):
+        assert getattr(AdapterOptions(), field.name) == getattr(dt.AdapterConfig(), field.name)
+    assert [f.name for f in dataclasses.fields(AdapterOptions)] == [
+        f.name for f in dataclasses.fields(dt.AdapterConfig)
+    ]
+
+
+def test_every_option_has_help():
+    import inspect
+    import re
+
+    source = inspect.getsource(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        assert re.search(rf'    {field.name}: [^\n]*\n    """', source), f"{field.name} has no docstring"
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [("dora", ("dora", 16)), ("lora", ("lora", 16)), ("magnitude", ("dora", 0)), ("full", None)],
+)
+def test_methods(method, expected):
+    found = config(method=method).adapter_config()
+    assert (found and (found.method, found.rank)) == expected
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (("q_proj",), ("q_proj",)),
+        ("q_proj", ("q_proj",)),
+        (("q_proj", "v_proj"), ("q_proj", "v_proj")),
+        (("self_attn.q_proj",), ("self_attn.q_proj",)),
+        ((r".*\.(q|v)_proj",), r".*\.(q|v)_proj"),
+        (("all-linear",), "all-linear"),
+    ],
+)
+def test_one_word_that_is_no_name_is_an_expression(targets, expected):
+    assert config(adapter=AdapterOptions(targets=targets)).adapter_config().targets == expected
+
+
+def test_every_problem_is_found_at_once():
+    wrong = config(
+        data=(),
+        max_length=0,
+        steps=0,
+        learning_rate=float("nan"),
+        warmup=-1,
+        eval_fraction=1.0,
+        resume=True,
+        save_every=None,
+        adapter=AdapterOptions(rank=-1, dropout=2),
+    )
+    found = "\n".join(wrong.problems())
+    for name in (
+        "data",
+        "max_length",
+        "steps",
+        "learning_rate",
+        "warmup",
+        "eval_fraction",
+        "resume",
+        "rank",
+        "dropout",
+    ):
+        assert name in found
+    assert list(config().problems()) == []
+
+
+def test_two_methods_that_contradict_each_other_are_refused():
+    with pytest.raises(dt.AdapterError, match=r"method is 'dora', but the adapter's is 'lora'"):
+        config(adapter=dt.AdapterConfig(method="lora")).adapter_config()
+
+
+def test_an_error_is_taken_apart():
+    assert listed(dt.AdapterError.of("h", ["a", "b"])) == ["a", "b"]
+    assert listed(dt.AdapterError.of("h", ["a"])) == ["h: a"]

@@ -1,0 +1,55 @@
+import sys
+
+import pytest
+import torch
+from train.tiny import save_model
+
+import doratune as dt
+from doratune.train.extras import require
+from doratune.train.models import choose_dtype, load_model, load_tokenizer, model_problem
+
+pytest.importorskip("transformers")
+
+
+def test_problems_seen_without_loading(tmp_path):
+    assert "no such folder" in model_problem(str(tmp_path / "absent"))
+    assert "no such folder" in model_problem("./absent")
+    assert "no config.json" in model_problem(str(tmp_path))
+    (tmp_path / "file").touch()
+    assert "is a file" in model_problem(str(tmp_path / "file"))
+    assert model_problem("owner/name") is None
+
+
+def test_a_folder_is_loaded_in_the_dtype_asked_for(tmp_path):
+    save_model(tmp_path)
+    assert load_model(str(tmp_path), torch.bfloat16).dtype == torch.bfloat16
+    assert load_model(str(tmp_path), task=None).dtype == torch.float32
+    assert load_tokenizer(str(tmp_path)).eos_token == "<end>"
+
+
+def test_a_broken_folder_is_named(tmp_path):
+    save_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(dt.AdapterError, match="could not be loaded"):
+        load_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(dt.AdapterError, match="could not be loaded"):
+        load_model(str(tmp_path))
+    with pytest.raises(dt.AdapterError, match="no such folder"):
+        load_tokenizer(str(tmp_path / "absent"))
+
+
+def test_dtypes():
+    assert choose_dtype("bfloat16") == torch.bfloat16
+    if not torch.cuda.is_available():
+        assert choose_dtype("auto") == torch.float32
+        with pytest.raises(dt.AdapterError, match="needs a GPU"):
+            choose_dtype("float16")
+
+
+def test_a_missing_library_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(dt.AdapterError, match=r"needs transformers.*pip install 'doratune\[train\]'"):
+        require("transformers")
+    with pytest.raises(dt.AdapterError, match=r"doratune\[study\]"):
+        require("no_such_library.inside", "study")

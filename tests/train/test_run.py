@@ -1,0 +1,155 @@
+import io
+import json
+import shutil
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from train.tiny import llama, save_model, write_text
+
+import doratune as dt
+from doratune.train import AdapterOptions, TrainConfig, TrainResult, train
+from doratune.train.checkpoints import checkpoints
+from doratune.train.results import read_metrics
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("assets")
+    return save_model(folder / "model"), write_text(folder / "text.txt")
+
+
+def config(assets, output, **values):
+    options = {
+        "max_length": 16,
+        "steps": 6,
+        "batch_size": 2,
+        "learning_rate": 1e-2,
+        "log_every": 1,
+        "save_every": 2,
+        "adapter": AdapterOptions(rank=4),
+    }
+    return TrainConfig(model=str(assets[0]), data=(str(assets[1]),), output=output, **{**options, **values})
+
+
+def test_a_run_learns_and_leaves_what_it_promises(assets, tmp_path):
+    screen = io.StringIO()
+    result = train(config(assets, tmp_path / "run", prompt="once", sample_tokens=4), Console(file=screen, width=200))
+    folder = tmp_path / "run"
+    assert result.loss_after < result.loss_before
+    assert TrainResult.load(folder) == result
+    assert {p.name for p in folder.iterdir()} == {
+        "adapter",
+        "checkpoints",
+        "curves.png",
+        "metrics.jsonl",
+        "results.json",
+    }
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    records = read_metrics(folder / "metrics.jsonl")
+    assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in records if "eval_loss" in r] == [0, 6]
+    assert records[-1]["eval_loss"] == result.loss_after
+    assert records[-1]["tokens"] == 6 * 2 * 16
+    assert "step 6/6" in screen.getvalue()
+    assert "tokens/s" in screen.getvalue()
+    assert result.sample_before is not None
+    model = dt.load_adapter(llama(), folder / "adapter")
+    about = dt.summary(model)
+    assert (about.direction, about.magnitude, about.base) == (result.direction, result.magnitude, result.base)
+    assert result.steps == 6
+
+
+@pytest.mark.parametrize("method", ["lora", "magnitude"])
+def test_other_methods(assets, tmp_path, method):
+    result = train(config(assets, tmp_path / "run", method=method))
+    assert result.loss_after < result.loss_before
+    assert (result.magnitude > 0) == (method == "magnitude")
+    dt.load_adapter(llama(), tmp_path / "run" / "adapter")
+
+
+def test_full_fine_tuning_writes_a_model(assets, tmp_path):
+    from doratune.train.models import load_model
+
+    result = train(config(assets, tmp_path / "run", method="full"))
+    assert result.trained == result.base
+    assert result.loss_after < result.loss_before
+    loaded = load_model(result.adapter)
+    assert not torch.equal(loaded.model.layers[0].mlp.up_proj.weight, llama().model.layers[0].mlp.up_proj.weight)
+
+
+def test_two_runs_are_equal_and_a_resumed_one_too(assets, tmp_path):
+    first = train(config(assets, tmp_path / "a"))
+    second = train(config(assets, tmp_path / "b"))
+    assert first.loss_after == second.loss_after
+    # Killed while checkpoint-6 was written, metrics ahead of the checkpoint, one line cut.
+    (tmp_path / "b" / "checkpoints" / "checkpoint-6" / "complete.json").unlink()
+    shutil.rmtree(tmp_path / "b" / "adapter")
+    with (tmp_path / "b" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
+    resumed = train(config(assets, tmp_path / "b", resume=True))
+    assert resumed.loss_after == first.loss_after
+    assert resumed.loss_before == first.loss_before
+    one, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in "ab")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    metrics = [
+        [(r["step"], r.get("loss"), r.get("eval_loss")) for r in read_metrics(tmp_path / name / "metrics.jsonl")]
+        for name in "ab"
+    ]
+    assert metrics[0] == metrics[1]
+
+
+def test_checkpoints_are_limited(assets, tmp_path):
+    train(config(assets, tmp_path / "a", save_every=1, keep=2))
+    assert [p.name for p in checkpoints(tmp_path / "a" / "checkpoints")] == ["checkpoint-5", "checkpoint-6"]
+
+
+def test_epochs_count_where_steps_are_absent(assets, tmp_path):
+    result = train(config(assets, tmp_path / "a", steps=None, epochs=0.25, save_every=None))
+    assert result.steps == pytest.approx(result.blocks / 2 / 4, abs=1)
+    assert not checkpoints(tmp_path / "a" / "checkpoints")
+
+
+def test_wrong_input_is_listed_before_a_model_is_loaded(assets, tmp_path, monkeypatch):
+    monkeypatch.setattr("doratune.train.run.load_model", lambda *_: pytest.fail("a model was loaded"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "something").touch()
+    wrong = config(assets, tmp_path / "full", steps=-1, batch_size=0)
+    wrong.model, wrong.data = str(tmp_path / "no model"), ("no.txt",)
+    with pytest.raises(dt.AdapterError) as caught:
+        train(wrong)
+    for part in ("5 problems", "steps", "batch_size", "no.txt: no such file", "no such folder", "is not empty"):
+        assert part in str(caught.value)
+
+
+def test_resume_without_checkpoints_is_refused(assets, tmp_path):
+    with pytest.raises(dt.AdapterError, match="no checkpoint to resume from"):
+        train(config(assets, tmp_path / "absent", resume=True))
+
+
+def test_targets_that_match_nothing_are_refused(assets, tmp_path):
+    with pytest.raises(dt.AdapterError, match="matches no module"):
+        train(config(assets, tmp_path / "a", adapter=AdapterOptions(targets=("nothing",))))
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(assets, tmp_path):
+    with pytest.raises(dt.AdapterError, match=r"the loss is .* at step"):
+        train(config(assets, tmp_path / "a", learning_rate=1e30, max_grad_norm=0, method="full", save_every=None))
+
+
+def test_the_table_and_the_commands(assets, tmp_path):
+    result = train(config(assets, tmp_path / "a", steps=1, save_every=None))
+    screen = io.StringIO()
+    Console(file=screen, width=160).print(result.table())
+    for part in ("trained parameters", "held-out perplexity", "peak memory", "tokens/s"):
+        assert part in screen.getvalue()
+    commands = result.next_steps()
+    for part in ("doratune merge", "doratune.load_adapter", "PeftModel.from_pretrained"):
+        assert part in commands
+    assert json.loads((tmp_path / "a" / "results.json").read_text())["peak_memory"] > 2**20
