@@ -711,6 +711,7 @@ def test_a_compiled_model_trains_as_the_eager_one():
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo looks
 def test_blocks_compiled_one_by_one_may_have_different_scales():
     """The second block runs through the first one's code; what differs, alpha and rank, must not break it."""
     model = tiny()

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from doratune.errors import AdapterError
 from doratune.layers import AdaptedLayer, SavedModule
+from doratune.layers.attention import Projection
 from doratune.layers.cache import without_autocast
+from doratune.layers.holder import plain_parameters
 from doratune.layers.quantised import library_of, requantisation_loss
-from doratune.model import _thaw, active_adapter, unhold
+from doratune.model import active_adapter, thaw, trained_before, unhold
 from doratune.ops import row_norm
 from doratune.targets import adapted_layers, holders, unwrap
 
@@ -80,12 +82,12 @@ def verify_merge(model: nn.Module) -> list[MergeCheck]:
         rows = layer.kind.rows(layer.base_layer)
         x = layer.kind.probe(layer.base_layer, generator)
         merged = merged_weight(layer, name)
-        plain = merged_layer(layer, name, merged)
         training = layer.training
         layer.eval()
         try:
             unmerged = layer(x).float()
-            difference = (plain.eval()(x).float() - unmerged).abs().max()
+            new = merged_layer(layer, name, merged).eval()
+            difference = (_output_as(layer.base_layer, new, x).float() - unmerged).abs().max()
         finally:
             layer.train(training)
         loss = requantisation_loss(layer.base_layer, merged)
@@ -103,6 +105,22 @@ def merged_layer(layer: AdaptedLayer, name: str, weight: Tensor) -> nn.Module:
     if bias is not None:
         bias = (layer.adapter_bias[name] if name in layer.adapter_bias else bias).detach().to(bias.dtype)
     return layer.kind.merged_layer(layer.base_layer, weight, bias)
+
+
+def _output_as(base: nn.Module, new: nn.Module, x: Tensor) -> Tensor:
+    """The output of ``base`` if it had the parameters of ``new``; hooks and a forward of the instance included."""
+    if not _may_adopt(base, new):
+        return new(x)
+    before = base._parameters
+    try:
+        base._parameters = new._parameters
+        return base(x)
+    finally:
+        base._parameters = before
+
+
+def _may_adopt(base: nn.Module, new: nn.Module) -> bool:
+    return type(base) is type(new) and not isinstance(base, Projection)
 
 
 def merge(model: nn.Module, verify: bool = False) -> nn.Module:
@@ -125,11 +143,7 @@ def merge(model: nn.Module, verify: bool = False) -> nn.Module:
     if name is None:
         raise AdapterError("merge: no adapter is active; call set_adapter first")
     layers = {path: layer for path, layer in adapted_layers(root).items() if layer.active is not None}
-    problems = [
-        f"{path}: the merged weight is not finite; the adapter holds NaN, infinite or far too large values"
-        for path, layer in layers.items()
-        if not torch.isfinite(merged_weight(layer, name)).all()
-    ]
+    problems = [f"{path}: {problem}" for path, layer in layers.items() if (problem := _problem(layer, name))]
     if verify and not problems:
         for check in verify_merge(root):
             log.info("merge %s: difference %.2e, tolerance %.2e", check.path, check.difference, check.tolerance)
@@ -141,22 +155,42 @@ def merge(model: nn.Module, verify: bool = False) -> nn.Module:
     if problems:
         raise AdapterError.of("merge", problems)
     shared = _shared_parameters(root)
+    trained = {n for n, p in plain_parameters(root) if any(p is t for t in trained_before(root))}
+    dtype = next((p.dtype for _, p in plain_parameters(root) if p.is_floating_point()), torch.float32)
     untied = False
-    dtype = next((p.dtype for n, p in root.named_parameters() if p.is_floating_point() and ".lora_" not in n), None)
     for layer in layers.values():
-        rows = layer.kind.rows(layer.base_layer)
+        rows, base = layer.kind.rows(layer.base_layer), layer.base_layer
         untied |= id(rows.stored) in shared
         weight = merged_weight(layer, name)
-        layer.base_layer = merged_layer(layer, name, weight.to(dtype) if rows.transient and dtype else weight)
-    for holder in holders(root).values():
+        new = merged_layer(layer, name, weight.to(dtype) if rows.transient else weight)
+        if _may_adopt(base, new):
+            base._parameters = new._parameters  # the same object: its hooks and whoever refers to it see the merge
+        else:
+            layer.base_layer = new
+    for holder in holders(root):
         if isinstance(holder, SavedModule) and holder.active is not None:
+            untied |= any(id(p) in shared for _, p in plain_parameters(holder.base_layer))
             holder.base_layer = holder.chosen()
         unhold(root, holder)
-    _thaw(root)
+    thaw(root)
+    for n, p in root.named_parameters():
+        p.requires_grad_(n in trained)
     _forget_quantisation(root)
     if untied and hasattr(root, "config") and hasattr(root.config, "tie_word_embeddings"):
         root.config.tie_word_embeddings = False
     return model
+
+
+def _problem(layer: AdaptedLayer, name: str) -> str | None:
+    """Why a layer cannot be merged, or None."""
+    if hasattr(layer.base_layer, "parametrizations") and not isinstance(layer.base_layer, nn.Linear):
+        return "its weight is parametrised; remove that first (torch.nn.utils.parametrize.remove_parametrizations)"
+    tensors = [merged_weight(layer, name)]
+    if name in layer.adapter_bias:
+        tensors.append(layer.adapter_bias[name].to(tensors[0].dtype))
+    if not all(torch.isfinite(t).all() for t in tensors):
+        return "the merged weight or bias is not finite; the adapter holds NaN, infinite or far too large values"
+    return None
 
 
 def _forget_quantisation(root: nn.Module) -> None:

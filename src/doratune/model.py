@@ -14,7 +14,17 @@ from doratune.config import AdapterConfig
 from doratune.errors import AdapterError
 from doratune.layers import AdaptedLayer, AdapterHolder, AttentionHost, SavedModule, quantised
 from doratune.layers.attention import AttentionProjection, NoNestedTensors
-from doratune.targets import WRAPPER_NAMES, Selection, adapted_layers, holders, occurrences, select, unwrap
+from doratune.layers.holder import plain
+from doratune.targets import (
+    WRAPPER_NAMES,
+    Selection,
+    adapted_layers,
+    holders,
+    occurrences,
+    saved_modules,
+    select,
+    unwrap,
+)
 
 _RECORD = "_doratune_trained_before"
 
@@ -39,36 +49,35 @@ def attach(model: nn.Module, config: AdapterConfig, name: str = "default", *, tr
     root = unwrap(model)
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise AdapterError(f"adapter name: expected letters, digits, '_' and '-'; found {name!r}")
+    if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
+        raise AdapterError(f"adapter name: torch's containers cannot hold an entry {name!r}; choose another name")
     if name in adapter_names(root):
         raise AdapterError(f"the model already has an adapter {name!r}; choose another name or delete that one first")
     selection = select(root, config)
-    present = holders(root)
+    adapted, saved = adapted_layers(root), saved_modules(root)
     hosts = _new_hosts(root, selection)
-    new: dict[str, AdapterHolder] = {}
+    new: list[AdapterHolder] = []
     # Everything that can fail happens before the model is touched.
     for path, kind in selection.layers.items():
-        if path not in present:
-            new[path] = AdaptedLayer(_module_at(root, path, hosts), kind, path)
+        if path not in adapted:
+            adapted[path] = AdaptedLayer(plain(_module_at(root, path, hosts)), kind, path)
+            new.append(adapted[path])
     for path in selection.saved:
-        if path not in present:
-            new[path] = SavedModule(_module_at(root, path, hosts), path)
-    added: list[AdapterHolder] = []
+        if path not in saved:
+            saved[path] = SavedModule(_module_at(root, path, hosts), path)
+            new.append(saved[path])
     try:
-        for path in (*selection.layers, *selection.saved):
-            holder = new.get(path) or present[path]
-            added.append(holder)
-            if isinstance(holder, AdaptedLayer):
-                holder.add(name, config, trainable)
-            elif isinstance(holder, SavedModule):
-                holder.add(name, selection.saved[path], trainable)
+        for path in selection.layers:
+            adapted[path].add(name, config, trainable)
+        for path, parameters in selection.saved.items():
+            saved[path].add(name, parameters, trainable)
     except BaseException:
-        for holder in added:
-            if name in holder.adapter_names():
-                holder.remove(name)
+        for holder in (*adapted.values(), *saved.values()):
+            holder.remove(name)
         raise
     for host in hosts.values():
         _replace(root, host.base_layer, host)
-    for holder in new.values():
+    for holder in new:
         _replace(root, holder.base_layer, holder)
     _freeze(root)
     _prepare(root)
@@ -98,7 +107,7 @@ def _module_at(root: nn.Module, path: str, hosts: dict[str, AttentionHost]) -> n
         while True:
             if isinstance(module, AttentionHost) and part in module._projections:
                 module = module._projections
-            elif isinstance(module, AdapterHolder):
+            elif isinstance(module, AttentionHost | AdapterHolder):
                 module = module.base_layer
             else:
                 wrapped = next((n for n in WRAPPER_NAMES if n in module._modules), None)
@@ -117,7 +126,7 @@ def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def _prepare(root: nn.Module) -> None:
-    """Settings that keep other libraries' evaluation paths from going past adapters; undone by ``_thaw``."""
+    """Settings that keep other libraries' evaluation paths from going past adapters; undone by ``thaw``."""
     for module in root.modules():
         quantised.prepare(module)
         if isinstance(module, nn.TransformerEncoderLayer):
@@ -139,7 +148,7 @@ def _nested_hooks(module: nn.Module) -> list[tuple[Any, int]]:
 
 def _freeze(root: nn.Module) -> None:
     """Freeze everything but adapters, and note once what was trained before, for ``detach``."""
-    own = {id(p) for h in holders(root).values() for n in h.adapter_names() for p in h.adapter_parameters(n)}
+    own = {id(p) for h in holders(root) for n in h.adapter_names() for p in h.adapter_parameters(n)}
     base = {n: p for n, p in root.named_parameters() if id(p) not in own}
     if _RECORD not in root.__dict__:
         root.__dict__[_RECORD] = [p for p in base.values() if p.requires_grad]
@@ -179,14 +188,14 @@ def _let_inputs_require_grad(root: nn.Module) -> None:
 def adapter_names(model: nn.Module) -> list[str]:
     """Names of the model's adapters, in the order they were attached."""
     names: dict[str, None] = {}
-    for holder in holders(model).values():
+    for holder in holders(model):
         names.update(dict.fromkeys(holder.adapter_names()))
     return list(names)
 
 
 def active_adapter(model: nn.Module) -> str | None:
     """Name of the active adapter, or None."""
-    return next((h.active for h in holders(model).values() if h.active is not None), None)
+    return next((h.active for h in holders(model) if h.active is not None), None)
 
 
 def _require(model: nn.Module, name: str) -> None:
@@ -202,7 +211,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
         AdapterError: if the model has no such adapter.
     """
     _require(model, name)
-    for holder in holders(model).values():
+    for holder in holders(model):
         holder.activate(name)
 
 
@@ -214,21 +223,21 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     """
     _require(model, name)
     root = unwrap(model)
-    for holder in holders(root).values():
+    for holder in holders(root):
         if name in holder.adapter_names():
             holder.remove(name)
         if not holder.adapter_names():
             unhold(root, holder)
     if not holders(root):
-        _thaw(root)
+        thaw(root)
 
 
 def detach(model: nn.Module) -> nn.Module:
     """Remove all adapters and give back the untouched base model, bit for bit, trainable where it was before."""
     root = unwrap(model)
-    for holder in holders(root).values():
+    for holder in holders(root):
         unhold(root, holder)
-    _thaw(root)
+    thaw(root)
     return model
 
 
@@ -239,7 +248,13 @@ def unhold(root: nn.Module, holder: AdapterHolder) -> None:
         _replace(root, host, host.plain())
 
 
-def _thaw(root: nn.Module) -> None:
+def trained_before(root: nn.Module) -> list[nn.Parameter]:
+    """The parameters that were trained before the first adapter was attached."""
+    return root.__dict__.get(_RECORD, [])
+
+
+def thaw(root: nn.Module) -> None:
+    """Undo what ``attach`` set on the model as a whole; the adapters have to be gone."""
     for parameter in root.__dict__.pop(_RECORD, []):
         parameter.requires_grad_(True)
     for module in root.modules():
@@ -255,7 +270,7 @@ def _thaw(root: nn.Module) -> None:
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Within this context the model is the base model, exactly."""
-    before = [(holder, holder.enabled) for holder in holders(model).values()]
+    before = [(holder, holder.enabled) for holder in holders(model)]
     try:
         for holder, _ in before:
             holder.enabled = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -12,7 +12,8 @@ from torch import nn
 from doratune.config import ALL_LINEAR, AdapterConfig
 from doratune.errors import AdapterError
 from doratune.layers import KINDS, AdaptedLayer, AdapterHolder, AttentionHost, Kind, SavedModule, kind_of
-from doratune.layers.attention import projections
+from doratune.layers.attention import Projection, projections
+from doratune.layers.holder import plain, plain_parameters
 
 HEAD_NAMES = ("classifier", "score", "lm_head", "head", "classification_head", "qa_outputs")
 """Names of output heads, for models that cannot be asked."""
@@ -32,22 +33,41 @@ class Selection:
     """Paths of modules that could have been adapted and are not, each with the reason."""
 
 
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules of the model under the paths they had before adapters and wrappers, holders as well as their bases.
+
+    What belongs to adapters alone, such as their copies of saved modules, is left out.
+    """
+    standing_in: set[str] = set()
+    own_parts: tuple[str, ...] = ()
+    for raw, module in unwrap(model).named_modules():
+        if own_parts and raw.startswith(own_parts):
+            continue
+        dot = raw + "." if raw else ""
+        if isinstance(module, AdapterHolder | AttentionHost):
+            standing_in.add(raw)
+        if isinstance(module, AdaptedLayer):
+            own_parts += tuple(f"{dot}{name}" for name in module._modules if name != "base_layer")
+        elif isinstance(module, SavedModule):
+            own_parts += (f"{dot}copies",)
+        parts = raw.split(".")
+        if parts[-1] == "_projections":
+            continue
+        kept = [
+            part
+            for i, part in enumerate(parts)
+            if part not in WRAPPER_NAMES and not (part == "base_layer" and ".".join(parts[:i]) in standing_in)
+        ]
+        yield ".".join(kept), module
+
+
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules of the model by path, as they were before adapters: bases under their own path, no adapter parts.
+    """Modules of the model by path, as they were before adapters.
 
     The projections of an ``nn.MultiheadAttention``, which are no modules, are listed as if they were.
     """
-    modules: dict[str, nn.Module] = {}
-    inside: list[str] = []
-    for raw, module in unwrap(model).named_modules():
-        if any(raw.startswith(prefix) for prefix in inside):
-            continue
-        path = plain_path(raw)
-        if isinstance(module, AdapterHolder | AttentionHost):
-            inside.append(raw + ".")
-            modules.update(module.base_layer.named_modules(prefix=path))
-        else:
-            modules[path] = module
+    standing_in = AdapterHolder | AttentionHost | Projection
+    modules = {path: module for path, module in walk(model) if not isinstance(module, standing_in)}
     for path, module in list(modules.items()):
         if isinstance(module, nn.MultiheadAttention):
             modules.update({f"{path}.{name}".lstrip("."): p for name, p in projections(module).items()})
@@ -68,7 +88,7 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
         if not paths:
             problems.append(f"modules_to_save {name!r} matches no module{_suggestion(name, modules)}")
         for path in paths:
-            selection.saved[path] = [n for n, _ in modules[path].named_parameters()]
+            selection.saved[path] = [n for n, _ in plain_parameters(modules[path])]
     heads = _heads(model, modules)
     everything = config.targets == ALL_LINEAR
     unserved: dict[str, str] = {}
@@ -142,9 +162,8 @@ def _heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
     """Paths of the output head: what transformers calls output embeddings, or a head by its usual name."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
-    if isinstance(head, AdapterHolder):
-        head = head.base_layer
     if head is not None:
+        head = plain(head)
         return {path for path, module in modules.items() if module is head}
     if callable(get_head):
         return {path for path in modules if path.split(".")[0] in HEAD_NAMES}
@@ -188,20 +207,19 @@ def plain_path(path: str) -> str:
     return ".".join(part for part in path.split(".") if part not in WRAPPER_NAMES)
 
 
-def holders(model: nn.Module) -> dict[str, AdapterHolder]:
-    """The model's adapted layers and saved modules by path."""
-    named = unwrap(model).named_modules()
-    return {plain_path(path): m for path, m in named if isinstance(m, AdapterHolder)}
+def holders(model: nn.Module) -> list[AdapterHolder]:
+    """Every module of the model that holds adapters; two of them may share a place, one inside the other."""
+    return [module for _, module in walk(model) if isinstance(module, AdapterHolder)]
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """The model's adapted layers by path."""
-    return {path: m for path, m in holders(model).items() if isinstance(m, AdaptedLayer)}
+    return {path: module for path, module in walk(model) if isinstance(module, AdaptedLayer)}
 
 
 def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
     """The model's saved modules by path."""
-    return {path: m for path, m in holders(model).items() if isinstance(m, SavedModule)}
+    return {path: module for path, module in walk(model) if isinstance(module, SavedModule)}
 
 
 def as_targets(paths: Sequence[str], modules: Iterable[str]) -> list[str] | str:

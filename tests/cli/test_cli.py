@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from train.tiny import llama, save_model, write_text
 
 import doratune as dt
 from doratune.cli import main
+from train.tiny import llama, save_model, write_text
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")

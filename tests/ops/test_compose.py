@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from doratune.ops import reference
-from doratune.ops.compose import OutputGuard, dense_low_rank, low_rank_update, scale_rows
+from doratune.ops.compose import OutputGuard, scale_rows
+from doratune.ops.low_rank import dense_low_rank, low_rank_update
 from helpers import error
 
 SHAPES = [(7,), (1, 7), (5, 7), (2, 3, 7), (2, 1, 2, 7), (0, 7), (2, 0, 7)]
@@ -27,8 +28,12 @@ def by_update(x, W, A, B, scale):
     return low_rank_update(F.linear(x, W), x, A, B, scale)
 
 
+def by_dense(x, W, A, B, scale):
+    return dense_low_rank(x, W, None, A, B, scale)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("function", [dense_low_rank, by_update])
+@pytest.mark.parametrize("function", [by_dense, by_update])
 def test_low_rank_change_and_its_gradients(function, shape):
     x, W, A, B, _, _ = tensors(shape)
     leaves = [t.requires_grad_() for t in (x, A, B)]
@@ -60,7 +65,7 @@ def test_any_shape(batch, columns, out, rank, scale, has_bias, keep_output, seed
     b = b if has_bias else None
     g = torch.where(g.abs() < 0.2, 0.7, g)
     leaves = [t.requires_grad_() for t in (x, A, B, g)]
-    y = scale_rows(dense_low_rank(x, W, A, B, scale), g, None, b, keep_output=keep_output)
+    y = scale_rows(dense_low_rank(x, W, None, A, B, scale), g, None, b, keep_output=keep_output)
     doubles = [t.detach().double().requires_grad_() for t in leaves]
     x2, A2, B2, g2 = doubles
     expected = F.linear(x2, g2[:, None] * reference.lora_weight(W.double(), A2, B2, scale))
@@ -222,7 +227,7 @@ def test_nothing_of_the_weights_size_is_kept_but_the_weight(keep_output):
     x, W, A, B, g, b = tensors((64, 48), out=56, rank=4, dtype=torch.bfloat16)
     for t in (x, A, B, g):
         t.requires_grad_()
-    kept, _ = kept_by(lambda: scale_rows(dense_low_rank(x, W, A, B, 0.5), g, None, b, keep_output=keep_output))
+    kept, _ = kept_by(lambda: scale_rows(dense_low_rank(x, W, None, A, B, 0.5), g, None, b, keep_output=keep_output))
     sizes = sorted((t.numel() * t.element_size() for t in kept), reverse=True)
     large = [t for t in kept if t.numel() > 64 * 4]
     assert all(t.dtype == torch.bfloat16 for t in large)
@@ -235,16 +240,16 @@ def test_no_gradient_reaches_a_frozen_weight():
     x, W, A, B, _, _ = tensors()
     W.requires_grad_()
     A.requires_grad_()
-    y = dense_low_rank(x, W, A, B, 0.5)
+    y = dense_low_rank(x, W, None, A, B, 0.5)
     assert torch.autograd.grad(y.sum(), W, allow_unused=True) == (None,)
 
 
 def test_what_needs_no_gradient_is_not_computed():
     x, W, A, B, _, _ = tensors()
     x.requires_grad_()
-    (dx,) = torch.autograd.grad(dense_low_rank(x, W, A, B, 0.5).sum(), x)
+    (dx,) = torch.autograd.grad(dense_low_rank(x, W, None, A, B, 0.5).sum(), x)
     assert error(dx, (W.double() + 0.5 * B.double() @ A.double()).sum(0).expand(5, 7)) < 1e-5
     x.requires_grad_(False)
     B.requires_grad_()
-    (dB,) = torch.autograd.grad(dense_low_rank(x, W, A, B, 0.5).sum(), B)
+    (dB,) = torch.autograd.grad(dense_low_rank(x, W, None, A, B, 0.5).sum(), B)
     assert error(dB, (0.5 * x.double() @ A.double().T).sum(0).expand(6, 3)) < 1e-5

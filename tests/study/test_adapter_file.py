@@ -3,10 +3,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from train.tiny import llama
 
 import doratune as dt
 from doratune.study.adapter_file import inspect_adapter
+from train.tiny import llama
 
 pytest.importorskip("transformers")
 UP = "base_model.model.model.layers.0.mlp.up_proj."

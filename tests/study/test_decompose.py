@@ -3,10 +3,10 @@ import copy
 import pytest
 import torch
 from torch import nn
-from train.tiny import llama
 
 import doratune as dt
 from doratune.study import adapter_change, decompose
+from train.tiny import llama
 
 pytest.importorskip("transformers")
 

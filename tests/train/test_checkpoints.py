@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 import torch
-from train.tiny import llama
 
 import doratune as dt
 from doratune.checkpoint import adapter_tensors
 from doratune.targets import adapted_layers
 from doratune.train.checkpoints import is_complete, last_checkpoint, mark_complete, restore_adapter, rotate
+from train.tiny import llama
 
 
 def write(folder, step, complete=True, time=None):

@@ -2,11 +2,11 @@ import sys
 
 import pytest
 import torch
-from train.tiny import save_model
 
 import doratune as dt
 from doratune.train.extras import require
 from doratune.train.models import choose_dtype, load_model, load_tokenizer, model_problem
+from train.tiny import save_model
 
 pytest.importorskip("transformers")
 

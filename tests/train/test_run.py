@@ -6,12 +6,12 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from train.tiny import llama, save_model, write_text
 
 import doratune as dt
 from doratune.train import AdapterOptions, TrainConfig, TrainResult, train
 from doratune.train.checkpoints import checkpoints
 from doratune.train.results import read_metrics
+from train.tiny import llama, save_model, write_text
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")

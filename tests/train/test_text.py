@@ -1,10 +1,10 @@
 import pytest
 import torch
-from train.tiny import llama, tokenizer, words
 
 import doratune as dt
 from doratune.train import TrainConfig
 from doratune.train import text as module
+from train.tiny import llama, tokenizer, words
 
 pytest.importorskip("datasets")
 

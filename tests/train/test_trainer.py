@@ -5,10 +5,10 @@ import shutil
 import pytest
 import torch
 from safetensors import safe_open
-from train.tiny import llama, tokenizer, words
 
 import doratune as dt
 from doratune.train import last_checkpoint
+from train.tiny import llama, tokenizer, words
 
 datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")

@@ -27,10 +27,15 @@ class LayerAdapter:
 
     config: AdapterConfig
     rank: int
-    scale: float
+    scale_text: str
     trainable: bool = True
     dense_norm: bool = False
     keep_output: bool = False
+
+    @property
+    def scale(self) -> float:
+        """s. Kept as text: torch.compile takes a float that differs between layers for a symbol."""
+        return float(self.scale_text)
 
 
 class AdaptedLayer(AdapterHolder):
@@ -54,6 +59,8 @@ class AdaptedLayer(AdapterHolder):
         self.waiting: set[str] = set()
         """Adapters attached while the base had no data (meta device), to be initialised once it has."""
         self.load_prefix = ""
+        self.loaded: set[str] = set()
+        """Parts of the base that ``load_state_dict`` has filled."""
         self.register_load_state_dict_pre_hook(_accept_plain_keys)
         self.register_load_state_dict_post_hook(_after_load)
 
@@ -64,6 +71,7 @@ class AdaptedLayer(AdapterHolder):
         rows = self.kind.rows(self.base_layer)
         out, columns = rows.shape
         rank = config.rank_of(self.path)
+        self.adapters[name] = LayerAdapter(config, rank, repr(config.scale_of(self.path)), trainable)
 
         def new(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, dtype=torch.float32, device=rows.device))
@@ -76,7 +84,6 @@ class AdaptedLayer(AdapterHolder):
         bias = getattr(self.base_layer, "bias", None)
         if config.bias != "none" and bias is not None:
             self.adapter_bias[name] = new(out)
-        self.adapters[name] = LayerAdapter(config, rank, config.scale_of(self.path), trainable)
         self.waiting.add(name)
         self.initialise()
 
@@ -116,7 +123,7 @@ class AdaptedLayer(AdapterHolder):
         A, B, scale = self.lora_A[name], self.lora_B[name], self.adapters[name].scale
         with torch.no_grad(), without_autocast(rows.device):
             if not dense:
-                return row_norm.squared_row_norm(base, rows.tiles, A, B, scale, rows.transient)
+                return row_norm.squared_row_norm(base, rows.tiles, A, B, scale)
             if not B.any() or not A.any():
                 return base  # the same sum, so that a fresh adapter has g = 1 to the last bit
             return row_norm.dense_squared_norm(rows.tiles, A, B, scale)
@@ -163,14 +170,14 @@ class AdaptedLayer(AdapterHolder):
         return self.adapters[name].trainable
 
     def activate(self, name: str | None) -> None:
-        self.cache.clear_scale()
+        self.cache.change_adapter()
         super().activate(name)
 
     def remove(self, name: str) -> None:
         for group in self._groups():
             if name in group:
                 del group[name]
-        del self.adapters[name]
+        self.adapters.pop(name, None)
         self.waiting.discard(name)
         if self.active == name:
             self.activate(None)
@@ -230,10 +237,6 @@ class AdaptedLayer(AdapterHolder):
         for group in self._groups():
             group._apply(keep_dtype, recurse)
         self.cache.clear()
-        rows = self.kind.rows(self.base_layer)
-        if not rows.stored.is_meta and not self.waiting:
-            # Compiled code cannot look for itself, so the sums are ready before it runs.
-            self.cache.base_squared(rows)
         return self
 
     def extra_repr(self) -> str:
@@ -245,18 +248,26 @@ class AdaptedLayer(AdapterHolder):
 def _accept_plain_keys(layer: AdaptedLayer, state: dict[str, Any], prefix: str, *args: Any) -> None:
     """Let a checkpoint of the plain model fill the base: ``<path>.weight`` is ``<path>.base_layer.weight``."""
     layer.load_prefix = prefix
-    for name in [n for n, _ in (*layer.base_layer.named_parameters(), *layer.base_layer.named_buffers())]:
+    for name in _base_names(layer):
         if prefix + name in state:
             state.setdefault(prefix + "base_layer." + name, state.pop(prefix + name))
+        if prefix + "base_layer." + name in state:
+            layer.loaded.add(name)
+
+
+def _base_names(layer: AdaptedLayer) -> set[str]:
+    return {n for n, _ in (*layer.base_layer.named_parameters(), *layer.base_layer.named_buffers())}
 
 
 def _after_load(layer: AdaptedLayer, incompatible: Any) -> None:
     layer.cache.clear()
     if layer.waiting:
-        # A base that had no data before was filled by a checkpoint without adapters: they start fresh.
         own = {f"{layer.load_prefix}{n}" for n, _ in layer.named_parameters() if not n.startswith("base_layer.")}
         absent = own.intersection(incompatible.missing_keys)
+        if absent and layer.loaded < _base_names(layer):
+            return  # the base comes in pieces, and some are still to come
         if absent:
+            # A base that had no data before was filled by a checkpoint without adapters: they start fresh.
             layer.initialise()
         else:
             layer.waiting.clear()

@@ -22,7 +22,7 @@ from doratune.layers.cache import without_autocast
 from doratune.layers.holder import base_attribute
 from doratune.layers.kind import Kind, Options
 from doratune.layers.weights import WeightRows
-from doratune.ops.compose import adapted_weight
+from doratune.ops.low_rank import adapted_weight
 
 NAMES = ("q_proj", "k_proj", "v_proj", "out_proj")
 

@@ -68,6 +68,10 @@ class ScaleCache:
         """Forget g, which depends on the adapter; ``|W|^2`` does not."""
         self._scale = None
 
+    def change_adapter(self) -> None:
+        """Forget g, a frozen one too: it belongs to another adapter."""
+        self._scale = self.frozen = None
+
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
@@ -77,10 +81,7 @@ class ScaleCache:
     def base_squared(self, rows: WeightRows) -> Tensor:
         """``|W|^2``, float32 ``[out]``, computed once per state of W."""
         if torch.compiler.is_compiling():
-            # Stamps cannot be read while tracing. ``clear`` follows loading and moving, a frozen W changes by
-            # nothing else; a trained one is summed in the graph.
-            if self._base is not None and not rows.stored.requires_grad:
-                return self._base[1]
+            # Compiled code cannot look at stamps; the graph sums W anew, one pass over it.
             return row_norm.base_squared_norm(rows.tiles)
         if self._base is not None and _can_stamp(rows.stored) and self._base[0].fits(rows.stored):
             return self._base[1]
@@ -122,7 +123,7 @@ def _squared_norm(
     base: Tensor, rows: WeightRows, A: Tensor, B: Tensor, scale: float, norm_gradient: str, dense_norm: bool
 ) -> Tensor:
     with torch.set_grad_enabled(torch.is_grad_enabled() and norm_gradient == "exact"):
-        squared = row_norm.squared_row_norm(base, rows.tiles, A, B, scale, rows.transient)
+        squared = row_norm.squared_row_norm(base, rows.tiles, A, B, scale)
     if dense_norm:
         # Near cancellation the factored value loses digits, its gradient formula does not.
         with torch.no_grad():

@@ -74,8 +74,9 @@ def _guard(base: Conv, x: Tensor, low: Tensor, A: Tensor | None, B: Tensor | Non
     """Computes ``z = conv(x; W) + s B conv(x; A)`` again if the layer's output was overwritten."""
 
     def recompute(x: Tensor, low: Tensor) -> Tensor:
-        with on_device(base):
-            z = base._conv_forward(x.to(base.weight.dtype), base.weight, None)
+        z = base(x)
+        if base.bias is not None:
+            z = z - base.bias.view(-1, *[1] * len(base.kernel_size))
         return z if A is None or B is None else z + low_rank(base, low, A, B, scale, z.dtype)
 
     return OutputGuard(recompute, x, low)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -71,3 +72,31 @@ class AdapterHolder(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return base_attribute(self, name, bool(self.__dict__.get("active")) and self.__dict__["enabled"])
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """The module that adapters were attached to, if this one stands in its place."""
+    while isinstance(module, AdapterHolder) or hasattr(module, "_projections"):
+        module = module.base_layer  # type: ignore[assignment]
+    return module
+
+
+def plain_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters of a module under the names they had before adapters, without the adapters' own."""
+    module = plain(module)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield prefix + name, parameter
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from plain_parameters(child, f"{prefix}{name}.")
+
+
+def plain_copy(module: nn.Module, shared: Iterable[nn.Parameter]) -> nn.Module:
+    """A copy of a module without adapters; the parameters in ``shared`` are not copied."""
+    clone = copy.deepcopy(plain(module), {id(p): p for p in shared})
+    for part in list(clone.modules()):
+        for name, child in part._modules.items():
+            if child is not None:
+                part._modules[name] = plain(child)
+    return clone

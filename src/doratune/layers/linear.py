@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from doratune.layers import quantised
 from doratune.layers.kind import Kind, Options
 from doratune.layers.weights import WeightRows, is_transformers_conv1d, linear_rows, on_device, rows_by_forward
-from doratune.ops.compose import OutputGuard, dense_low_rank, low_rank_update, scale_rows
+from doratune.ops.compose import OutputGuard, scale_rows
+from doratune.ops.low_rank import dense_low_rank, low_rank_update
 
 
 def rows_of(base: nn.Module) -> WeightRows:
@@ -64,12 +65,13 @@ def forward(
     """
     low = F.dropout(x, options.dropout) if options.dropout else x
     bias: Tensor | None = base.bias  # type: ignore[assignment]
+    inner = bias
     if A is not None and B is not None and slow_reason(base, options.dropout) is None:
-        inner = None
+        if magnitude is not None and not options.keep_output:
+            inner = None  # added last: it would drown z
         W: Tensor = base.weight  # type: ignore[assignment]
-        u = dense_low_rank(_autocast(x), W.T if is_transformers_conv1d(base) else W, A, B, scale)
+        u = dense_low_rank(_autocast(x), W.T if is_transformers_conv1d(base) else W, inner, A, B, scale)
     else:
-        inner = bias
         u = base(x)
         if A is not None and B is not None:
             u = low_rank_update(u, low, A, B, scale)
@@ -87,11 +89,13 @@ def forward(
 
 
 def _guard(base: nn.Module, x: Tensor, low: Tensor, A: Tensor | None, B: Tensor | None, scale: float) -> OutputGuard:
-    """Computes ``z = W x + s B A x`` again, tile by tile, if the layer's output was overwritten."""
+    """Computes ``z = W x + s B A x`` again, through the base and its hooks, if the layer's output was overwritten."""
 
     def recompute(x: Tensor, low: Tensor) -> Tensor:
-        with on_device(base):
-            z = torch.cat([x @ tile.to(x.dtype).T for _, tile in rows_of(base).tiles()], -1)
+        z = base(x)
+        bias: Tensor | None = base.bias  # type: ignore[assignment]
+        if bias is not None:
+            z = z - bias
         return z if A is None or B is None else low_rank_update(z, low, A, B, scale)
 
     return OutputGuard(recompute, x, low)
@@ -141,7 +145,8 @@ class Linear(Kind):
         return torch.randn(8, rows.shape[1], generator=generator).to(rows.device, dtype)
 
     def merged_layer(self, base: nn.Module, merged: Tensor, bias: Tensor | None) -> nn.Module:
-        if quantised.library_of(base) is None and not has_own_forward(base):
+        own_way = has_own_forward(base) or hasattr(base, "parametrizations")
+        if quantised.library_of(base) is None and not own_way:
             return super().merged_layer(base, merged.T.contiguous() if is_transformers_conv1d(base) else merged, bias)
         plain = nn.Linear(merged.shape[1], merged.shape[0], bias=bias is not None, device="meta")
         plain.weight = nn.Parameter(merged, requires_grad=False)

@@ -5,13 +5,12 @@ Every adapter has a copy of its own; the original stays as it was, so that switc
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
-from doratune.layers.holder import AdapterHolder
+from doratune.layers.holder import AdapterHolder, plain_copy, plain_parameters
 
 
 class SavedModule(AdapterHolder):
@@ -26,8 +25,7 @@ class SavedModule(AdapterHolder):
 
     def add(self, name: str, parameters: list[str], trainable: bool = True) -> None:
         """Add an adapter's copy, in which the named parameters are its own."""
-        shared = {p for n, p in self.base_layer.named_parameters() if n not in parameters}
-        clone = copy.deepcopy(self.base_layer, {id(p): p for p in shared})
+        clone = plain_copy(self.base_layer, [p for n, p in plain_parameters(self.base_layer) if n not in parameters])
         clone.train(self.training)
         self.copies[name] = clone
         self.trained[name] = parameters
@@ -43,7 +41,8 @@ class SavedModule(AdapterHolder):
         return self.trainable[name]
 
     def remove(self, name: str) -> None:
-        del self.copies[name], self.trained[name], self.trainable[name]
+        if name in self.copies:
+            del self.copies[name], self.trained[name], self.trainable[name]
         if self.active == name:
             self.activate(None)
 

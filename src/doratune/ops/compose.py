@@ -1,16 +1,10 @@
-"""The output of an adapted layer, from the output of its base, with hand-written backward passes.
+"""DoRA's magnitude on the output of a layer: ``y = g (u - b) + b``, with a hand-written backward pass.
 
-Three steps, each a function of its own::
+u ``[..., out]`` is the base's output plus the low-rank change, g ``[out]`` is ``m / n``; the bias is never scaled. g is
+applied in float32, whatever u's dtype.
 
-    u = base(x) + s B A x        ``low_rank_update`` over any base's output, or
-                                 ``dense_low_rank`` when W itself is at hand (one buffer for the input gradient)
-    y = g (u - b) + b            ``scale_rows``; the bias is never scaled
-
-Shapes: x ``[..., in]``, u and y ``[..., out]``, A ``[r, in]``, B ``[out, r]``, g and b ``[out]``. Products run in the
-dtype of the layer's output; A and B (small) are cast, x and W (large) never are; g is applied in float32.
-
-For g's gradient ``sum(dy * z)``, ``z = u - b``, the last step keeps its *output* y, because the next operation often
-keeps it anyway and ``z = (y - b) / g``. If somebody overwrites y in place, an ``OutputGuard`` computes z again.
+For g's gradient ``sum(dy * z)``, ``z = u - b``, the step keeps its *output* y, because the next operation often keeps
+it anyway and ``z = (y - b) / g``. If somebody overwrites y in place, an ``OutputGuard`` computes z again.
 """
 
 from __future__ import annotations
@@ -22,89 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
-def _rows(t: Tensor) -> Tensor:
-    return t.reshape(-1, t.shape[-1])
-
-
-def _shaped(t: Tensor, shape: torch.Size) -> Tensor:
-    """A fresh t in another shape and not a view of it: views made inside a Function cannot be changed in place."""
-    return t if t.shape == shape else torch.ops.aten._unsafe_view(t, shape)
-
-
-class _LowRankUpdate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, base_output: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        dtype = base_output.dtype
-        h = _rows(x).to(dtype) @ A.to(dtype).T
-        u = torch.addmm(_rows(base_output), h, (B * scale).to(dtype).T)
-        ctx.scale = scale
-        ctx.save_for_backward(x, h, A, B)
-        return _shaped(u, base_output.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, du: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, A, B = ctx.saved_tensors
-        dx, dA, dB = _low_rank_gradients(ctx.needs_input_grad[1:4], _rows(du), x, h, A, B, ctx.scale)
-        return (du if ctx.needs_input_grad[0] else None), dx, dA, dB, None
-
-
-class _DenseLowRank(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        rows, dtype = _rows(x), x.dtype
-        h = rows @ A.to(dtype).T
-        u = rows @ W.to(dtype).T
-        u.addmm_(h, (B * scale).to(dtype).T)
-        ctx.scale = scale
-        ctx.save_for_backward(x, h, W, A, B)
-        return _shaped(u, torch.Size([*x.shape[:-1], W.shape[0]]))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, du: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, W, A, B = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        rows = _rows(du)
-        dx_base = rows @ W.to(du.dtype) if needs[0] else None
-        dx, dA, dB = _low_rank_gradients((needs[0], *needs[2:4]), rows, x, h, A, B, ctx.scale, dx_base)
-        return dx, None, dA, dB, None
-
-
-def _low_rank_gradients(
-    needs: tuple[bool, ...],
-    du: Tensor,
-    x: Tensor,
-    h: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    dx: Tensor | None = None,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of ``s B A x``: ``dB = s du^T h``, ``dh = s du B``, ``dA = dh^T x``, ``dx (+)= dh A``."""
-    needs_x, needs_A, needs_B = needs
-    dtype = du.dtype
-    dB = ((du.T @ h).to(B.dtype) * scale) if needs_B else None
-    if not (needs_x or needs_A):
-        return None, None, dB
-    dh = du @ (B * scale).to(dtype)
-    dA = (dh.T @ _rows(x).to(dtype)).to(A.dtype) if needs_A else None
-    if needs_x:
-        dx = dh @ A.to(dtype) if dx is None else dx.addmm_(dh, A.to(dtype))
-        dx = dx.view(x.shape).to(x.dtype)
-    return dx, dA, dB
-
-
-def low_rank_update(base_output: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """``u = base_output + s B A x`` in base_output's dtype; keeps x, ``A x`` and nothing of size ``[out, in]``."""
-    return _LowRankUpdate.apply(base_output, x, A, B, scale)
-
-
-def dense_low_rank(x: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """``u = W x + s B A x`` in x's dtype, for a frozen W; its two input gradients share one buffer."""
-    return _DenseLowRank.apply(x, W, A, B, scale)
-
+from doratune.ops.low_rank import as_rows, reshaped
 
 Recompute = Callable[..., Tensor]
 """Computes ``z = W x + s B A x`` once more from the tensors the guard kept."""
@@ -112,7 +24,7 @@ Recompute = Callable[..., Tensor]
 
 def _flat(t: Tensor, dim: int) -> Tensor:
     """One row for each token, where the features come last."""
-    return _rows(t) if dim == -1 else t
+    return as_rows(t) if dim == -1 else t
 
 
 PIECE = 1 << 18
@@ -191,7 +103,8 @@ class _ScaleRows(torch.autograd.Function):
         same_bias: bool,
     ) -> Tensor:
         inner = outer if same_bias else inner
-        y = _shaped(piecewise(lambda u: scaled(u, g, inner, outer, dim), _flat(u, dim)), u.shape)
+        shift = _shift(g, inner, outer)
+        y = reshaped(piecewise(lambda u: scaled(u, g, shift, dim), _flat(u, dim)), u.shape)
         # g and the biases are small. What is large is saved on its own, through autograd's saved tensors: reading
         # those fails as a whole once somebody has overwritten y, and du must not be lost with it.
         ctx.g, ctx.inner, ctx.outer, ctx.dim = g, inner, outer, dim
@@ -208,7 +121,7 @@ class _ScaleRows(torch.autograd.Function):
         needs_u, needs_g, needs_inner, needs_outer = ctx.needs_input_grad[:4]
         g, dim = ctx.g, ctx.dim
         shape, dy = dy.shape, _flat(dy, dim)
-        du = piecewise(lambda dy: scaled(dy, g, None, None, dim), dy).view(shape) if needs_u else None
+        du = piecewise(lambda dy: scaled(dy, g, None, dim), dy).view(shape) if needs_u else None
         dg = d_inner = d_outer = None
         if needs_g:
             kept = _kept_tensor(ctx)
@@ -224,12 +137,18 @@ class _ScaleRows(torch.autograd.Function):
         return du, dg, d_inner, d_outer, None, None, None, None
 
 
-def scaled(u: Tensor, g: Tensor, inner: Tensor | None, outer: Tensor | None, dim: int) -> Tensor:
-    """``g (u - inner) + outer`` in float32, rounded once to u's dtype."""
-    z = u.float() if inner is None else u.float() - _broadcast(inner, u, dim)
-    y = z * _broadcast(g, u, dim)
-    if outer is not None:
-        y = y + _broadcast(outer, u, dim)
+def _shift(g: Tensor, inner: Tensor | None, outer: Tensor | None) -> Tensor | None:
+    """``outer - g inner``, float32 ``[out]``: exactly 0 where a bias stays and g is 1."""
+    if inner is None:
+        return None if outer is None else outer.float()
+    return (-g * inner.float()) if outer is None else outer.float() - g * inner.float()
+
+
+def scaled(u: Tensor, g: Tensor, shift: Tensor | None, dim: int) -> Tensor:
+    """``g u + shift`` in float32, rounded once to u's dtype."""
+    y = u.float() * _broadcast(g, u, dim)
+    if shift is not None:
+        y = y + _broadcast(shift, u, dim)
     return y.to(u.dtype)
 
 
@@ -275,7 +194,7 @@ def scale_rows(
     guard: OutputGuard | None = None,
     keep_output: bool = False,
 ) -> Tensor:
-    """``y = g (u - inner) + outer`` along ``dim``, in u's dtype, computed in float32.
+    """``y = g (u - inner) + outer`` along ``dim``, in u's dtype, computed in float32; bit for bit u where g is 1.
 
     Args:
         u: the base's output plus the low-rank update.
@@ -292,37 +211,3 @@ def scale_rows(
     # torch.compile does not take the same tensor twice.
     same_bias = inner is outer and inner is not None
     return _ScaleRows.apply(u, g, None if same_bias else inner, outer, dim, keep_output, guard, same_bias)
-
-
-class _AdaptedWeight(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, W: Tensor, A: Tensor | None, B: Tensor | None, g: Tensor | None, scale: float) -> Tensor:
-        ctx.scale = scale
-        ctx.save_for_backward(W, A, B, g)
-        return _weight(W, A, B, g, scale).to(W.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dW: Tensor) -> tuple[Tensor | None, ...]:
-        W, A, B, g = ctx.saved_tensors
-        dW = dW.float()
-        dA = dB = dg = None
-        if ctx.needs_input_grad[3]:
-            dg = (dW * _weight(W, A, B, None, ctx.scale)).sum(1)
-        if g is not None:
-            dW = dW * g[:, None]
-        if ctx.needs_input_grad[1]:
-            dA = ctx.scale * (B.float().T @ dW)
-        if ctx.needs_input_grad[2]:
-            dB = ctx.scale * (dW @ A.float().T)
-        return None, dA, dB, dg, None
-
-
-def _weight(W: Tensor, A: Tensor | None, B: Tensor | None, g: Tensor | None, scale: float) -> Tensor:
-    V = W.float() if A is None or B is None else torch.addmm(W.float(), B.float(), A.float(), alpha=scale)
-    return V if g is None else V * g[:, None]
-
-
-def adapted_weight(W: Tensor, A: Tensor | None, B: Tensor | None, g: Tensor | None, scale: float) -> Tensor:
-    """``W' = g (W + s B A)``, ``[out, in]`` in W's dtype, for a frozen W; keeps nothing of that size for backward."""
-    return _AdaptedWeight.apply(W, A, B, g, scale)

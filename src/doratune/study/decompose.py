@@ -17,7 +17,7 @@ from doratune.errors import AdapterError
 from doratune.layers import AdaptedLayer, AdapterHolder, kind_of
 from doratune.layers.weights import WeightRows
 from doratune.ops.row_norm import row_tiles
-from doratune.targets import adapted_layers, holders, plain_modules, unwrap
+from doratune.targets import adapted_layers, plain_modules, saved_modules, unwrap
 
 Source = nn.Module | Mapping[str, Tensor]
 
@@ -123,7 +123,7 @@ def _of_matrix(matrix: Tensor) -> _Weight:
 
 def _of_model(model: nn.Module) -> dict[str, _Weight]:
     root = unwrap(model)
-    held = holders(root)
+    held: dict[str, AdapterHolder] = {**adapted_layers(root), **saved_modules(root)}
     found: dict[str, _Weight] = {}
     for path, module in plain_modules(root).items():
         holder = _holder(held, path)

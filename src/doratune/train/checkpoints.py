@@ -106,7 +106,7 @@ def restore_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     load_adapter(root, folder, _SCRATCH, trainable=True)  # with all its checks, beside the other
     try:
         _compare(root, name, folder)
-        for holder in holders(root).values():
+        for holder in holders(root):
             if name in holder.adapter_names():
                 pairs = zip(holder.adapter_parameters(name), holder.adapter_parameters(_SCRATCH), strict=True)
                 for own, restored in pairs:
@@ -128,14 +128,14 @@ def restore_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 def _compare(root: nn.Module, name: str, folder: str | os.PathLike[str]) -> None:
     problems = []
-    for path, holder in holders(root).items():
+    for holder in holders(root):
         own, restored = (
             [tuple(p.shape) for p in holder.adapter_parameters(n)] if n in holder.adapter_names() else None
             for n in (name, _SCRATCH)
         )
         if own != restored:
             problems.append(
-                f"{path}: the model's adapter has {own or 'nothing'}, the checkpoint {restored or 'nothing'}"
+                f"{holder.path}: the model's adapter has {own or 'nothing'}, the checkpoint {restored or 'nothing'}"
             )
     if problems:
         heading = f"{folder} holds an adapter of another kind; go on with the options it was made with"

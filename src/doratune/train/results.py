@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import resource
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,12 +108,14 @@ class TrainResult:
         """Commands to go on with: merge, load in Python, load in PEFT."""
         if self.method == "full":
             return f'AutoModelForCausalLM.from_pretrained("{self.adapter}")'
-        merged = Path(self.adapter).parent / "merged"
+        adapter, model, merged = (
+            shlex.quote(str(path)) for path in (self.adapter, self.model, Path(self.adapter).parent / "merged")
+        )
         return "\n".join(
             [
                 "# look at it, merge it",
-                f"doratune inspect {self.adapter} --base {self.model}",
-                f"doratune merge {self.adapter} --base {self.model} --output {merged} --verify",
+                f"doratune inspect {adapter} --base {model}",
+                f"doratune merge {adapter} --base {model} --output {merged} --verify",
                 "# load it in Python",
                 f'model = AutoModelForCausalLM.from_pretrained("{self.model}")',
                 f'doratune.load_adapter(model, "{self.adapter}")',

@@ -184,7 +184,7 @@ def _keeping_masters(model: Any) -> Any:
 
 def _refuse_strangers(model: nn.Module) -> None:
     name = active_adapter(model)
-    own = {id(p) for h in holders(model).values() if name in h.adapter_names() for p in h.adapter_parameters(name)}
+    own = {id(p) for h in holders(model) if name in h.adapter_names() for p in h.adapter_parameters(name)}
     strangers = [n for n, p in trainable_parameters(model).items() if id(p) not in own]
     if strangers:
         raise AdapterError(

@@ -1,0 +1,132 @@
+"""The low-rank change ``s B A``: added to a base's output, fused with a dense base, or added to the weight itself.
+
+Shapes: x ``[..., in]``, u ``[..., out]``, A ``[r, in]``, B ``[out, r]``. Products run in the dtype of the layer's
+output; A and B (small) are cast, x and W (large) never are. The backward passes are written by hand.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def as_rows(t: Tensor) -> Tensor:
+    """All dimensions but the last in one."""
+    return t.reshape(-1, t.shape[-1])
+
+
+def reshaped(t: Tensor, shape: torch.Size) -> Tensor:
+    """A fresh t in another shape and not a view of it: views made inside a Function cannot be changed in place."""
+    return t if t.shape == shape else torch.ops.aten._unsafe_view(t, shape)
+
+
+class _LowRankUpdate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, base_output: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        dtype = base_output.dtype
+        h = as_rows(x).to(dtype) @ A.to(dtype).T
+        u = torch.addmm(as_rows(base_output), h, (B * scale).to(dtype).T)
+        ctx.scale = scale
+        ctx.save_for_backward(x, h, A, B)
+        return reshaped(u, base_output.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, du: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, A, B = ctx.saved_tensors
+        dx, dA, dB = _low_rank_gradients(ctx.needs_input_grad[1:4], as_rows(du), x, h, A, B, ctx.scale)
+        return (du if ctx.needs_input_grad[0] else None), dx, dA, dB, None
+
+
+class _DenseLowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        rows, dtype = as_rows(x), x.dtype
+        h = rows @ A.to(dtype).T
+        u = F.linear(rows, W.to(dtype), None if bias is None else bias.to(dtype))
+        u.addmm_(h, (B * scale).to(dtype).T)
+        ctx.scale = scale
+        ctx.save_for_backward(x, h, W, A, B)
+        return reshaped(u, torch.Size([*x.shape[:-1], W.shape[0]]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, du: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, W, A, B = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        rows = as_rows(du)
+        dx_base = rows @ W.to(du.dtype) if needs[0] else None
+        dx, dA, dB = _low_rank_gradients((needs[0], *needs[3:5]), rows, x, h, A, B, ctx.scale, dx_base)
+        return dx, None, None, dA, dB, None
+
+
+def _low_rank_gradients(
+    needs: tuple[bool, ...],
+    du: Tensor,
+    x: Tensor,
+    h: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    dx: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``s B A x``: ``dB = s du^T h``, ``dh = s du B``, ``dA = dh^T x``, ``dx (+)= dh A``."""
+    needs_x, needs_A, needs_B = needs
+    dtype = du.dtype
+    dB = ((du.T @ h).to(B.dtype) * scale) if needs_B else None
+    if not (needs_x or needs_A):
+        return None, None, dB
+    dh = du @ (B * scale).to(dtype)
+    dA = (dh.T @ as_rows(x).to(dtype)).to(A.dtype) if needs_A else None
+    if needs_x:
+        dx = dh @ A.to(dtype) if dx is None else dx.addmm_(dh, A.to(dtype))
+        dx = dx.view(x.shape).to(x.dtype)
+    return dx, dA, dB
+
+
+def low_rank_update(base_output: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """``u = base_output + s B A x`` in base_output's dtype; keeps x, ``A x`` and nothing of size ``[out, in]``."""
+    return _LowRankUpdate.apply(base_output, x, A, B, scale)
+
+
+def dense_low_rank(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """``u = W x + b + s B A x`` in x's dtype, for frozen W and b; the two input gradients share one buffer."""
+    return _DenseLowRank.apply(x, W, bias, A, B, scale)
+
+
+class _AdaptedWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, A: Tensor | None, B: Tensor | None, g: Tensor | None, scale: float) -> Tensor:
+        ctx.scale = scale
+        ctx.save_for_backward(W, A, B, g)
+        return _weight(W, A, B, g, scale).to(W.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dW: Tensor) -> tuple[Tensor | None, ...]:
+        W, A, B, g = ctx.saved_tensors
+        dW = dW.float()
+        dA = dB = dg = None
+        if ctx.needs_input_grad[3]:
+            dg = (dW * _weight(W, A, B, None, ctx.scale)).sum(1)
+        if g is not None:
+            dW = dW * g[:, None]
+        if ctx.needs_input_grad[1]:
+            dA = ctx.scale * (B.float().T @ dW)
+        if ctx.needs_input_grad[2]:
+            dB = ctx.scale * (dW @ A.float().T)
+        return None, dA, dB, dg, None
+
+
+def _weight(W: Tensor, A: Tensor | None, B: Tensor | None, g: Tensor | None, scale: float) -> Tensor:
+    V = W.float() if A is None or B is None else torch.addmm(W.float(), B.float(), A.float(), alpha=scale)
+    return V if g is None else V * g[:, None]
+
+
+def adapted_weight(W: Tensor, A: Tensor | None, B: Tensor | None, g: Tensor | None, scale: float) -> Tensor:
+    """``W' = g (W + s B A)``, ``[out, in]`` in W's dtype, for a frozen W; keeps nothing of that size for backward."""
+    return _AdaptedWeight.apply(W, A, B, g, scale)
