@@ -466,7 +466,7 @@ def test_three_hundred_steps_do_not_grow():
             output(model, ids())
             counts.append(live())
             sizes.append(process.memory_info().rss)
-    assert counts[0] == counts[1] == counts[2]
+    assert counts[2] <= counts[0]  # what earlier tests left may go meanwhile
     assert sizes[2] - sizes[0] < 8 * 2**20
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import weakref
 
 import bitsandbytes as bnb
 import pytest
@@ -217,6 +218,48 @@ def test_nothing_dequantised_is_kept_for_backward(make):
         model(torch.randn(tokens, IN))
     floats = [t for t in kept if type(t) is torch.Tensor and t.is_floating_point() and t.numel() >= OUT * IN]
     assert floats == []
+
+
+@every_layer
+def test_no_two_dequantised_weights_live_at_once_and_none_after_the_forward(make, monkeypatch):
+    """The peak of memory: one transient matrix, gone before the backward pass begins."""
+    model = nn.Sequential(made(make, norm_gradient="exact"), nn.Linear(OUT, IN), made(make, norm_gradient="exact"))
+    alive = []
+
+    def watched(dequantise):
+        def run(base):
+            assert all(reference() is None for reference in alive), "another dequantised weight is still there"
+            matrix = dequantise(base)
+            alive.append(weakref.ref(matrix))
+            return matrix
+
+        return run
+
+    library = quantised.library_of(model[0][0].base_layer)
+    monkeypatch.setitem(quantised.DEQUANTISE, library, watched(quantised.DEQUANTISE[library]))
+    loss = model(torch.randn(3, IN)).sum()
+    assert len(alive) >= 2
+    assert all(reference() is None for reference in alive)
+    loss.backward()
+    assert all(reference() is None for reference in alive)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+@every_layer
+def test_compiled(make):
+    """With breaks in the graph where the library's own forward needs them."""
+    model = made(make).train()
+    x = torch.randn(6, IN)
+    y = model(x)
+    compiled = torch.compile(model, backend="aot_eager")
+    assert error(compiled(x), y) < 1e-5
+    y.square().sum().backward()
+    expected = [p.grad.clone() for p in dt.trainable_parameters(model).values()]
+    model.zero_grad()
+    compiled(x).square().sum().backward()
+    for p, gradient in zip(dt.trainable_parameters(model).values(), expected, strict=True):
+        assert error(p.grad, gradient) < 1e-5
+    torch._dynamo.reset()
 
 
 def test_an_nf4_step_keeps_no_more_than_lora_and_its_outputs():

@@ -228,4 +228,4 @@ def test_300_steps_leave_nothing_behind(tmp_path):
 
     options = {"callbacks": [Count()]}
     plain(tmp_path, train_options=options, max_steps=300, save_strategy="no", per_device_train_batch_size=2).train()
-    assert alive[0] == alive[1]
+    assert all(late <= early for early, late in zip(*alive, strict=True))  # what earlier tests left may go meanwhile

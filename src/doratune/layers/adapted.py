@@ -37,6 +37,10 @@ class LayerAdapter:
         """s. Kept as text: torch.compile takes a float that differs between layers for a symbol."""
         return float(self.scale_text)
 
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self.scale_text = repr(float(value))
+
 
 class AdaptedLayer(AdapterHolder):
     """A base layer with any number of named adapters, one of them active.

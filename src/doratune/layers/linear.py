@@ -66,11 +66,15 @@ def forward(
     low = F.dropout(x, options.dropout) if options.dropout else x
     bias: Tensor | None = base.bias  # type: ignore[assignment]
     inner = bias
-    if A is not None and B is not None and slow_reason(base, options.dropout) is None:
+    if slow_reason(base, options.dropout) is None:
         if magnitude is not None and not options.keep_output:
             inner = None  # added last: it would drown z
-        W: Tensor = base.weight  # type: ignore[assignment]
-        u = dense_low_rank(_autocast(x), W.T if is_transformers_conv1d(base) else W, inner, A, B, scale)
+        weight: Tensor = base.weight  # type: ignore[assignment]
+        W = weight.T if is_transformers_conv1d(base) else weight
+        if A is None or B is None:
+            u = F.linear(_autocast(x), W, inner)
+        else:
+            u = dense_low_rank(_autocast(x), W, inner, A, B, scale)
     else:
         u = base(x)
         if A is not None and B is not None:
