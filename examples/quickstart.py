@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -49,7 +50,7 @@ class Options:
 
     output: Path = Path("quickstart-output")
     """Folder for everything; results of an earlier quickstart there are replaced."""
-    steps: int = 30
+    steps: int = 24
     """Optimiser steps of each run."""
     batch_size: int = 4
     """Blocks in a step."""
@@ -97,6 +98,7 @@ def train(run: Run, model: Path, text: Path, options: Options) -> TrainResult:
         "--eval-fraction": options.eval_fraction,
         "--seed": options.seed,
         "--prompt": options.prompt,
+        "--sample-tokens": 40,
         "--dtype": "float32",
         "--log-every": 1,
         "--eval-every": max(1, options.steps // 3),
@@ -122,6 +124,7 @@ def show(results: dict[str, TrainResult], options: Options) -> None:
     any_result = next(iter(results.values()))
     tokens = options.steps * options.batch_size * options.max_length
     table = Table(
+        box=SIMPLE_HEAD,
         title=f"{options.steps} steps, {tokens:,} tokens each; held out: {any_result.held_out_blocks} blocks",
         caption="One run of one seed shows that it works, not which method is better.",
     )

@@ -1,7 +1,7 @@
 """DoRA's magnitude on the output of a layer: ``y = g (u - b) + b``, with a hand-written backward pass.
 
-u ``[..., out]`` is the base's output plus the low-rank change, g ``[out]`` is ``m / n``; the bias is never scaled. g is
-applied in float32, whatever u's dtype.
+u ``[..., out]`` is the base's output plus the low-rank change, g ``[out]`` is ``m / n``, float32 whatever u's dtype.
+The bias is never scaled.
 
 For g's gradient ``sum(dy * z)``, ``z = u - b``, the step keeps its *output* y, because the next operation often keeps
 it anyway and ``z = (y - b) / g``. If somebody overwrites y in place, an ``OutputGuard`` computes z again.
@@ -9,54 +9,15 @@ it anyway and ``z = (y - b) / g``. If somebody overwrites y in place, an ``Outpu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from doratune.ops.low_rank import as_rows, reshaped
-
 Recompute = Callable[..., Tensor]
 """Computes ``z = W x + s B A x`` once more from the tensors the guard kept."""
-
-
-def _flat(t: Tensor, dim: int) -> Tensor:
-    """One row for each token, where the features come last."""
-    return as_rows(t) if dim == -1 else t
-
-
-PIECE = 1 << 18
-"""Elements of a piece, on a CPU: its float32 copy stays in the cache of one core."""
-
-
-def _pieces(t: Tensor) -> Sequence[slice]:
-    """Slices of the first dimension: pieces that fit a CPU's cache; everything at once where kernels are fused."""
-    if t.device.type != "cpu" or torch.compiler.is_compiling() or t.numel() <= PIECE:
-        return (slice(None),)
-    step = max(1, PIECE * t.shape[0] // t.numel())
-    return [slice(start, start + step) for start in range(0, t.shape[0], step)]
-
-
-def piecewise(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    """``function(t)``, an elementwise one, without large float32 temporaries on a CPU."""
-    pieces = _pieces(t)
-    if len(pieces) == 1:
-        return function(t)
-    result = torch.empty_like(t)
-    for piece in pieces:
-        result[piece] = function(t[piece])
-    return result
-
-
-def sum_piecewise(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """The sum of ``function`` over pieces of the tensors."""
-    pieces = _pieces(tensors[0])
-    total = function(*(t[pieces[0]] for t in tensors))
-    for piece in pieces[1:]:
-        total += function(*(t[piece] for t in tensors))
-    return total
 
 
 class OutputGuard:
@@ -104,7 +65,7 @@ class _ScaleRows(torch.autograd.Function):
     ) -> Tensor:
         inner = outer if same_bias else inner
         shift = _shift(g, inner, outer)
-        y = reshaped(piecewise(lambda u: scaled(u, g, shift, dim), _flat(u, dim)), u.shape)
+        y = scaled(u, g, shift, dim)
         # g and the biases are small. What is large is saved on its own, through autograd's saved tensors: reading
         # those fails as a whole once somebody has overwritten y, and du must not be lost with it.
         ctx.g, ctx.inner, ctx.outer, ctx.dim = g, inner, outer, dim
@@ -120,18 +81,17 @@ class _ScaleRows(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs_u, needs_g, needs_inner, needs_outer = ctx.needs_input_grad[:4]
         g, dim = ctx.g, ctx.dim
-        shape, dy = dy.shape, _flat(dy, dim)
-        du = piecewise(lambda dy: scaled(dy, g, None, dim), dy).view(shape) if needs_u else None
+        du = scaled(dy, g, None, dim) if needs_u else None
         dg = d_inner = d_outer = None
         if needs_g:
             kept = _kept_tensor(ctx)
             if kept is not None:
                 bias = ctx.outer if ctx.keep_output else ctx.inner
-                dg = sum_piecewise(lambda dy, kept: row_products(dy, kept, bias, dim), dy, _flat(kept, dim))
+                dg = row_products(dy, kept, bias, dim)
                 if ctx.keep_output:
                     dg = dg / _nonzero(g)
         if needs_inner or needs_outer:
-            total = sum_piecewise(lambda dy: _sum_to_rows(dy.float(), dim), dy)
+            total = _sum_to_rows(dy, dim)
             d_inner = (-g * total).to(ctx.inner.dtype) if needs_inner else None
             d_outer = ((1 - g) * total if ctx.same_bias else total).to(ctx.outer.dtype) if needs_outer else None
         return du, dg, d_inner, d_outer, None, None, None, None
@@ -145,16 +105,22 @@ def _shift(g: Tensor, inner: Tensor | None, outer: Tensor | None) -> Tensor | No
 
 
 def scaled(u: Tensor, g: Tensor, shift: Tensor | None, dim: int) -> Tensor:
-    """``g u + shift`` in float32, rounded once to u's dtype."""
-    y = u.float() * _broadcast(g, u, dim)
-    if shift is not None:
-        y = y + _broadcast(shift, u, dim)
-    return y.to(u.dtype)
+    """``g u + shift`` in u's dtype.
+
+    For 16-bit u, g is applied as the sum of two 16-bit numbers: as precise as its float32 value, but without a float32
+    copy of u. One alone has 8 bits in bfloat16, too few for a g near 1.
+    """
+    high = _broadcast(g.to(u.dtype), u, dim)
+    y = u * high if shift is None else torch.addcmul(_broadcast(shift.to(u.dtype), u, dim), u, high)
+    if u.dtype in (torch.float16, torch.bfloat16):
+        low = g - g.to(u.dtype).float()
+        y.addcmul_(u, _broadcast(low.to(u.dtype), u, dim))
+    return y
 
 
 def row_products(dy: Tensor, kept: Tensor, bias: Tensor | None, dim: int) -> Tensor:
-    """``sum(dy * (kept - bias))`` of each row, float32 ``[out]``."""
-    z = kept.float() if bias is None else kept.float() - _broadcast(bias, dy, dim)
+    """``sum(dy * (kept - bias))`` of each row, in float32, ``[out]``."""
+    z = kept.float() if bias is None else kept.float() - _broadcast(bias.float(), kept, dim)
     return _sum_to_rows(dy.float() * z, dim)
 
 
@@ -174,11 +140,13 @@ def _kept_tensor(ctx: Any) -> Tensor | None:
 def _broadcast(v: Tensor, like: Tensor, dim: int) -> Tensor:
     shape = [1] * like.ndim
     shape[dim] = -1
-    return v.float().view(shape)
+    return v.view(shape)
 
 
 def _sum_to_rows(t: Tensor, dim: int) -> Tensor:
-    return t.sum([d for d in range(t.ndim) if d != dim % t.ndim])
+    """The sum over everything but the features, in float32."""
+    others = [d for d in range(t.ndim) if d != dim % t.ndim]
+    return t.sum(others, dtype=torch.float32) if others else t.float()
 
 
 def _nonzero(g: Tensor) -> Tensor:
@@ -194,7 +162,7 @@ def scale_rows(
     guard: OutputGuard | None = None,
     keep_output: bool = False,
 ) -> Tensor:
-    """``y = g (u - inner) + outer`` along ``dim``, in u's dtype, computed in float32; bit for bit u where g is 1.
+    """``y = g (u - inner) + outer`` along ``dim``, in u's dtype; bit for bit u where g is 1.
 
     Args:
         u: the base's output plus the low-rank update.

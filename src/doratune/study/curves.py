@@ -11,10 +11,6 @@ from doratune.train.extras import require
 SMOOTHING = 0.8
 """Share of the running mean in the thick line; single steps are the thin one."""
 
-STYLES = ("-", "--", ":", "-.")
-MARKERS = ("o", "s", "^", "D")
-"""Runs that do the same lie on each other: every one stays visible through the next."""
-
 
 def draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, title: str = "") -> None:
     """Draw training and held-out loss over the steps.
@@ -32,13 +28,13 @@ def draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, tit
     measured = any("eval_loss" in record for records in runs.values() for record in records)
     axes = figure.subplots(1, 2 if measured else 1, squeeze=False)[0]
     for index, (label, records) in enumerate(runs.items()):
-        color, style = f"C{index}", STYLES[index % len(STYLES)]
+        # Runs that do the same lie on each other: the first line is the widest, so that each shows beside the next.
+        look: dict[str, Any] = {"color": f"C{index}", "linewidth": max(1.2, 5 - 1.7 * index), "label": label}
         steps, losses = _points(records, "loss")
-        axes[0].plot(steps, losses, color=color, alpha=0.2, linewidth=0.8)
-        axes[0].plot(steps, _smooth(losses), style, color=color, linewidth=2, label=label)
+        axes[0].plot(steps, losses, color=look["color"], alpha=0.2, linewidth=0.8)
+        axes[0].plot(steps, _smooth(losses), **look)
         if measured:
-            marker = {"marker": MARKERS[index % len(MARKERS)], "markersize": 7 - index % len(MARKERS)}
-            axes[1].plot(*_points(records, "eval_loss"), style, color=color, linewidth=2, label=label, **marker)
+            axes[1].plot(*_points(records, "eval_loss"), marker="o", markersize=look["linewidth"] + 4, **look)
     for axis, name in zip(axes, ("training loss (thick: smoothed)", "held-out loss"), strict=False):
         axis.set_xlabel("step")
         axis.set_ylabel("nats per token")
