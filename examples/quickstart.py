@@ -125,6 +125,8 @@ def show(results: dict[str, TrainResult], options: Options) -> None:
     tokens = options.steps * options.batch_size * options.max_length
     table = Table(
         box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
         title=f"{options.steps} steps, {tokens:,} tokens each; held out: {any_result.held_out_blocks} blocks",
         caption="One run of one seed shows that it works, not which method is better.",
     )

@@ -14,8 +14,9 @@ from doratune.layers.attention import Projection
 from doratune.layers.cache import without_autocast
 from doratune.layers.holder import plain_parameters
 from doratune.layers.quantised import library_of, requantisation_loss
-from doratune.model import active_adapter, thaw, trained_before, unhold
+from doratune.model import active_adapter, unhold
 from doratune.ops import row_norm
+from doratune.preparation import thaw, trained_before
 from doratune.targets import adapted_layers, holders, unwrap
 
 log = logging.getLogger("doratune")

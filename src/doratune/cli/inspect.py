@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,8 +69,9 @@ def _print(out: Console, report: FileReport, moved: dict[str, Decomposition]) ->
     from rich.table import Table
 
     config = report.config
-    out.print(f"[bold]{report.folder}[/bold]: {report.method}, rank {config.rank}, alpha {config.alpha:g}")
-    out.print(f"base model: {report.base_model or 'not named'}; task: {report.task or 'not named'}")
+    plain = functools.partial(out.print, markup=False, highlight=False, soft_wrap=True)  # paths may hold anything
+    plain(f"{report.folder}: {report.method}, rank {config.rank}, alpha {config.alpha:g}")
+    plain(f"base model: {report.base_model or 'not named'}; task: {report.task or 'not named'}")
     saved = f" and {len(report.saved)} tensors trained whole" if report.saved else ""
     out.print(
         f"{len(report.layers)} adapted layers{saved}, {report.parameters:,} parameters, {report.bytes / 1e6:.1f} MB"
@@ -99,6 +101,6 @@ def _print(out: Console, report: FileReport, moved: dict[str, Decomposition]) ->
         if lines:
             out.print(f"[bold]{heading}[/bold] ({len(lines)}):")
             for line in lines[:20]:
-                out.print(f"  - {line}", markup=False, highlight=False, soft_wrap=True)
+                plain(f"  - {line}")
             if lines[20:]:
                 out.print(f"  and {len(lines) - 20} more; --json lists all")

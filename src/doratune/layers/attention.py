@@ -145,9 +145,7 @@ def weight_and_bias(
     g = None
     if magnitude is not None:
         rows = WeightRows.of_matrix(base.weight.detach(), base.stored)
-        g = options.cache.row_scale(
-            rows, A, B, magnitude, scale, options.norm_gradient, options.dense_norm, options.reuse_scale
-        )
+        g = options.row_scale(rows, A, B, magnitude, scale)
     with without_autocast(base.weight.device):
         W = adapted_weight(base.weight, A, B, g, scale)
     bias = base.bias

@@ -49,14 +49,10 @@ def forward(
         change = outer if bias is None else outer - bias
         return u + change.to(u.dtype).view(-1, *[1] * len(base.kernel_size))
     with on_device(base):
-        g = options.cache.row_scale(
-            conv_rows(base), A, B, magnitude, scale, options.norm_gradient, options.dense_norm, options.reuse_scale
-        )
-    keep_output, guard = options.keep_output, None
-    if keep_output and g.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        guard = _guard(base, x, low, A, B, scale)
+        g = options.row_scale(conv_rows(base), A, B, magnitude, scale)
+    guard = _guard(base, x, low, A, B, scale) if options.guards_output(g) else None
     channels = -1 - len(base.kernel_size)
-    return scale_rows(u, g, bias, outer, dim=channels, guard=guard, keep_output=keep_output)
+    return scale_rows(u, g, bias, outer, dim=channels, guard=guard, keep_output=options.keep_output)
 
 
 def low_rank(base: Conv, x: Tensor, A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

@@ -37,16 +37,7 @@ def forward(
     if magnitude is None:
         return u
     with on_device(base):
-        g = options.cache.row_scale(
-            embedding_rows(base),
-            A,
-            B,
-            magnitude,
-            scale,
-            options.norm_gradient,
-            options.dense_norm,
-            options.reuse_scale,
-        )
+        g = options.row_scale(embedding_rows(base), A, B, magnitude, scale)
     return scale_rows(u, g)
 
 

@@ -30,6 +30,14 @@ class Options(NamedTuple):
     bias: Tensor | None = None
     """The adapter's own bias, in place of the base's."""
 
+    def row_scale(self, rows: WeightRows, A: Tensor | None, B: Tensor | None, m: Tensor, scale: float) -> Tensor:
+        """``g = m / n``, float32 ``[out]``, as these options say."""
+        return self.cache.row_scale(rows, A, B, m, scale, self.norm_gradient, self.dense_norm, self.reuse_scale)
+
+    def guards_output(self, g: Tensor) -> bool:
+        """Whether y is kept for g's gradient and may be overwritten in place before; compiled code keeps a copy."""
+        return self.keep_output and g.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
 
 class Kind:
     """A kind of base layer. ``forward`` is the one function that computes it, native or under PEFT."""

@@ -83,13 +83,9 @@ def forward(
     if magnitude is None:
         return _swap_bias(u, inner, outer)
     with on_device(base):
-        g = options.cache.row_scale(
-            rows_of(base), A, B, magnitude, scale, options.norm_gradient, options.dense_norm, options.reuse_scale
-        )
-    keep_output, guard = options.keep_output, None
-    if keep_output and g.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        guard = _guard(base, x, low, A, B, scale)
-    return scale_rows(u, g, inner, outer, guard=guard, keep_output=keep_output)
+        g = options.row_scale(rows_of(base), A, B, magnitude, scale)
+    guard = _guard(base, x, low, A, B, scale) if options.guards_output(g) else None
+    return scale_rows(u, g, inner, outer, guard=guard, keep_output=options.keep_output)
 
 
 def _guard(base: nn.Module, x: Tensor, low: Tensor, A: Tensor | None, B: Tensor | None, scale: float) -> OutputGuard:
