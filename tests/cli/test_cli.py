@@ -89,7 +89,8 @@ def test_train_then_inspect_then_merge(assets, tmp_path, capsys):
     adapter = tmp_path / "run" / "adapter"
     assert main(["inspect", str(adapter), "--base", str(assets[0])]) == 0
     printed = capsys.readouterr().out
-    assert "delta D" in printed
+    assert "dD" in printed
+    assert "1.self_attn.q_proj" in printed
     assert "14 adapted layers" in printed
     assert main(["merge", str(adapter), "--output", str(tmp_path / "merged"), "--verify", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
+from rich.markup import escape
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from doratune.study.adapter_file import FileReport
     from doratune.study.decompose import Decomposition
+
+CHANGES = ("dM", "relative", "dD")
 
 
 @dataclass
@@ -65,9 +70,43 @@ def _as_json(report: FileReport, moved: dict[str, Decomposition]) -> dict[str, A
     return {**whole, "parameters": report.parameters}
 
 
-def _print(out: Console, report: FileReport, moved: dict[str, Decomposition]) -> None:
+def _table(report: FileReport, moved: dict[str, Decomposition]) -> Table:
+    """One row a layer, narrow enough for a terminal: what all paths begin with is said once."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
+    begin = _common_beginning([layer.path for layer in report.layers])
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column(f"layer, after {escape(begin)}" if begin else "layer", overflow="fold")
+    dora = report.method == "dora"
+    for name in ("rank", "|B| max", *(("m",) if dora else ()), *(CHANGES if moved else ())):
+        table.add_column(name, justify="right", no_wrap=True)
+    for layer in report.layers:
+        row = [
+            escape(layer.path.removeprefix(begin)),
+            str(layer.rank),
+            f"{layer.b_largest:.2g}",
+        ]
+        if dora:
+            row.append("missing" if layer.m_smallest is None else f"{layer.m_smallest:.3g}..{layer.m_largest:.3g}")
+        if moved:
+            change = moved[layer.path]
+            row += [f"{change.magnitude:.1e}", f"{change.relative_magnitude:.2%}", f"{change.direction:.1e}"]
+        table.add_row(*row)
+    if moved:
+        table.caption = "dM: mean |m' - m|, and relative to the mean row norm; dD: mean (1 - cos)"
+    return table
+
+
+def _common_beginning(paths: list[str]) -> str:
+    """Whole parts that all paths share, with the dot after them; "" for a single path."""
+    if len(paths) < 2:
+        return ""
+    columns = zip(*(path.split(".")[:-1] for path in paths), strict=False)
+    return "".join(f"{parts[0]}." for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, columns))
+
+
+def _print(out: Console, report: FileReport, moved: dict[str, Decomposition]) -> None:
     config = report.config
     plain = functools.partial(out.print, markup=False, highlight=False, soft_wrap=True)  # paths may hold anything
     plain(f"{report.folder}: {report.method}, rank {config.rank}, alpha {config.alpha:g}")
@@ -77,26 +116,7 @@ def _print(out: Console, report: FileReport, moved: dict[str, Decomposition]) ->
         f"{len(report.layers)} adapted layers{saved}, {report.parameters:,} parameters, {report.bytes / 1e6:.1f} MB"
     )
     if report.layers:
-        table = Table()
-        table.add_column("layer", overflow="fold")
-        for name in ("rank", "parameters", "|A| max", "|B| max", *(("m",) if report.method == "dora" else ())):
-            table.add_column(name, justify="right")
-        for name in ("delta M", "relative", "delta D") if moved else ():
-            table.add_column(name, justify="right")
-        for layer in report.layers:
-            row = [layer.path, str(layer.rank), f"{layer.parameters:,}", f"{layer.a_largest:.3g}"]
-            row.append(f"{layer.b_largest:.3g}")
-            if report.method == "dora":
-                row.append(
-                    "missing" if layer.m_smallest is None else f"{layer.m_smallest:.3g} to {layer.m_largest:.3g}"
-                )
-            if moved:
-                change = moved[layer.path]
-                row += [f"{change.magnitude:.2e}", f"{change.relative_magnitude:.2%}", f"{change.direction:.2e}"]
-            table.add_row(*row)
-        if moved:
-            table.caption = "delta M: mean |m' - m|; relative: to the mean row norm; delta D: mean (1 - cos)"
-        out.print(table)
+        out.print(_table(report, moved))
     for heading, lines in (("broken", report.broken), ("suspicious", report.suspicious)):
         if lines:
             out.print(f"[bold]{heading}[/bold] ({len(lines)}):")

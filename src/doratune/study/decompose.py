@@ -7,7 +7,7 @@ For a weight with rows ``w`` before and ``w'`` after::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from doratune.errors import AdapterError
 from doratune.layers import AdaptedLayer, AdapterHolder, kind_of
 from doratune.layers.weights import WeightRows
-from doratune.ops.row_norm import row_tiles
 from doratune.targets import adapted_layers, plain_modules, saved_modules, unwrap
 
 Source = nn.Module | Mapping[str, Tensor]
+
+TILE = 1 << 17
+"""Numbers that are looked at at a time."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def adapter_change(model: nn.Module) -> dict[str, Decomposition]:
 
 def _moved(old: _Weight, new: _Weight) -> Decomposition:
     magnitude = direction = norm = 0.0
-    for rows in row_tiles(*old.shape):
+    for rows in _few_rows(*old.shape):
         w, v = old.rows(rows), new.rows(rows)
         m, n = w.norm(dim=1), v.norm(dim=1)
         product = m * n
@@ -103,6 +105,12 @@ def _moved(old: _Weight, new: _Weight) -> Decomposition:
         norm += float(m.sum())
     count = old.shape[0]
     return Decomposition(magnitude / count, direction / count, magnitude / norm if norm else 0.0, count)
+
+
+def _few_rows(rows: int, columns: int) -> Iterator[slice]:
+    """Slices of rows that stay in a core's cache through the dozen passes over them."""
+    step = max(1, TILE // max(1, columns))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def _weights(source: Source, which: str) -> dict[str, _Weight]:
