@@ -1,5 +1,8 @@
 """doratune: DoRA fine-tuning for PyTorch."""
 
+import importlib
+from types import ModuleType
+
 from doratune.checkpoint import load_adapter, save_adapter
 from doratune.config import AdapterConfig
 from doratune.errors import AdapterError
@@ -42,3 +45,10 @@ __all__ = [
     "trainable_parameters",
     "verify_merge",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """``doratune.study`` and ``doratune.train``, imported when they are first used."""
+    if name in ("study", "train"):
+        return importlib.import_module(f"doratune.{name}")
+    raise AttributeError(f"module 'doratune' has no attribute {name!r}")
