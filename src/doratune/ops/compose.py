@@ -20,6 +20,10 @@ Recompute = Callable[..., Tensor]
 """Computes ``z = W x + s B A x`` once more from the tensors the guard kept."""
 
 
+AVERAGES_OUT = 256
+"""From this many products on, their rounding to 16 bits is lost in that of the numbers multiplied."""
+
+
 class OutputGuard:
     """Between base and scale: recomputes z in the backward pass if y was overwritten in place meanwhile."""
 
@@ -119,9 +123,16 @@ def scaled(u: Tensor, g: Tensor, shift: Tensor | None, dim: int) -> Tensor:
 
 
 def row_products(dy: Tensor, kept: Tensor, bias: Tensor | None, dim: int) -> Tensor:
-    """``sum(dy * (kept - bias))`` of each row, in float32, ``[out]``."""
-    z = kept.float() if bias is None else kept.float() - _broadcast(bias.float(), kept, dim)
-    return _sum_to_rows(dy.float() * z, dim)
+    """``sum(dy * (kept - bias))`` of each row, in float32, ``[out]``.
+
+    Products of many bfloat16 numbers are rounded like the numbers themselves, which saves two float32 copies;
+    float16 ones could vanish, compiled code makes no copies, and few do not average out.
+    """
+    many = not torch.compiler.is_compiling() and dy.numel() >= AVERAGES_OUT * dy.shape[dim]
+    if dy.dtype != torch.bfloat16 or not many:
+        dy, kept = dy.float(), kept.float()
+    z = kept if bias is None else kept - _broadcast(bias.to(kept.dtype), kept, dim)
+    return _sum_to_rows(dy * z, dim)
 
 
 def _kept_tensor(ctx: Any) -> Tensor | None:
