@@ -416,3 +416,14 @@ def test_copies_train_on_their_own():
     with torch.no_grad():
         other[0].magnitude["default"].mul_(2)
     assert error(other(x), model(x)) > 1e-2
+
+
+@every_method
+@every_layer
+def test_files_round_trip(make, method, tmp_path):
+    model = made(make, method)
+    dt.save_adapter(model, tmp_path)
+    torch.manual_seed(0)
+    again = dt.load_adapter(nn.Sequential(make(), nn.ReLU(inplace=True)), tmp_path)
+    x = torch.randn(6, IN)
+    assert error(again(x), model(x)) < 1e-6
