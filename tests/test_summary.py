@@ -86,7 +86,7 @@ def test_weights_that_no_kind_serves_are_listed():
 
 
 def test_the_share_of_a_real_shape():
-    """DESIGN section 5: out / (r (in + out)) of LoRA's parameters, 3 % at rank 16 for a square layer."""
+    """out / (r (in + out)) of LoRA's parameters, 3 % at rank 16 for a square layer."""
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(4096, 4096, bias=False))
     dt.attach(model, dt.AdapterConfig(rank=16))

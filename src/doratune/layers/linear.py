@@ -59,7 +59,7 @@ def forward(
     scale: float,
     options: Options,
 ) -> Tensor:
-    """``y = g (W x + s B A x) + b`` for x ``[..., in]``; DESIGN: DoRA with one magnitude per output row.
+    """``y = g (W x + s B A x) + b`` for x ``[..., in]``, one magnitude for each output row.
 
     The base's own output is the starting point, so hooks, quantisation and wrappers of the base keep working.
     """
