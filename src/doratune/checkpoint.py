@@ -123,7 +123,7 @@ def _parts(layer: AdaptedLayer, name: str) -> tuple[Tensor | None, Tensor | None
             m = torch.where(dead, 0.0, m)
             A = A if A.any() else torch.full_like(A, PLACEHOLDER_A)
             B = B.clone()
-            B[_silent(dead, A, B)] = _placeholder_row(A)
+            B[_silent(dead, A, B)] = _stand_in_row(A)
     return A, B, m
 
 
@@ -133,7 +133,7 @@ def _silent(rows: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return indices[(B[indices] @ A).square().sum(1) == 0]
 
 
-def _placeholder_row(A: Tensor) -> Tensor:
+def _stand_in_row(A: Tensor) -> Tensor:
     row = torch.zeros(A.shape[0], device=A.device)
     row[A.square().sum(1).argmax()] = PLACEHOLDER_B
     return row
@@ -233,7 +233,7 @@ def _recognise_plain_rows(layer: AdaptedLayer, name: str) -> None:
     without_m = zero & (m == 0)
     if name in layer.lora_B and without_m.any():
         A, B = layer.lora_A[name], layer.lora_B[name]
-        stands_in = (B == _placeholder_row(A)).all(1)  # noqa: SIM300
+        stands_in = (B == _stand_in_row(A)).all(1)  # noqa: SIM300
         if (A == torch.tensor(PLACEHOLDER_A)).all():  # noqa: SIM300
             A.zero_()
         # These rows are 0 whatever B is; read as plain LoRA, with m = 0, their B would be heard.

@@ -127,6 +127,7 @@ def _may_adopt(base: nn.Module, new: nn.Module) -> bool:
 def merge(model: nn.Module, verify: bool = False) -> nn.Module:
     """Put the active adapter into the weights, in place; the layers are plain again and all adapters gone.
 
+    Quantised layers become layers of full precision; a warning says what quantising them again would lose.
     Weights tied to others (an embedding and the output head) are untied, and ``tie_word_embeddings`` is set to False.
 
     Args:
@@ -159,10 +160,13 @@ def merge(model: nn.Module, verify: bool = False) -> nn.Module:
     trained = {n for n, p in plain_parameters(root) if any(p is t for t in trained_before(root))}
     dtype = next((p.dtype for _, p in plain_parameters(root) if p.is_floating_point()), torch.float32)
     untied = False
+    losses: list[float] = []
     for layer in layers.values():
         rows, base = layer.kind.rows(layer.base_layer), layer.base_layer
         untied |= id(rows.stored) in shared
         weight = merged_weight(layer, name)
+        loss = requantisation_loss(base, weight)
+        losses += [] if loss is None else [loss]
         new = merged_layer(layer, name, weight.to(dtype) if rows.transient else weight)
         if _may_adopt(base, new):
             base._parameters = new._parameters  # the same object: its hooks and whoever refers to it see the merge
@@ -177,6 +181,14 @@ def merge(model: nn.Module, verify: bool = False) -> nn.Module:
     for n, p in root.named_parameters():
         p.requires_grad_(n in trained)
     _forget_quantisation(root)
+    if losses:
+        log.warning(
+            "merge: %d quantised layers are now of full precision; quantising them the same way again would change "
+            "their weights by %.1f %% on average, %.1f %% at most",
+            len(losses),
+            100 * sum(losses) / len(losses),
+            100 * max(losses),
+        )
     if untied and hasattr(root, "config") and hasattr(root.config, "tie_word_embeddings"):
         root.config.tie_word_embeddings = False
     return model

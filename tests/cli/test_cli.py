@@ -11,9 +11,6 @@ import doratune as dt
 from doratune.cli import main
 from train.tiny import llama, save_model, write_text
 
-pytest.importorskip("transformers")
-pytest.importorskip("matplotlib")
-
 
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory):

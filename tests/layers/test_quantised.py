@@ -150,7 +150,7 @@ def test_output_and_gradients_are_the_references(make, method):
 
 @every_method
 @every_layer
-def test_merging_gives_a_plain_layer_of_full_precision(make, method):
+def test_merging_gives_a_plain_layer_of_full_precision(make, method, caplog):
     model = made(make, method)
     x = torch.randn(6, IN)
     model.eval()
@@ -162,6 +162,7 @@ def test_merging_gives_a_plain_layer_of_full_precision(make, method):
         assert model[0].weight.dtype == torch.float32
         assert error(model(x), y) < (2e-2 if make is bnb_8bit else 1e-5)
     assert check.holds
+    assert f"would change their weights by {100 * check.requantisation:.1f} %" in caplog.text
     assert check.requantisation < 0.2
     if method != "magnitude":  # a scaled row falls on the same grid, scaled
         assert check.requantisation > 1e-4

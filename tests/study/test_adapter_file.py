@@ -8,7 +8,6 @@ import doratune as dt
 from doratune.study.adapter_file import inspect_adapter
 from train.tiny import llama
 
-pytest.importorskip("transformers")
 UP = "base_model.model.model.layers.0.mlp.up_proj."
 
 

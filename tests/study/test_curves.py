@@ -2,8 +2,6 @@ import pytest
 
 from doratune.study.curves import _smooth, draw_curves
 
-pytest.importorskip("matplotlib")
-
 
 def test_a_picture_is_drawn_of_runs_of_any_length(tmp_path):
     long = [{"step": s, "loss": 3 - s / 100} for s in range(50)] + [{"step": 0, "eval_loss": 3.0}]

@@ -9,8 +9,6 @@ import doratune as dt
 from doratune.study import adapter_change, decompose
 from train.tiny import llama
 
-pytest.importorskip("transformers")
-
 
 def by_hand(w, v):
     w, v = w.double(), v.double()

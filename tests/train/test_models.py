@@ -8,8 +8,6 @@ from doratune.train.extras import require
 from doratune.train.models import choose_dtype, load_model, load_tokenizer, model_problem
 from train.tiny import save_model
 
-pytest.importorskip("transformers")
-
 
 def test_problems_seen_without_loading(tmp_path):
     assert "no such folder" in model_problem(str(tmp_path / "absent"))

@@ -13,9 +13,6 @@ from doratune.train.checkpoints import checkpoints
 from doratune.train.results import read_metrics
 from train.tiny import llama, save_model, write_text
 
-pytest.importorskip("transformers")
-pytest.importorskip("matplotlib")
-
 
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory):

@@ -6,8 +6,6 @@ from doratune.train import TrainConfig
 from doratune.train import text as module
 from train.tiny import llama, tokenizer, words
 
-pytest.importorskip("datasets")
-
 
 def config(tmp_path, texts, **values):
     files = []

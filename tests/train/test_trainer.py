@@ -2,17 +2,15 @@ import gc
 import logging
 import shutil
 
+import datasets
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 
 import doratune as dt
 from doratune.train import last_checkpoint
 from train.tiny import llama, tokenizer, words
-
-datasets = pytest.importorskip("datasets")
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("trl")
 
 CONFIG = dt.AdapterConfig(rank=4, dropout=0.1)
 

@@ -7,7 +7,7 @@ Whatever the storage, W is seen as ``[out, in]``, one row per magnitude: an ``nn
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +94,3 @@ def on_device(base: nn.Module) -> Iterator[None]:
 
     with align_module_device(base):
         yield
-
-
-RowsOf = Callable[[nn.Module], WeightRows]
