@@ -23,6 +23,8 @@ BAD = {
     "method": ["DoRA", "pissa", None],
     "init": ["pissa", "olora", True],
     "norm_gradient": ["none", False],
+    "norm_refresh": ["epoch", True],
+    "eight_bit_outputs": [[""], [1], "("],
     "bias": [True, "some"],
     "rank": [-1, 2.0, True, "8", None],
     "alpha": [0, -1, math.inf, math.nan, "16", True],
@@ -50,6 +52,21 @@ def test_every_problem_is_listed_at_once():
     for word in ("method", "rank", "alpha", "dropout", "targets", "modules_to_save"):
         assert re.search(rf"^  - {word}", message, re.M), word
     assert isinstance(caught.value, ValueError)
+
+
+def test_eight_bit_outputs_follow_the_targets_rule():
+    assert not dt.AdapterConfig().keeps_eight_bits("layers.0.q_proj")
+    config = dt.AdapterConfig(eight_bit_outputs=["q_proj", "layers.1.down"])
+    found = [
+        p for p in ("layers.0.q_proj", "layers.1.down", "layers.2.down", "my_q_proj") if config.keeps_eight_bits(p)
+    ]
+    assert found == ["layers.0.q_proj", "layers.1.down"]
+    assert dt.AdapterConfig(eight_bit_outputs=r".*\.[qk]_proj").keeps_eight_bits("layers.0.k_proj")
+
+
+def test_a_remembered_norm_has_no_exact_gradient():
+    with pytest.raises(dt.AdapterError, match="norm_refresh"):
+        dt.AdapterConfig(norm_refresh="step", norm_gradient="exact")
 
 
 def test_rank_zero_is_the_magnitude_alone_and_only_doras():

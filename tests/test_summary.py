@@ -95,15 +95,31 @@ def test_the_share_of_a_real_shape():
     assert s.extra_over_model == pytest.approx(1 / 4096)
 
 
-def test_explain_speaks_of_every_layer_and_of_dropout():
+def test_explain_speaks_of_every_layer():
     model = tiny()
     dt.attach(model, dt.AdapterConfig(rank=2, dropout=0.1, targets=["up", "embed"]))
     told = dt.explain(model)
     assert set(told) == {"embed", "layers.0.up", "layers.1.up"}
-    assert "dropout" in told["layers.0.up"][1]
-    model.eval()
-    assert dt.explain(model)["layers.0.up"] == ("dense, fused input gradient", "")
-    assert dt.explain(model)["embed"][1]
+    assert told["layers.0.up"] == ("dense, fused input gradient", "")
+    assert told["embed"][1]
+    model.layers[1].up.base_layer.register_forward_hook(lambda *a: None)
+    assert dt.explain(model)["layers.1.up"] == ("over the base's output", "the base layer has hooks")
+
+
+def test_explain_names_what_costs_more():
+    model = tiny()
+    dt.attach(model, dt.AdapterConfig(rank=2, targets=["up"], norm_gradient="exact"))
+    layer = model.layers[0].up
+    assert dt.explain(model)["layers.0.up"][1] == "norm_gradient is exact: the backward pass walks W once more"
+    with torch.no_grad():
+        weight = layer.base_layer.weight
+        u, s, v = torch.linalg.svd(weight, full_matrices=False)
+        weight.copy_(u[:, :2] * s[:2] @ v[:2])
+        layer.lora_A["default"].copy_(v[:2])
+        layer.lora_B["default"].copy_(-0.999 * u[:, :2] * s[:2] / layer.adapters["default"].scale)
+    layer.cache.clear()
+    layer.decide("default")
+    assert "nearly cancel" in dt.explain(model)["layers.0.up"][1]
 
 
 def test_a_transformers_model():

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 import doratune as dt
-from doratune.targets import adapted_layers, as_targets, matches, plain_modules, saved_modules
+from doratune.config import matches
+from doratune.targets import adapted_layers, as_targets, plain_modules, saved_modules
 from helpers import assert_same, ids, move, output, snapshot, tiny, tiny_llama
 
 LINEARS = {f"layers.{i}.{n}" for i in (0, 1) for n in ("q_proj", "v_proj", "up", "down")}

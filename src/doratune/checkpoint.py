@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from doratune.config import matches
 from doratune.contents import BIAS, METADATA, PREFIX, Contents, read_contents
 from doratune.errors import AdapterError
 from doratune.files import WEIGHTS, read_config, read_weights, write_adapter
@@ -22,7 +23,7 @@ from doratune.layers import AdaptedLayer, SavedModule
 from doratune.layers.weights import is_transformers_conv1d
 from doratune.model import active_adapter, attach, delete_adapter, set_adapter
 from doratune.peft_config import OWN_TYPE, from_peft, to_peft
-from doratune.targets import adapted_layers, as_targets, matches, plain_modules, saved_modules, unwrap
+from doratune.targets import adapted_layers, as_targets, plain_modules, saved_modules, unwrap
 
 log = logging.getLogger("doratune")
 
@@ -60,6 +61,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     own = {
         "magnitude_only": sorted(path for path, layer in layers.items() if layer.adapters[name].rank == 0),
         "norm_gradient": config.norm_gradient,
+        "norm_refresh": config.norm_refresh,
+        "eight_bit_outputs": config.eight_bit_outputs,
         "init": config.init,
     }
     options = to_peft(root, config, layers, whole, transposed)

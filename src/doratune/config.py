@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar, get_args
 
@@ -15,6 +15,7 @@ Method = Literal["dora", "lora"]
 Init = Literal["default", "gaussian", "orthogonal"]
 NormGradient = Literal["detached", "exact"]
 Bias = Literal["none", "all", "lora_only"]
+NormRefresh = Literal["forward", "step"]
 
 ALL_LINEAR = "all-linear"
 _T = TypeVar("_T")
@@ -52,6 +53,12 @@ class AdapterConfig:
     B starts at 0, so a new adapter changes nothing."""
     norm_gradient: NormGradient = "detached"
     """detached: the norm is a constant in the backward pass (paper section 4.3); exact: it is not (eq. 6)."""
+    norm_refresh: NormRefresh = "forward"
+    """forward: compute the norm in every forward; step: only when A, B or W have changed, which saves it in all but the
+    first of accumulated micro-batches. For optimisers that change parameters openly (torch's own do)."""
+    eight_bit_outputs: str | Sequence[str] = ()
+    """Layers that keep an 8-bit copy of their output for the magnitude's gradient instead of the output: names, or one
+    regular expression. It saves memory where nothing else keeps the output (q, k, o and down of a Llama)."""
     bias: Bias = "none"
     """Biases to train with the adapter: none, lora_only (those of adapted layers), all."""
     modules_to_save: Sequence[str] = ()
@@ -70,12 +77,23 @@ class AdapterConfig:
         """The alpha for the module at ``path``."""
         return _lookup(self.alpha_pattern, path, self.alpha)
 
+    def keeps_eight_bits(self, path: str) -> bool:
+        """Whether the module at ``path`` keeps an 8-bit copy of its output."""
+        return matches(path, self.eight_bit_outputs)
+
     def scale_of(self, path: str) -> float:
         """s for the module at ``path``: alpha / rank, or alpha / sqrt(rank); 0 where the rank is 0."""
         rank = self.rank_of(path)
         if rank == 0:
             return 0.0
         return self.alpha_of(path) / (math.sqrt(rank) if self.rank_stabilized else rank)
+
+
+def matches(path: str, targets: str | Iterable[str]) -> bool:
+    """PEFT's rule: a string is a regular expression for the whole path; names match a path or its last parts."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, path) is not None if targets else False
+    return any(path == target or path.endswith("." + target) for target in targets)
 
 
 def _lookup(pattern: Mapping[str, _T], path: str, default: _T) -> _T:
@@ -87,10 +105,13 @@ def _lookup(pattern: Mapping[str, _T], path: str, default: _T) -> _T:
 
 
 def _problems(c: AdapterConfig) -> Iterator[str]:
-    for name, kind in (("method", Method), ("init", Init), ("norm_gradient", NormGradient), ("bias", Bias)):
+    kinds = {"method": Method, "init": Init, "norm_gradient": NormGradient, "norm_refresh": NormRefresh, "bias": Bias}
+    for name, kind in kinds.items():
         value = getattr(c, name)
         if value not in get_args(kind):
             yield f"{name} must be one of {', '.join(get_args(kind))}; found {value!r}"
+    if c.norm_refresh == "step" and c.norm_gradient == "exact":
+        yield "norm_refresh 'step' keeps no graph, which norm_gradient 'exact' needs in every forward; choose one"
     for name, rank in (("rank", c.rank), *((f"rank_pattern[{k!r}]", r) for k, r in dict(c.rank_pattern).items())):
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
             yield f"{name} must be a whole number of at least 0; found {rank!r}"
@@ -108,7 +129,7 @@ def _problems(c: AdapterConfig) -> Iterator[str]:
         yield 'targets is empty; give "all-linear", module names, or a regular expression'
     if isinstance(c.modules_to_save, str):
         yield f"modules_to_save must be a list of names; found the string {c.modules_to_save!r}"
-    for name in ("targets", "exclude", "modules_to_save"):
+    for name in ("targets", "exclude", "eight_bit_outputs", "modules_to_save"):
         value = getattr(c, name)
         names = [] if isinstance(value, str) else list(value)
         if any(not isinstance(item, str) or not item for item in names):
@@ -124,5 +145,6 @@ def _problems(c: AdapterConfig) -> Iterator[str]:
 def _regular_expressions(c: AdapterConfig) -> Iterator[tuple[str, list[str]]]:
     yield "targets", [c.targets] if isinstance(c.targets, str) else []
     yield "exclude", [c.exclude] if isinstance(c.exclude, str) else []
+    yield "eight_bit_outputs", [c.eight_bit_outputs] if isinstance(c.eight_bit_outputs, str) else []
     yield "rank_pattern", list(c.rank_pattern)
     yield "alpha_pattern", list(c.alpha_pattern)

@@ -213,11 +213,11 @@ def frozen_scales(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for layer in layers:
                 assert layer.active is not None
-                layer.cache.frozen = layer.row_scale(layer.active)
+                layer.cache.freeze(layer.row_scale(layer.active))
         yield
     finally:
         for layer, frozen in zip(layers, before, strict=True):
-            layer.cache.frozen = frozen
+            layer.cache.freeze(frozen)
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from doratune.config import ALL_LINEAR, AdapterConfig
+from doratune.config import ALL_LINEAR, AdapterConfig, matches
 from doratune.errors import AdapterError
-from doratune.targets import as_targets, matches, plain_modules
+from doratune.targets import as_targets, plain_modules
 
 PEFT_TYPE = "LORA"
 OWN_TYPE = "DORATUNE"
@@ -299,6 +299,8 @@ def with_own_options(config: AdapterConfig, own: dict[str, Any]) -> AdapterConfi
     return replace(
         config,
         norm_gradient=own.get("norm_gradient", config.norm_gradient),
+        norm_refresh=own.get("norm_refresh", config.norm_refresh),
+        eight_bit_outputs=own.get("eight_bit_outputs", config.eight_bit_outputs),
         init=own.get("init", config.init),
         rank_pattern={**ranks, **{key: rank for key, rank in config.rank_pattern.items() if key not in ranks}},
     )

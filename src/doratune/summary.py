@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from doratune.layers import kind_of
+from doratune.layers.adapted import AdaptedLayer
 from doratune.model import active_adapter, adapter_names, trainable_parameters
 from doratune.targets import adapted_layers, plain_modules, refusal, saved_modules, unwrap
 
@@ -133,9 +134,16 @@ def _left_alone(root: nn.Module, adapted: set[str]) -> dict[str, str]:
 
 def explain(model: nn.Module) -> dict[str, tuple[str, str]]:
     """For every adapted layer: which path its forward takes, and why not a faster one ("" if it is the fastest)."""
-    return {
-        path: layer.kind.explain(
-            layer.base_layer, layer.adapters[layer.active].config.dropout if layer.training and layer.active else 0.0
-        )
-        for path, layer in adapted_layers(model).items()
-    }
+    return {path: _explain(layer) for path, layer in adapted_layers(model).items()}
+
+
+def _explain(layer: AdaptedLayer) -> tuple[str, str]:
+    path, reason = layer.kind.explain(layer.base_layer)
+    reasons = [reason] if reason else []
+    if layer.active is not None and layer.active in layer.magnitude:
+        adapter = layer.adapters[layer.active]
+        if adapter.dense_norm:
+            reasons.append("W and the change nearly cancel in a row, so the norm is computed from dense tiles")
+        if adapter.config.norm_gradient == "exact":
+            reasons.append("norm_gradient is exact: the backward pass walks W once more")
+    return path, "; ".join(reasons)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from doratune.config import ALL_LINEAR, AdapterConfig
+from doratune.config import ALL_LINEAR, AdapterConfig, matches
 from doratune.errors import AdapterError
 from doratune.layers import KINDS, AdaptedLayer, AdapterHolder, AttentionHost, Kind, SavedModule, kind_of
 from doratune.layers.attention import Projection, projections
@@ -131,13 +131,6 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
             if own and path and not taken and not path.startswith(inside):
                 selection.saved[path] = own
     return selection
-
-
-def matches(path: str, targets: str | Iterable[str]) -> bool:
-    """PEFT's rule: a string is a regular expression for the whole path; names match a path or its last parts."""
-    if isinstance(targets, str):
-        return re.fullmatch(targets, path) is not None if targets else False
-    return any(path == target or path.endswith("." + target) for target in targets)
 
 
 def refusal(modules: dict[str, nn.Module], path: str) -> str | None:

@@ -34,12 +34,13 @@ def warm(case, **options) -> Setup:
 
 
 def test_g_is_remembered_in_evaluation_and_only_there(monkeypatch):
-    from doratune.layers import cache
+    from doratune.ops import row_norm
 
     calls = []
-    original = cache._squared_norm
-    monkeypatch.setattr(cache, "_squared_norm", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = row_norm.squared_row_norm
+    monkeypatch.setattr(row_norm, "squared_row_norm", lambda *a: calls.append(1) or original(*a))
     s = setup(KINDS[0])
+    calls.clear()
     s.model.eval()
     with torch.no_grad():
         for _ in range(4):
@@ -245,11 +246,11 @@ def test_a_model_made_in_inference_mode_works():
 
 
 def test_frozen_scales_are_computed_once_whatever_the_mode(monkeypatch):
-    from doratune.layers import cache
+    from doratune.ops import row_norm
 
     calls = []
-    original = cache._squared_norm
-    monkeypatch.setattr(cache, "_squared_norm", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = row_norm.squared_row_norm
+    monkeypatch.setattr(row_norm, "squared_row_norm", lambda *a: calls.append(1) or original(*a))
     s = setup(KINDS[0])
     expected = s.run().detach()
     calls.clear()
@@ -302,3 +303,80 @@ def test_compiled_code_sees_a_changed_weight(how):
         how(s)
         assert error(s.run(model=compiled), s.reference().y) < 1e-5
     torch._dynamo.reset()
+
+
+# Once for each step of the optimiser
+
+
+def _norms(monkeypatch):
+    from doratune.ops import row_norm
+
+    calls = []
+    original = row_norm.squared_row_norm
+    monkeypatch.setattr(row_norm, "squared_row_norm", lambda *a: calls.append(1) or original(*a))
+    return calls
+
+
+def stepwise(case) -> Setup:
+    s = setup(case, norm_refresh="step")
+    s.model.train()
+    s.run()
+    return s
+
+
+@every_kind
+def test_the_norm_can_be_remembered_between_micro_batches(case, monkeypatch):
+    s = stepwise(case)
+    calls = _norms(monkeypatch)
+    optimizer = torch.optim.AdamW(s.model.parameters(), lr=0.1)
+    for step in range(3):
+        for _ in range(4):
+            assert error(s.run(), s.reference().y) < 1e-5
+            s.run().square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert len(calls) == step  # none in the first: the set-up left it there
+
+
+@pytest.mark.parametrize("part", ["A", "B", "m"])
+@pytest.mark.parametrize(
+    "how", [_in_place, _optimizer, _data_then_toggle, _replaced_data, _replaced_parameter], ids=lambda f: f.__name__
+)
+@every_kind
+def test_a_remembered_norm_sees_changes_of_the_adapter(case, how, part):
+    s = stepwise(case)
+    how(s, part)
+    s.model.train()
+    assert error(s.run(), s.reference().y) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "how",
+    [_weight_in_place, _weight_data, _weight_data_then_toggle, _weight_replaced, _loaded, _layer_loaded, _vector],
+    ids=lambda f: f.__name__,
+)
+@every_kind
+def test_a_remembered_norm_sees_changes_of_the_weight(case, how):
+    s = stepwise(case)
+    how(s)
+    s.model.train()
+    assert error(s.run(), s.reference().y) < 1e-5
+
+
+@every_kind
+def test_a_remembered_norm_sees_rescaling_and_casting(case):
+    s = stepwise(case)
+    s.layer.adapters["default"].scale *= 2
+    assert error(s.run(), s.reference().y) < 1e-5
+    s.model.double().float()
+    assert error(s.run(), s.reference().y) < 1e-5
+
+
+def test_gradients_are_those_of_a_fresh_norm():
+    fresh, kept = setup(KINDS[0]), stepwise(KINDS[0])
+    for s in (fresh, kept):
+        for _ in range(2):
+            s.run().square().sum().backward()
+    for f, e in zip(kept.model.parameters(), fresh.model.parameters(), strict=True):
+        assert (f.grad is None) == (e.grad is None)
+        assert f.grad is None or torch.equal(f.grad, e.grad)

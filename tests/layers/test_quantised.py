@@ -20,7 +20,7 @@ from torchao.quantization.granularity import PerGroup
 
 import doratune as dt
 from doratune.layers import quantised
-from doratune.ops import reference
+from doratune.ops import reference, row_norm
 from helpers import error, tiny_llama
 
 IN, OUT = 128, 64
@@ -102,8 +102,36 @@ def move(model):
 
 
 def numbers(layer):
-    (tile,) = [tile for _, tile in layer.kind.rows(layer.base_layer).tiles()]
+    return numbers_of(layer.base_layer)
+
+
+def numbers_of(base):
+    (tile,) = [tile for _, tile in quantised.quantised_rows(base).tiles()]
     return tile.double()
+
+
+@pytest.mark.parametrize("make", [m for n, m in LAYERS.items() if n != "hqq"], ids=[n for n in LAYERS if n != "hqq"])
+def test_tiles_of_any_size_make_up_the_weight(make, monkeypatch):
+    base = made(make)[0].base_layer
+    library = quantised.library_of(base)
+    whole = numbers_of(base)
+    for rows in (1, 7, 20):
+        monkeypatch.setattr(row_norm, "TILE_BYTES", 4 * IN * rows)
+        tiles = list(quantised.quantised_rows(base).tiles())
+        assert len(tiles) == -(-OUT // rows), library
+        assert torch.equal(torch.cat([tile for _, tile in tiles]).double(), whole)
+        assert [r.start for r, _ in tiles] == list(range(0, OUT, rows))
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("columns", [32, 96, 160])
+def test_where_rows_share_a_scale_the_weight_is_what_the_forward_uses(columns, nested, monkeypatch):
+    base = bnb.nn.Linear4bit(columns, OUT, bias=False, quant_type="nf4", compress_statistics=nested)
+    base.weight = bnb.nn.Params4bit(torch.randn(OUT, columns), quant_type="nf4", compress_statistics=nested)
+    base.to("cpu")
+    monkeypatch.setattr(row_norm, "TILE_BYTES", 4 * columns * 3)
+    W = torch.cat([tile for _, tile in quantised.quantised_rows(base).tiles()])
+    assert error(base(torch.eye(columns)).T, W) < 1e-6
 
 
 def leaves_of(layer):
@@ -229,10 +257,11 @@ def test_no_two_dequantised_weights_live_at_once_and_none_after_the_forward(make
 
     def watched(dequantise):
         def run(base):
-            assert all(reference() is None for reference in alive), "another dequantised weight is still there"
-            matrix = dequantise(base)
-            alive.append(weakref.ref(matrix))
-            return matrix
+            for rows, tile in dequantise(base):
+                assert all(reference() is None for reference in alive), "another dequantised tile is still there"
+                alive.append(weakref.ref(tile))
+                yield rows, tile
+                del tile
 
         return run
 

@@ -54,6 +54,21 @@ def test_precision(dtype, tolerance, rank, change, columns):
         assert elementwise_error(W.double().norm(dim=1), exact(W, A, B)) > 2 * tolerance
 
 
+@pytest.mark.parametrize("rank", [1, 4, 16, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("columns", [512, 2048, 8192])
+def test_precision_where_the_change_lies_along_the_weight(dtype, rank, columns):
+    """Then the product of W and A is large, and what rounding takes from it does not average out."""
+    torch.manual_seed(0)
+    A = torch.randn(rank, columns) * columns**-0.5
+    C = torch.randn(640, rank)
+    noise = torch.randn(640, columns)
+    W = (noise + C @ A * noise.norm() / (C @ A).norm()).to(dtype)
+    B = -0.5 * W.float() @ torch.linalg.pinv(A) / 1.5
+    assert W.numel() > row_norm.SMALL
+    assert elementwise_error(norm(W, A, B), exact(W, A, B)) < 2e-5
+
+
 @pytest.mark.parametrize("pieces", [1, 2, 5])
 def test_tiles_make_no_difference(pieces):
     W, A, B = tensors(33, 40, 4)

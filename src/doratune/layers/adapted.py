@@ -13,6 +13,7 @@ from doratune.config import AdapterConfig
 from doratune.layers.cache import ScaleCache, without_autocast
 from doratune.layers.holder import AdapterHolder
 from doratune.layers.kind import Kind, Options
+from doratune.layers.weights import WeightRows
 from doratune.ops import row_norm
 
 BIAS_DROWNS = 8.0
@@ -29,6 +30,7 @@ class LayerAdapter:
     rank: int
     scale_text: str
     trainable: bool = True
+    eight_bit: bool = False
     dense_norm: bool = False
     keep_output: bool = False
 
@@ -75,7 +77,8 @@ class AdaptedLayer(AdapterHolder):
         rows = self.kind.rows(self.base_layer)
         out, columns = rows.shape
         rank = config.rank_of(self.path)
-        self.adapters[name] = LayerAdapter(config, rank, repr(config.scale_of(self.path)), trainable)
+        eight_bit = config.keeps_eight_bits(self.path)
+        self.adapters[name] = LayerAdapter(config, rank, repr(config.scale_of(self.path)), trainable, eight_bit)
 
         def new(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, dtype=torch.float32, device=rows.device))
@@ -118,16 +121,14 @@ class AdaptedLayer(AdapterHolder):
             n = self.squared_norm(name).sqrt()
             self.magnitude[name].copy_(torch.where(base > 0, n, 0.0))
 
-    def squared_norm(self, name: str, dense: bool = True) -> Tensor:
-        """``|W + s B A|^2``, float32 ``[out]``, from dense tiles (exact) or factored (fast)."""
+    def squared_norm(self, name: str) -> Tensor:
+        """``|W + s B A|^2``, float32 ``[out]``, from dense tiles, exact."""
         rows = self.kind.rows(self.base_layer)
         base = self.cache.base_squared(rows)
         if name not in self.lora_A:
             return base
         A, B, scale = self.lora_A[name], self.lora_B[name], self.adapters[name].scale
         with torch.no_grad(), without_autocast(rows.device):
-            if not dense:
-                return row_norm.squared_row_norm(base, rows.tiles, A, B, scale)
             if not B.any() or not A.any():
                 return base  # the same sum, so that a fresh adapter has g = 1 to the last bit
             return row_norm.dense_squared_norm(rows.tiles, A, B, scale)
@@ -138,17 +139,13 @@ class AdaptedLayer(AdapterHolder):
         adapter = self.adapters[name]
         if name not in self.magnitude or name in self.waiting:
             return
-        with torch.no_grad():
-            m = self.magnitude[name].detach()
-            base = self.cache.base_squared(self.kind.rows(self.base_layer))
-            squared = self.squared_norm(name, dense=False)
-            near = (squared < CANCELLATION * base) & (base > 0)
-            adapter.dense_norm = bool(near.any())
-            bias = self.adapter_bias[name] if name in self.adapter_bias else getattr(self.base_layer, "bias", None)
-            usable = (m != 0) | (base == 0)
-            if bias is not None:
-                usable &= bias.detach().abs().float() <= BIAS_DROWNS * m.abs()
-            adapter.keep_output = bool(usable.all())
+        bias = self.adapter_bias[name] if name in self.adapter_bias else getattr(self.base_layer, "bias", None)
+        A = self.lora_A[name] if name in self.lora_A else None
+        B = self.lora_B[name] if name in self.lora_B else None
+        rows = self.kind.rows(self.base_layer)
+        adapter.dense_norm, adapter.keep_output = choices(
+            self.cache, rows, A, B, self.magnitude[name], adapter.scale, bias
+        )
 
     def row_scale(self, name: str, reuse: bool = False) -> Tensor:
         """g of one adapter, float32 ``[out]``."""
@@ -197,7 +194,7 @@ class AdaptedLayer(AdapterHolder):
             return self.base_layer(x, *args, **kwargs)
         if args or kwargs:
             raise TypeError(f"{self.path}: an adapted {self.kind.name} layer takes one input; found more")
-        return self.kind.forward(self.base_layer, x, *self.active_tensors())
+        return self.kind.forward(self._modules["base_layer"], x, *self.active_tensors())  # type: ignore[arg-type]
 
     def active_tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, float, Options]:
         """A, B, m, scale and options of the active adapter, as a kind's functions take them."""
@@ -206,22 +203,21 @@ class AdaptedLayer(AdapterHolder):
         if self.waiting:
             self.initialise()
         adapter = self.adapters[name]
+        # Looked up past nn.Module's __getattr__: a decode step calls this for every layer and token.
+        groups: Any = self._modules
         options = Options(
             self.cache,
-            adapter.config.dropout if self.training else 0.0,
-            adapter.config.norm_gradient,
-            adapter.dense_norm,
-            adapter.keep_output,
-            not self.training and not torch.is_grad_enabled(),
-            self.adapter_bias[name] if name in self.adapter_bias else None,
+            dropout=adapter.config.dropout if self.training else 0.0,
+            norm_gradient=adapter.config.norm_gradient,
+            dense_norm=adapter.dense_norm,
+            keep_output=adapter.keep_output,
+            eight_bit=adapter.eight_bit,
+            reuse_scale=not self.training and not torch.is_grad_enabled(),
+            reuse_norm=adapter.config.norm_refresh == "step",
+            bias=groups["adapter_bias"]._parameters.get(name),
         )
-        return (
-            self.lora_A[name] if name in self.lora_A else None,
-            self.lora_B[name] if name in self.lora_B else None,
-            self.magnitude[name] if name in self.magnitude else None,
-            adapter.scale,
-            options,
-        )
+        A, B = groups["lora_A"]._parameters.get(name), groups["lora_B"]._parameters.get(name)
+        return A, B, groups["magnitude"]._parameters.get(name), adapter.scale, options
 
     def train(self, mode: bool = True) -> AdaptedLayer:
         """Switch between training and evaluation; what was remembered is forgotten."""
@@ -247,6 +243,28 @@ class AdaptedLayer(AdapterHolder):
         """Adapters of this layer, for ``print(model)``."""
         names = (f"{n}: {a.config.method} rank {a.rank}" for n, a in self.adapters.items())
         return f"{', '.join(names)}; active: {self.active}"
+
+
+def choices(
+    cache: ScaleCache,
+    rows: WeightRows,
+    A: Tensor | None,
+    B: Tensor | None,
+    m: Tensor,
+    scale: float,
+    bias: Tensor | None,
+) -> tuple[bool, bool]:
+    """``dense_norm`` and ``keep_output`` of ``Options``, as the adapter's values ask for; it waits for the device."""
+    with torch.no_grad(), without_autocast(rows.device):
+        base, m = cache.base_squared(rows), m.detach().float()
+        squared = base
+        if A is not None and B is not None:
+            squared = row_norm.squared_row_norm(base, rows.tiles, A, B, scale)
+        near = (squared < CANCELLATION * base) & (base > 0)
+        usable = (m != 0) | (base == 0)
+        if bias is not None:
+            usable &= bias.detach().abs().float() <= BIAS_DROWNS * m.abs()
+        return bool(near.any()), bool(usable.all())
 
 
 def _accept_plain_keys(layer: AdaptedLayer, state: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -105,7 +105,7 @@ class AttentionProjection(Kind):
         assert isinstance(base, Projection)
         return WeightRows.of_matrix(base.weight.detach(), base.stored)
 
-    def explain(self, base: nn.Module, dropout: float) -> tuple[str, str]:
+    def explain(self, base: nn.Module) -> tuple[str, str]:
         return "with an adapted weight", "nn.MultiheadAttention computes with its weights, not with layers"
 
     def file_refusal(self, base: nn.Module) -> str | None:

@@ -1,4 +1,4 @@
-"""What a layer may remember between calls: ``|W|^2`` of its frozen weight and, in evaluation, ``g = m / n``.
+"""What a layer may remember between calls: ``|W|^2`` of its frozen weight; in evaluation ``g = m / n``, A and s B.
 
 A stale scale is a wrong model, so everything remembered carries a stamp (object, version, pointer, dtype) of the
 tensors it was made from, and ``clear`` is called by whatever could change them unseen.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,14 +22,15 @@ class _Stamp:
     """Tells whether tensors are still the ones, in the state, that they were."""
 
     def __init__(self, *tensors: Tensor) -> None:
-        self.references = [weakref.ref(t) for t in tensors]
-        self.states = [_state(t) for t in tensors]
+        self.made_from = [(weakref.ref(t), _state(t)) for t in tensors]
 
     def fits(self, *tensors: Tensor) -> bool:
-        return len(tensors) == len(self.references) and all(
-            reference() is t and state == _state(t)
-            for reference, state, t in zip(self.references, self.states, tensors, strict=True)
-        )
+        if len(tensors) != len(self.made_from):
+            return False
+        for (reference, state), t in zip(self.made_from, tensors, strict=True):
+            if reference() is not t or state != _state(t):
+                return False
+        return True
 
 
 def _state(t: Tensor) -> tuple[Any, ...]:
@@ -51,26 +53,45 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     return contextlib.nullcontext()
 
 
+class Evaluation(NamedTuple):
+    """An adapter ready for forwards without gradients: ``y = g W x + (g s B) A x``."""
+
+    A: Tensor
+    """``A^T``, ``[in, r]``."""
+    B: Tensor
+    """``(g s B)^T``, ``[r, out]``."""
+    g: Tensor | None
+    """float32 ``[out]``; None for LoRA."""
+
+
 class ScaleCache:
     """The memory of one adapted layer. It is neither copied nor pickled with the layer."""
 
     def __init__(self) -> None:
         self.clear()
         self.frozen: Tensor | None = None
-        """Set by ``frozen_scales``: the g to use, whatever the mode."""
+        """The g to use, whatever the mode."""
 
     def clear(self) -> None:
         """Forget everything that was computed."""
-        self._base: tuple[_Stamp, Tensor] | None = None
-        self._scale: tuple[_Stamp, float, Tensor] | None = None
+        self._base: tuple[_Stamp, Tensor, bool] | None = None
+        self.clear_scale()
 
     def clear_scale(self) -> None:
-        """Forget g, which depends on the adapter; ``|W|^2`` does not."""
-        self._scale = None
+        """Forget what depends on the adapter; ``|W|^2`` does not."""
+        self._norm: tuple[_Stamp, float, Tensor] | None = None
+        self._scale: tuple[_Stamp, float, Tensor] | None = None
+        self._evaluation: tuple[_Stamp, float, Evaluation] | None = None
 
     def change_adapter(self) -> None:
-        """Forget g, a frozen one too: it belongs to another adapter."""
-        self._scale = self.frozen = None
+        """Forget what depends on the adapter, a frozen g too."""
+        self.clear_scale()
+        self.frozen = None
+
+    def freeze(self, g: Tensor | None) -> None:
+        """Use this g from now on, as ``frozen_scales`` asks; None: compute it again."""
+        self._evaluation = None
+        self.frozen = g
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -80,15 +101,21 @@ class ScaleCache:
 
     def base_squared(self, rows: WeightRows) -> Tensor:
         """``|W|^2``, float32 ``[out]``, computed once per state of W."""
+        return self._base_squared(rows)[0]
+
+    def _base_squared(self, rows: WeightRows) -> tuple[Tensor, bool]:
+        """``|W|^2``, and whether it may be 0 somewhere."""
         if torch.compiler.is_compiling():
             # Compiled code cannot look at stamps; the graph sums W anew, one pass over it.
-            return row_norm.base_squared_norm(rows.tiles)
-        if self._base is not None and _can_stamp(rows.stored) and self._base[0].fits(rows.stored):
-            return self._base[1]
+            return row_norm.base_squared_norm(rows.tiles), True
+        if self._base is not None and self._base[0].fits(rows.stored):
+            return self._base[1:]
         with torch.inference_mode(False), torch.no_grad(), without_autocast(rows.device):
             squared = row_norm.base_squared_norm(rows.tiles)
-        self._base = (_Stamp(rows.stored), squared) if _can_stamp(rows.stored) else None
-        return squared
+        if not _can_stamp(rows.stored):
+            return squared, True
+        self._base = _Stamp(rows.stored), squared, bool((squared == 0).any())
+        return self._base[1:]
 
     def row_scale(
         self,
@@ -100,33 +127,77 @@ class ScaleCache:
         norm_gradient: str = "detached",
         dense_norm: bool = False,
         reuse: bool = False,
+        reuse_norm: bool = False,
     ) -> Tensor:
-        """``g = m / n``, float32 ``[out]``; remembered between calls where ``reuse`` allows it."""
+        """``g = m / n``, float32 ``[out]``.
+
+        Between calls g is remembered with ``reuse`` (evaluation), n with ``reuse_norm`` (until A, B or W change).
+        """
         if self.frozen is not None:
             return self.frozen
         made_from = [rows.stored, magnitude] if A is None or B is None else [rows.stored, magnitude, A, B]
-        reuse = reuse and not torch.compiler.is_compiling() and _can_stamp(*made_from)
-        if reuse and self._scale is not None and self._scale[1] == scale and self._scale[0].fits(*made_from):
-            return self._scale[2]
-        base = self.base_squared(rows)
+        reuse = reuse and not torch.compiler.is_compiling()
+        if reuse and _remembered(self._scale, scale, made_from):
+            return self._scale[2]  # type: ignore[index]
+        base, may_be_zero = self._base_squared(rows)
         with without_autocast(rows.device):
             squared = base
             if A is not None and B is not None:
-                squared = _squared_norm(base, rows, A, B, scale, norm_gradient, dense_norm)
-            g = row_norm.row_scale(magnitude, squared, base)
-        if reuse:
+                squared = self._squared_norm(base, rows, A, B, scale, norm_gradient, dense_norm, reuse_norm)
+            g = row_norm.row_scale(magnitude, squared, base if may_be_zero else None)
+        if reuse and _can_stamp(*made_from):
             self._scale = (_Stamp(*made_from), scale, g)
         return g
 
+    def _squared_norm(
+        self,
+        base: Tensor,
+        rows: WeightRows,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        norm_gradient: str,
+        dense_norm: bool,
+        reuse: bool,
+    ) -> Tensor:
+        made_from = [rows.stored, A, B]
+        reuse = reuse and norm_gradient == "detached" and not torch.compiler.is_compiling()
+        if reuse and _remembered(self._norm, scale, made_from):
+            return self._norm[2]  # type: ignore[index]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and norm_gradient == "exact"):
+            squared = row_norm.squared_row_norm(base, rows.tiles, A, B, scale)
+        if dense_norm:
+            # Near cancellation the factored value loses digits, its gradient formula does not.
+            with torch.no_grad():
+                value = row_norm.dense_squared_norm(rows.tiles, A, B, scale)
+            squared = value + (squared - squared.detach()) if squared.requires_grad else value
+        if reuse and _can_stamp(*made_from):
+            self._norm = (_Stamp(*made_from), scale, squared)
+        return squared
 
-def _squared_norm(
-    base: Tensor, rows: WeightRows, A: Tensor, B: Tensor, scale: float, norm_gradient: str, dense_norm: bool
-) -> Tensor:
-    with torch.set_grad_enabled(torch.is_grad_enabled() and norm_gradient == "exact"):
-        squared = row_norm.squared_row_norm(base, rows.tiles, A, B, scale)
-    if dense_norm:
-        # Near cancellation the factored value loses digits, its gradient formula does not.
-        with torch.no_grad():
-            value = row_norm.dense_squared_norm(rows.tiles, A, B, scale)
-        squared = value + (squared - squared.detach()) if squared.requires_grad else value
-    return squared
+    def evaluation(
+        self,
+        rows: WeightRows,
+        A: Tensor,
+        B: Tensor,
+        magnitude: Tensor | None,
+        scale: float,
+        dense_norm: bool = False,
+    ) -> Evaluation:
+        """What a forward without gradients multiplies with; remembered until something it was made from changes."""
+        made_from = [rows.stored, A, B] if magnitude is None else [rows.stored, A, B, magnitude]
+        if _remembered(self._evaluation, scale, made_from):
+            return self._evaluation[2]  # type: ignore[index]
+        g = None
+        if magnitude is not None:
+            g = self.row_scale(rows, A, B, magnitude, scale, dense_norm=dense_norm, reuse=True)
+        scaled = B * scale if g is None else B * (scale * g)[:, None]
+        ready = Evaluation(A.detach().T, scaled.T.contiguous(), g)
+        if _can_stamp(*made_from):
+            self._evaluation = (_Stamp(*made_from), scale, ready)
+        return ready
+
+
+def _remembered(memory: Any, scale: float, made_from: Sequence[Tensor]) -> bool:
+    """Whether what was remembered, ``(stamp, scale, ...)``, still holds."""
+    return memory is not None and memory[1] == scale and memory[0].fits(*made_from)

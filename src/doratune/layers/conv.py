@@ -38,6 +38,9 @@ def forward(
         batch = forward(base, x[None], A, B, magnitude, scale, options)
         return batch.squeeze(0)
     low = F.dropout(x, options.dropout) if options.dropout else x
+    if options.dropout and options.dropout_on_base and magnitude is not None:
+        on_base = options._replace(dropout=0.0, dropout_on_base=False)
+        return base(x) - base(low) + forward(base, low, A, B, magnitude, scale, on_base)
     u = base(x)
     if A is not None and B is not None:
         u = u + low_rank(base, low, A, B, scale, u.dtype)
@@ -52,7 +55,7 @@ def forward(
         g = options.row_scale(conv_rows(base), A, B, magnitude, scale)
     guard = _guard(base, x, low, A, B, scale) if options.guards_output(g) else None
     channels = -1 - len(base.kernel_size)
-    return scale_rows(u, g, bias, outer, dim=channels, guard=guard, keep_output=options.keep_output)
+    return scale_rows(u, g, bias, outer, dim=channels, guard=guard, keep=options.keep, fresh=A is not None)
 
 
 def low_rank(base: Conv, x: Tensor, A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
@@ -97,7 +100,7 @@ class Convolution(Kind):
 
     forward = staticmethod(forward)
 
-    def explain(self, base: nn.Module, dropout: float) -> tuple[str, str]:
+    def explain(self, base: nn.Module) -> tuple[str, str]:
         return "over the base's output", "convolutions have one path"
 
     def file_refusal(self, base: nn.Module) -> str | None:

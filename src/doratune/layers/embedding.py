@@ -38,7 +38,7 @@ def forward(
         return u
     with on_device(base):
         g = options.row_scale(embedding_rows(base), A, B, magnitude, scale)
-    return scale_rows(u, g)
+    return scale_rows(u, g, keep="8-bit" if options.eight_bit else "input")
 
 
 def _embed_scale(base: nn.Module, like: Tensor) -> Tensor | float:

@@ -25,18 +25,33 @@ class Options(NamedTuple):
     """Compute n from dense tiles (near cancellation) instead of the factored form."""
     keep_output: bool = False
     """For the magnitude's gradient keep the layer's output instead of a tensor of its own."""
+    eight_bit: bool = False
+    """For the magnitude's gradient keep a tensor of its own, rounded to 8 bits."""
     reuse_scale: bool = False
     """g may be remembered between calls (evaluation without gradients)."""
+    reuse_norm: bool = False
+    """n may be remembered until A, B or W change."""
     bias: Tensor | None = None
     """The adapter's own bias, in place of the base's."""
+    dropout_on_base: bool = False
+    """PEFT's convention: what the magnitude adds to the base's output sees the dropped input, too."""
+
+    @property
+    def keep(self) -> str:
+        """What ``scale_rows`` is to keep."""
+        return "8-bit" if self.eight_bit else "output" if self.keep_output else "input"
 
     def row_scale(self, rows: WeightRows, A: Tensor | None, B: Tensor | None, m: Tensor, scale: float) -> Tensor:
         """``g = m / n``, float32 ``[out]``, as these options say."""
-        return self.cache.row_scale(rows, A, B, m, scale, self.norm_gradient, self.dense_norm, self.reuse_scale)
+        return self.cache.row_scale(
+            rows, A, B, m, scale, self.norm_gradient, self.dense_norm, self.reuse_scale, self.reuse_norm
+        )
 
     def guards_output(self, g: Tensor) -> bool:
         """Whether y is kept for g's gradient and may be overwritten in place before; compiled code keeps a copy."""
-        return self.keep_output and g.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return (
+            self.keep == "output" and g.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        )
 
 
 class Kind:
@@ -75,7 +90,7 @@ class Kind:
         """The adapted layer's output. No magnitude: LoRA. No A and B: magnitude only."""
         raise AssertionError(f"{type(self).__name__} must define forward")
 
-    def explain(self, base: nn.Module, dropout: float) -> tuple[str, str]:
+    def explain(self, base: nn.Module) -> tuple[str, str]:
         """Which path the forward takes, and why not a faster one."""
         return "over the base's output", f"the {self.name} kind has one path"
 

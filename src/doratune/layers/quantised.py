@@ -6,13 +6,16 @@ form; only the norm, and merging, look at numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from doratune.layers.weights import WeightRows
+from doratune.ops.row_norm import row_tiles
+
+RowTiles = Iterator[tuple[slice, Tensor]]
 
 
 def _class_of(obj: object, library: str, name: str) -> bool:
@@ -40,34 +43,58 @@ def library_of(base: nn.Module) -> str | None:
     return None
 
 
-def _bnb_4bit(base: Any) -> Tensor:
-    from bitsandbytes.functional import dequantize_4bit
+def _bnb_4bit(base: Any) -> RowTiles:
+    from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
 
-    return dequantize_4bit(base.weight.data, base.weight.quant_state)
+    state = base.weight.quant_state
+    rows, columns = state.shape
+    if columns % state.blocksize:
+        # Blocks run across rows, which the library's kernel for CPUs takes amiss: W is what its forward makes of it.
+        yield slice(0, rows), dequantize_4bit(base.weight.data, state)
+        return
+    absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+    packed = base.weight.data.view(torch.uint8).reshape(rows, -1)
+    blocks = absmax.view(rows, -1)
+    for tile in row_tiles(rows, columns):
+        part = QuantState(
+            blocks[tile].reshape(-1),
+            torch.Size([tile.stop - tile.start, columns]),
+            blocksize=state.blocksize,
+            quant_type=state.quant_type,
+            dtype=state.dtype,
+        )
+        yield tile, dequantize_4bit(packed[tile].reshape(-1, 1), part)
 
 
-def _bnb_8bit(base: Any) -> Tensor:
+def _bnb_8bit(base: Any) -> RowTiles:
     from bitsandbytes.functional import int8_vectorwise_dequant
 
     # The scales move from the weight to the state in the first forward.
     scales = base.weight.SCB if base.state.SCB is None else base.state.SCB
-    return int8_vectorwise_dequant(base.weight.data, scales.to(base.weight.device))
+    scales = scales.to(base.weight.device)
+    for tile in row_tiles(*base.weight.shape):
+        yield tile, int8_vectorwise_dequant(base.weight.data[tile], scales[tile])
 
 
-def _torchao(base: Any) -> Tensor:
-    return base.weight.dequantize()
+def _torchao(base: Any) -> RowTiles:
+    for tile in row_tiles(*base.weight.shape):
+        with torch.inference_mode(False), torch.no_grad():  # inference mode has no slices of such a weight
+            part = base.weight[tile].dequantize()
+        yield tile, part
 
 
-def _hqq(base: Any) -> Tensor:
-    return base.dequantize()
+def _hqq(base: Any) -> RowTiles:
+    # Its groups and packing run across rows: there is only the whole.
+    yield slice(0, base.out_features), base.dequantize().detach()
 
 
-DEQUANTISE: dict[str, Callable[[Any], Tensor]] = {
+DEQUANTISE: dict[str, Callable[[Any], RowTiles]] = {
     "bitsandbytes 4-bit": _bnb_4bit,
     "bitsandbytes 8-bit": _bnb_8bit,
     "torchao": _torchao,
     "HQQ": _hqq,
 }
+"""W of a layer, tile by tile, each made when it is asked for."""
 
 
 def refusal(base: nn.Module) -> str | None:
@@ -109,13 +136,11 @@ def release(base: nn.Module) -> None:
 
 
 def quantised_rows(base: Any) -> WeightRows:
-    """W of a quantised layer: one transient tile, as its library dequantises it."""
+    """W of a quantised layer: transient tiles, as its library dequantises them."""
     dequantise = DEQUANTISE[library_of(base) or ""]
 
     def tiles() -> Iterable[tuple[slice, Tensor]]:
-        with torch.no_grad():
-            matrix = dequantise(base)
-        yield slice(0, matrix.shape[0]), matrix
+        return dequantise(base)
 
     stored = base.W_q if library_of(base) == "HQQ" else base.weight
     inner = getattr(stored, "qdata", None)

@@ -7,9 +7,8 @@ Whatever the storage, W is seen as ``[out, in]``, one row per magnitude: an ``nn
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +16,7 @@ from torch import Tensor, nn
 from doratune.ops.row_norm import Tiles
 
 
-@dataclass(frozen=True)
-class WeightRows:
+class WeightRows(NamedTuple):
     """W of one base layer, ``[out, in]``, to be walked in tiles of rows."""
 
     shape: tuple[int, int]
@@ -44,14 +42,22 @@ class WeightRows:
 
 def is_transformers_conv1d(base: nn.Module) -> bool:
     """True for transformers' ``Conv1D`` (GPT-2), whose weight is ``[in, out]``; decided without importing it."""
+    if type(base) is nn.Linear:
+        return False
     return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(base).__mro__)
 
 
 def linear_rows(base: nn.Module) -> WeightRows:
     """W of a dense linear layer."""
     weight: Tensor = base.weight  # type: ignore[assignment]
-    matrix = weight.detach()
-    return WeightRows.of_matrix(matrix.T if is_transformers_conv1d(base) else matrix, weight)
+    transposed = is_transformers_conv1d(base)
+    out, columns = weight.shape[::-1] if transposed else weight.shape
+
+    def tiles() -> Iterable[tuple[slice, Tensor]]:
+        W = weight.detach()
+        return ((slice(0, out), W.T if transposed else W),)
+
+    return WeightRows((out, columns), weight, tiles)
 
 
 def rows_by_forward(base: nn.Module) -> WeightRows:
@@ -66,7 +72,8 @@ def rows_by_forward(base: nn.Module) -> WeightRows:
         with torch.no_grad():
             identity = torch.eye(columns, dtype=weight.dtype, device=weight.device)
             offset = base(identity.new_zeros(1, columns))
-            yield slice(0, out), (base(identity) - offset).T
+            W = (base(identity) - offset).T
+        return ((slice(0, out), W),)
 
     return WeightRows((out, columns), weight, tiles, transient=True)
 
@@ -83,14 +90,11 @@ def conv_rows(base: nn.Module) -> WeightRows:
     return WeightRows.of_matrix(weight.detach().flatten(1), weight)
 
 
-@contextlib.contextmanager
-def on_device(base: nn.Module) -> Iterator[None]:
+def on_device(base: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Make W available on its device where accelerate keeps it offloaded between calls."""
-    hook: Any = getattr(base, "_hf_hook", None)
+    hook: Any = base.__dict__.get("_hf_hook")
     if hook is None or not getattr(hook, "offload", False):
-        yield
-        return
+        return contextlib.nullcontext()
     from accelerate.utils import align_module_device
 
-    with align_module_device(base):
-        yield
+    return align_module_device(base)

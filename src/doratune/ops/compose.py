@@ -16,42 +16,42 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from doratune.ops.low_rank import as_rows, reshaped
+
 Recompute = Callable[..., Tensor]
 """Computes ``z = W x + s B A x`` once more from the tensors the guard kept."""
 
 
-AVERAGES_OUT = 256
-"""From this many products on, their rounding to 16 bits is lost in that of the numbers multiplied."""
-
-
 class OutputGuard:
-    """Between base and scale: recomputes z in the backward pass if y was overwritten in place meanwhile."""
+    """Computes z again in the backward pass if y was overwritten in place meanwhile."""
 
     def __init__(self, recompute: Recompute, *inputs: Tensor) -> None:
         self.recompute = recompute
         self.inputs = inputs
-        self.overwritten = False
+        self.version = 0
+        """Of y, when the forward was done with it."""
+        self.dy: Tensor | None = None
+        """Left by the scale's backward pass if it could not find dg."""
 
 
 class _Guard(torch.autograd.Function):
-    """The identity on u, whose backward finds dg if the next step could not."""
+    """The identity on g, whose backward finds dg if the scale could not."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, g: Tensor, dim: int, guard: OutputGuard, *inputs: Tensor) -> Tensor:
-        ctx.g, ctx.dim, ctx.guard = g, dim, guard
+    def forward(ctx: Any, g: Tensor, dim: int, guard: OutputGuard, *inputs: Tensor) -> Tensor:
+        ctx.dim, ctx.guard = dim, guard
         ctx.save_for_backward(*inputs)
-        return u.view_as(u)
+        return g.view_as(g)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, du: Tensor) -> tuple[Tensor | None, ...]:
-        dg = None
-        if ctx.guard.overwritten:
-            ctx.guard.overwritten = False
+    def backward(ctx: Any, dg: Tensor) -> tuple[Tensor | None, ...]:
+        dy, ctx.guard.dy = ctx.guard.dy, None
+        if dy is not None:
             z = ctx.guard.recompute(*ctx.saved_tensors)
-            dg = _sum_to_rows(du.float() * z.float(), ctx.dim) / _nonzero(ctx.g)
+            _, dg, _ = _scaled_backward(dy, z, dg, None, ctx.dim, (False, True, False))
         # Not counted by ctx.saved_tensors: checkpointing lets them be read once.
-        return du, dg, *[None] * (len(ctx.needs_input_grad) - 2)
+        return dg, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 class _ScaleRows(torch.autograd.Function):
@@ -63,101 +63,121 @@ class _ScaleRows(torch.autograd.Function):
         inner: Tensor | None,
         outer: Tensor | None,
         dim: int,
-        keep_output: bool,
+        keep: str,
         guard: OutputGuard | None,
         same_bias: bool,
+        in_place: bool,
     ) -> Tensor:
         inner = outer if same_bias else inner
-        shift = _shift(g, inner, outer)
-        y = scaled(u, g, shift, dim)
+        kept = _eight_bits(u, dim) if keep == "8-bit" else (u,)
+        if in_place:
+            ctx.mark_dirty(u)
+            _scale_in_place(u, g, inner, outer, dim)
+            y = u
+        else:
+            y = reshaped(_scaled(u, g, inner, outer, dim), u.shape)
         # g and the biases are small. What is large is saved on its own, through autograd's saved tensors: reading
         # those fails as a whole once somebody has overwritten y, and du must not be lost with it.
         ctx.g, ctx.inner, ctx.outer, ctx.dim = g, inner, outer, dim
-        ctx.keep_output, ctx.guard, ctx.same_bias = keep_output, guard, same_bias
-        if guard is not None:
-            ctx.version = y._version
+        ctx.keep, ctx.guard, ctx.same_bias = keep, guard, same_bias
         if ctx.needs_input_grad[1]:
-            ctx.save_for_backward(y if keep_output else u)
+            ctx.save_for_backward(*((y,) if keep == "output" else kept))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs_u, needs_g, needs_inner, needs_outer = ctx.needs_input_grad[:4]
-        g, dim = ctx.g, ctx.dim
-        du = scaled(dy, g, None, dim) if needs_u else None
-        dg = d_inner = d_outer = None
-        if needs_g:
-            kept = _kept_tensor(ctx)
-            if kept is not None:
-                bias = ctx.outer if ctx.keep_output else ctx.inner
-                dg = row_products(dy, kept, bias, dim)
-                if ctx.keep_output:
-                    dg = dg / _nonzero(g)
-        if needs_inner or needs_outer:
-            total = _sum_to_rows(dy, dim)
-            d_inner = (-g * total).to(ctx.inner.dtype) if needs_inner else None
-            d_outer = ((1 - g) * total if ctx.same_bias else total).to(ctx.outer.dtype) if needs_outer else None
-        return du, dg, d_inner, d_outer, None, None, None, None
+        g = ctx.g
+        kept = _kept_tensor(ctx, dy.dtype) if needs_g else None
+        bias = ctx.outer if ctx.keep == "output" else ctx.inner
+        wanted = (needs_u, kept is not None, needs_inner or needs_outer)
+        # Where g's gradient is not wanted, dy stands in for the tensor that was not kept: it is not looked at.
+        du, dg, total = _scaled_backward(dy, dy if kept is None else kept, g, bias, ctx.dim, wanted)
+        if needs_g and kept is None:
+            ctx.guard.dy, dg = dy, torch.zeros_like(g)
+        elif needs_g and ctx.keep == "output":
+            dg = dg / _nonzero(g)
+        d_inner = (-g * total).to(ctx.inner.dtype) if needs_inner else None
+        d_outer = ((1 - g) * total if ctx.same_bias else total).to(ctx.outer.dtype) if needs_outer else None
+        return du, dg, d_inner, d_outer, None, None, None, None, None
 
 
-def _shift(g: Tensor, inner: Tensor | None, outer: Tensor | None) -> Tensor | None:
-    """``outer - g inner``, float32 ``[out]``: exactly 0 where a bias stays and g is 1."""
-    if inner is None:
-        return None if outer is None else outer.float()
-    return (-g * inner.float()) if outer is None else outer.float() - g * inner.float()
+def _eight_bits(u: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """u as int8 and what one step of it is worth at each position, so that one large value spoils its position only."""
+    # 126 and not 127: a step rounded to bfloat16 could make 128 of it, which int8 takes for -128.
+    step = u.abs().amax(dim, keepdim=True).clamp_min(torch.finfo(u.dtype).tiny * 126) / 126
+    return (u / step).round_().to(torch.int8), step
 
 
-def scaled(u: Tensor, g: Tensor, shift: Tensor | None, dim: int) -> Tensor:
-    """``g u + shift`` in u's dtype.
-
-    For 16-bit u, g is applied as the sum of two 16-bit numbers: as precise as its float32 value, but without a float32
-    copy of u. One alone has 8 bits in bfloat16, too few for a g near 1.
-    """
-    high = _broadcast(g.to(u.dtype), u, dim)
-    y = u * high if shift is None else torch.addcmul(_broadcast(shift.to(u.dtype), u, dim), u, high)
-    if u.dtype in (torch.float16, torch.bfloat16):
-        low = g - g.to(u.dtype).float()
-        y.addcmul_(u, _broadcast(low.to(u.dtype), u, dim))
-    return y
-
-
-def row_products(dy: Tensor, kept: Tensor, bias: Tensor | None, dim: int) -> Tensor:
-    """``sum(dy * (kept - bias))`` of each row, in float32, ``[out]``.
-
-    Products of many bfloat16 numbers are rounded like the numbers themselves, which saves two float32 copies;
-    float16 ones could vanish, compiled code makes no copies, and few do not average out.
-    """
-    many = not torch.compiler.is_compiling() and dy.numel() >= AVERAGES_OUT * dy.shape[dim]
-    if dy.dtype != torch.bfloat16 or not many:
-        dy, kept = dy.float(), kept.float()
-    z = kept if bias is None else kept - _broadcast(bias.to(kept.dtype), kept, dim)
-    return _sum_to_rows(dy * z, dim)
-
-
-def _kept_tensor(ctx: Any) -> Tensor | None:
-    """The tensor kept for dg; None, and a word to the guard, if it was overwritten since."""
+def _kept_tensor(ctx: Any, dtype: torch.dtype) -> Tensor | None:
+    """The tensor kept for dg; None if it was overwritten since."""
+    if ctx.keep == "8-bit":
+        levels, step = ctx.saved_tensors
+        return levels.to(dtype) * step
     if ctx.guard is None:
         return ctx.saved_tensors[0]
     try:
         (kept,) = ctx.saved_tensors
-        # Autograd checks versions by itself, but not under saved-tensor hooks (checkpointing, offloading).
-        ctx.guard.overwritten = kept._version != ctx.version
     except RuntimeError:
-        ctx.guard.overwritten = True
-    return None if ctx.guard.overwritten else kept
+        return None
+    # Autograd checks versions by itself, but not under saved-tensor hooks (checkpointing, offloading).
+    return kept if kept._version == ctx.guard.version else None
 
 
-def _broadcast(v: Tensor, like: Tensor, dim: int) -> Tensor:
-    shape = [1] * like.ndim
-    shape[dim] = -1
-    return v.view(shape)
+# Scale, subtract, add, and the sums of the backward pass are what batch normalisation in evaluation does, with 0 and 1
+# for its statistics. Its kernels, on every device, make one pass over the output each way, in float32 registers: g near
+# 1 would have only 8 bits in bfloat16, and a float32 copy of u would cost more than the pass itself.
 
 
-def _sum_to_rows(t: Tensor, dim: int) -> Tensor:
-    """The sum over everything but the features, in float32."""
-    others = [d for d in range(t.ndim) if d != dim % t.ndim]
-    return t.sum(others, dtype=torch.float32) if others else t.float()
+def _scaled(u: Tensor, g: Tensor, inner: Tensor | None, outer: Tensor | None, dim: int) -> Tensor:
+    """``g (u - inner) + outer`` in u's dtype, flat in ``_features_second``'s way: u where g is 1 and a bias stays."""
+    if u.numel() == 0:
+        return u.clone()
+    g, mean, one = _statistics(u, g, inner)
+    outer = outer if outer is None else outer.to(g.dtype)
+    y, _, _ = torch.native_batch_norm(_features_second(u, dim), g, outer, mean, one, False, 0.0, 0.0)
+    return y
+
+
+def _scale_in_place(u: Tensor, g: Tensor, inner: Tensor | None, outer: Tensor | None, dim: int) -> None:
+    """``_scaled``, written over u: no fresh memory for another output."""
+    if u.numel() == 0:
+        return
+    g, mean, one = _statistics(u, g, inner)
+    outer = outer if outer is None else outer.to(g.dtype)
+    flat, none = _features_second(u, dim), g.new_empty(0)
+    torch.ops.aten.native_batch_norm.out(
+        flat, g, outer, mean, one, False, 0.0, 0.0, out=flat, save_mean=none, save_invstd=none.clone()
+    )
+
+
+def _scaled_backward(
+    dy: Tensor, kept: Tensor, g: Tensor, bias: Tensor | None, dim: int, wanted: tuple[bool, bool, bool]
+) -> tuple[Any, Any, Any]:
+    """``g dy``, ``sum(dy * (kept - bias))`` and ``sum(dy)``, the sums over everything but the features in float32."""
+    if dy.numel() == 0:  # the kernels divide by the number of rows
+        return dy.clone(), torch.zeros_like(g), torch.zeros_like(g)
+    g, mean, one = _statistics(dy, g, bias)
+    du, products, total = torch.ops.aten.native_batch_norm_backward(
+        _features_second(dy, dim), _features_second(kept, dim), g, mean, one, None, None, False, 0.0, wanted
+    )
+    return (
+        du.view(dy.shape) if wanted[0] else None,
+        products.float() if wanted[1] else None,
+        total.float() if wanted[2] else None,
+    )
+
+
+def _statistics(u: Tensor, g: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """g, mean and a variance of 1 in the dtype that batch normalisation wants beside u."""
+    g = g.to(torch.float64 if u.dtype == torch.float64 else torch.float32)
+    return g, torch.zeros_like(g) if mean is None else mean.to(g.dtype), torch.ones_like(g)
+
+
+def _features_second(t: Tensor, dim: int) -> Tensor:
+    """t with its features in the second dimension: as rows if they are in the last, -1."""
+    return as_rows(t) if dim == -1 else t
 
 
 def _nonzero(g: Tensor) -> Tensor:
@@ -171,7 +191,8 @@ def scale_rows(
     outer: Tensor | None = None,
     dim: int = -1,
     guard: OutputGuard | None = None,
-    keep_output: bool = False,
+    keep: str = "input",
+    fresh: bool = False,
 ) -> Tensor:
     """``y = g (u - inner) + outer`` along ``dim``, in u's dtype; bit for bit u where g is 1.
 
@@ -180,13 +201,22 @@ def scale_rows(
         g: float32 ``[out]``, ``m / n``.
         inner: the bias that u already holds, or None.
         outer: the bias that y shall hold, or None.
-        keep_output: keep y (often shared with the next operation) instead of u for g's gradient. Wrong where g is
-            0 and imprecise where outer is much larger than z; such layers keep u.
-        guard: with keep_output, what to do if y is overwritten in place before the backward pass.
+        keep: what stays until the backward pass for g's gradient. "input": u. "output": y, often shared with the next
+            operation; wrong where g is 0 and imprecise where outer is much larger than z. "8-bit": u rounded to
+            int8.
+        guard: with "output", what to do if y is overwritten in place before the backward pass.
+        fresh: nobody else needs u, so that y may be written over it.
     """
+    if not torch.is_grad_enabled():
+        return _scaled(u, g, inner, outer, dim).view(u.shape)
     if guard is not None:
-        u = _Guard.apply(u, g, dim, guard, *guard.inputs)
+        g = _Guard.apply(g, dim, guard, *guard.inputs)
         guard.inputs = ()
     # torch.compile does not take the same tensor twice.
     same_bias = inner is outer and inner is not None
-    return _ScaleRows.apply(u, g, None if same_bias else inner, outer, dim, keep_output, guard, same_bias)
+    # Compiled code decides about memory by itself; a leaf cannot be overwritten.
+    in_place = fresh and keep != "input" and not torch.compiler.is_compiling() and u.grad_fn is not None
+    y: Tensor = _ScaleRows.apply(u, g, None if same_bias else inner, outer, dim, keep, guard, same_bias, in_place)
+    if guard is not None:
+        guard.version = y._version
+    return y

@@ -1,7 +1,11 @@
 """The low-rank change ``s B A``: added to a base's output, fused with a dense base, or added to the weight itself.
 
 Shapes: x ``[..., in]``, u ``[..., out]``, A ``[r, in]``, B ``[out, r]``. Products run in the dtype of the layer's
-output; A and B (small) are cast, x and W (large) never are. The backward passes are written by hand.
+output; A and B (small) are cast, x and W (large) never are. The backward passes are written by hand, and without
+gradients no autograd function is called.
+
+With dropout the low-rank path sees x without the elements in ``dropped`` (``ops/dropout.py``); the caller's scale holds
+``1 / (1 - p)``. A byte per element is kept, not another x.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 def as_rows(t: Tensor) -> Tensor:
     """All dimensions but the last in one."""
-    return t.reshape(-1, t.shape[-1])
+    return t if t.ndim == 2 else t.reshape(-1, t.shape[-1])
 
 
 def reshaped(t: Tensor, shape: torch.Size) -> Tensor:
@@ -24,47 +28,97 @@ def reshaped(t: Tensor, shape: torch.Size) -> Tensor:
     return t if t.shape == shape else torch.ops.aten._unsafe_view(t, shape)
 
 
+def low_rank_update(
+    base_output: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropped: Tensor | None = None
+) -> Tensor:
+    """``u = base_output + s B A x`` in base_output's dtype; keeps x, ``A x`` and nothing of size ``[out, in]``."""
+    if torch.is_grad_enabled():
+        return _LowRankUpdate.apply(base_output, x, A, B, scale, dropped)
+    return _update(base_output, x, A, B, scale, dropped)[0]
+
+
+def dense_low_rank(
+    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropped: Tensor | None = None
+) -> Tensor:
+    """``u = W x + b + s B A x`` in x's dtype, for frozen W and b; the two input gradients share one buffer."""
+    if torch.is_grad_enabled():
+        return _DenseLowRank.apply(x, W, bias, A, B, scale, dropped)
+    return _dense(x, W, bias, A, B, scale, dropped)[0]
+
+
+def _update(
+    base_output: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropped: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """u and ``h = A x``."""
+    dtype = base_output.dtype
+    h = _seen(as_rows(x).to(dtype), dropped) @ A.to(dtype).T
+    u = torch.addmm(as_rows(base_output), h, B.to(dtype).T, alpha=scale)
+    return reshaped(u, base_output.shape), h
+
+
+def _dense(
+    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropped: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """u and ``h = A x``."""
+    rows, dtype = as_rows(x), x.dtype
+    h = _seen(rows, dropped) @ A.to(dtype).T
+    u = F.linear(rows, W.to(dtype), None if bias is None else bias.to(dtype))
+    u.addmm_(h, B.to(dtype).T, alpha=scale)
+    return reshaped(u, torch.Size([*x.shape[:-1], W.shape[0]])), h
+
+
+def _seen(rows: Tensor, dropped: Tensor | None) -> Tensor:
+    """What the low-rank path sees of x, ``[rows, in]``."""
+    return rows if dropped is None else rows.masked_fill(as_rows(dropped), 0)
+
+
 class _LowRankUpdate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, base_output: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        dtype = base_output.dtype
-        h = as_rows(x).to(dtype) @ A.to(dtype).T
-        u = torch.addmm(as_rows(base_output), h, (B * scale).to(dtype).T)
+    def forward(
+        ctx: Any, base_output: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropped: Tensor | None
+    ) -> Tensor:
+        u, h = _update(base_output, x, A, B, scale, dropped)
         ctx.scale = scale
-        ctx.save_for_backward(x, h, A, B)
-        return reshaped(u, base_output.shape)
+        ctx.save_for_backward(x, h, A, B, dropped)
+        return u
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, du: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, A, B = ctx.saved_tensors
-        dx, dA, dB = _low_rank_gradients(ctx.needs_input_grad[1:4], as_rows(du), x, h, A, B, ctx.scale)
-        return (du if ctx.needs_input_grad[0] else None), dx, dA, dB, None
+        x, h, A, B, dropped = ctx.saved_tensors
+        dx, dA, dB = _gradients(ctx.needs_input_grad[1:4], as_rows(du), x, h, A, B, ctx.scale, dropped)
+        return (du if ctx.needs_input_grad[0] else None), dx, dA, dB, None, None
 
 
 class _DenseLowRank(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        rows, dtype = as_rows(x), x.dtype
-        h = rows @ A.to(dtype).T
-        u = F.linear(rows, W.to(dtype), None if bias is None else bias.to(dtype))
-        u.addmm_(h, (B * scale).to(dtype).T)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        dropped: Tensor | None,
+    ) -> Tensor:
+        u, h = _dense(x, W, bias, A, B, scale, dropped)
         ctx.scale = scale
-        ctx.save_for_backward(x, h, W, A, B)
-        return reshaped(u, torch.Size([*x.shape[:-1], W.shape[0]]))
+        ctx.save_for_backward(x, h, W, A, B, dropped)
+        return u
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, du: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, W, A, B = ctx.saved_tensors
+        x, h, W, A, B, dropped = ctx.saved_tensors
         needs = ctx.needs_input_grad
         rows = as_rows(du)
         dx_base = rows @ W.to(du.dtype) if needs[0] else None
-        dx, dA, dB = _low_rank_gradients((needs[0], *needs[3:5]), rows, x, h, A, B, ctx.scale, dx_base)
-        return dx, None, None, dA, dB, None
+        dx, dA, dB = _gradients((needs[0], *needs[3:5]), rows, x, h, A, B, ctx.scale, dropped, dx_base)
+        return dx, None, None, dA, dB, None, None
 
 
-def _low_rank_gradients(
+def _gradients(
     needs: tuple[bool, ...],
     du: Tensor,
     x: Tensor,
@@ -72,30 +126,26 @@ def _low_rank_gradients(
     A: Tensor,
     B: Tensor,
     scale: float,
+    dropped: Tensor | None,
     dx: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of ``s B A x``: ``dB = s du^T h``, ``dh = s du B``, ``dA = dh^T x``, ``dx (+)= dh A``."""
+    """Gradients of ``s B A x``: ``dB = s du^T h``, ``dh = du B``, ``dA = s dh^T x``, ``dx (+)= s dh A``."""
     needs_x, needs_A, needs_B = needs
     dtype = du.dtype
-    dB = ((du.T @ h).to(B.dtype) * scale) if needs_B else None
+    dB = (du.T @ h).to(B.dtype).mul_(scale) if needs_B else None
     if not (needs_x or needs_A):
         return None, None, dB
-    dh = du @ (B * scale).to(dtype)
-    dA = (dh.T @ as_rows(x).to(dtype)).to(A.dtype) if needs_A else None
+    dh = du @ B.to(dtype)
+    dA = (dh.T @ _seen(as_rows(x).to(dtype), dropped)).to(A.dtype).mul_(scale) if needs_A else None
     if needs_x:
-        dx = dh @ A.to(dtype) if dx is None else dx.addmm_(dh, A.to(dtype))
+        A = A.to(dtype)
+        if dropped is not None:
+            low = (dh * scale @ A).masked_fill_(as_rows(dropped), 0)
+            dx = low if dx is None else dx.add_(low)
+        else:
+            dx = dh * scale @ A if dx is None else dx.addmm_(dh, A, alpha=scale)
         dx = dx.view(x.shape).to(x.dtype)
     return dx, dA, dB
-
-
-def low_rank_update(base_output: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """``u = base_output + s B A x`` in base_output's dtype; keeps x, ``A x`` and nothing of size ``[out, in]``."""
-    return _LowRankUpdate.apply(base_output, x, A, B, scale)
-
-
-def dense_low_rank(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """``u = W x + b + s B A x`` in x's dtype, for frozen W and b; the two input gradients share one buffer."""
-    return _DenseLowRank.apply(x, W, bias, A, B, scale)
 
 
 class _AdaptedWeight(torch.autograd.Function):

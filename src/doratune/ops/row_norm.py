@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE_BYTES = 32 * 1024 * 1024
+TILE_BYTES = 16 * 1024 * 1024
 """Size of a transient float32 tile of W."""
 
 Tiles = Callable[[], Iterable[tuple[slice, Tensor]]]
@@ -43,20 +43,30 @@ def base_squared_norm(tiles: Tiles) -> Tensor:
     return torch.cat(sums)
 
 
-AVERAGES_OUT = 2048
-"""From this many columns on, rounding errors of 16-bit products average out to less than 1e-4 of n."""
+SMALL = 512 * 512
+"""Up to this many elements a float32 copy of a 16-bit tile costs less than starting more products."""
 
 
 def _product(tile: Tensor, A: Tensor) -> Tensor:
-    """``tile A^T`` in float32; A (small) is cast to the tile's dtype where that is precise enough, as two parts."""
+    """``tile A^T`` in float32. A 16-bit tile (large) stays as it is: A (small) goes through in two 16-bit parts."""
     if tile.dtype not in (torch.float16, torch.bfloat16):
         return (tile @ A.to(tile.dtype).T).float()
-    if tile.shape[1] < AVERAGES_OUT:
-        return torch.cat([tile[rows].float() @ A.T for rows in row_tiles(*tile.shape)])
+    if tile.numel() <= SMALL:
+        return tile.float() @ A.T
+    rank = A.shape[0]
     high = A.to(tile.dtype)
-    low = (A - high.float()).to(tile.dtype)
-    both = (tile @ torch.cat([high, low]).T).float()
-    return both[:, : A.shape[0]] + both[:, A.shape[0] :]
+    low = (A - high).to(tile.dtype)
+    both = tile @ torch.cat([high, low]).T
+    rounded = both[:, :rank]
+    U = rounded.float() + both[:, rank:]
+    # What rounding took from the product: the product once more, less its rounded value.
+    U += torch.addmm(rounded, tile, high.T, beta=-1)
+    return U
+
+
+def _tiled_product(A: Tensor, tiles: Tiles) -> Tensor:
+    parts = [_product(tile, A) for _, tile in tiles()]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _TiledProduct(torch.autograd.Function):
@@ -64,8 +74,7 @@ class _TiledProduct(torch.autograd.Function):
     def forward(ctx: Any, A: Tensor, tiles: Tiles) -> Tensor:
         ctx.tiles = tiles
         ctx.like = A
-        parts = [_product(tile, A) for _, tile in tiles()]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return _tiled_product(A, tiles)
 
     @staticmethod
     @once_differentiable
@@ -78,7 +87,7 @@ class _TiledProduct(torch.autograd.Function):
 
 def skinny_product(tiles: Tiles, A: Tensor) -> Tensor:
     """``U = W A^T``, float32 ``[out, r]``, for A of float32; the backward walks the tiles again, keeping none."""
-    return _TiledProduct.apply(A, tiles)
+    return _TiledProduct.apply(A, tiles) if torch.is_grad_enabled() else _tiled_product(A, tiles)
 
 
 def squared_row_norm(base_squared: Tensor, tiles: Tiles, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -94,9 +103,8 @@ def squared_row_norm(base_squared: Tensor, tiles: Tiles, A: Tensor, B: Tensor, s
     """
     A, B = A.float(), B.float()
     U = skinny_product(tiles, A)
-    G = A @ A.T
-    change = (B * (2 * scale * U + scale**2 * (B @ G))).sum(1)
-    return (base_squared + change).clamp_min(0)
+    change = (B * torch.addmm(U, B, A @ A.T, beta=2, alpha=scale)).sum(1)
+    return torch.add(base_squared, change, alpha=scale).clamp_min(0)
 
 
 def dense_squared_norm(tiles: Tiles, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -110,8 +118,14 @@ def dense_squared_norm(tiles: Tiles, A: Tensor, B: Tensor, scale: float) -> Tens
     return torch.cat(sums)
 
 
-def row_scale(magnitude: Tensor, squared_norm: Tensor, base_squared: Tensor) -> Tensor:
-    """``g = m / n``, float32 ``[out]``; 1 on a plain row (a zero row of W whose m is 0, trained as LoRA)."""
+def row_scale(magnitude: Tensor, squared_norm: Tensor, base_squared: Tensor | None) -> Tensor:
+    """``g = m / n``, float32 ``[out]``; 1 on a plain row (a zero row of W whose m is 0, trained as LoRA).
+
+    Args:
+        magnitude: m, ``[out]``.
+        squared_norm: ``n^2``, float32 ``[out]``.
+        base_squared: ``|W|^2``, float32 ``[out]``; None where all rows of W are known not to be zero.
+    """
     n = torch.where(squared_norm > 0, squared_norm, 1.0).sqrt()
-    plain = (base_squared == 0) & (magnitude == 0)
-    return torch.where(plain, 1.0, magnitude.float() / n)
+    g = magnitude.float() / n
+    return g if base_squared is None else torch.where((base_squared == 0) & (magnitude == 0), 1.0, g)

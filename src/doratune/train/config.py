@@ -30,6 +30,7 @@ class AdapterOptions(AdapterConfig):
     # A flag takes words: several are names, a single one may also be a regular expression.
     targets: tuple[str, ...] | str = AdapterConfig.targets  # type: ignore[assignment]
     exclude: tuple[str, ...] | str = AdapterConfig.exclude  # type: ignore[assignment]
+    eight_bit_outputs: tuple[str, ...] | str = AdapterConfig.eight_bit_outputs  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         """Checked by ``TrainConfig.adapter_config``."""
@@ -117,7 +118,7 @@ class TrainConfig:
             raise AdapterError(
                 f"method is {self.method!r}, but the adapter's is {self.adapter.method!r}; set method alone"
             )
-        for name in ("targets", "exclude"):
+        for name in ("targets", "exclude", "eight_bit_outputs"):
             values[name] = _names_or_expression(values[name])
         values["method"] = "dora" if self.method in ("magnitude", "full") else self.method
         if self.method == "magnitude":
