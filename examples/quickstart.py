@@ -127,7 +127,7 @@ def show(results: dict[str, TrainResult], options: Options) -> None:
         box=SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
-        title=f"{options.steps} steps, {tokens:,} tokens each; held out: {any_result.held_out_blocks} blocks",
+        title=f"{options.steps} steps, {tokens:,} tokens each; held out: {any_result.held_out_examples} blocks",
         caption="One run of one seed shows that it works, not which method is better.",
     )
     for name in ("", "trained", "on LoRA", "on model", "before", "after", "seconds", "MiB"):

@@ -75,8 +75,9 @@ class _InputsRequireGrad:
         self.checkpointed = checkpointed
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if torch.is_grad_enabled() and not output.requires_grad and self.is_checkpointing():
-            output.requires_grad_(True)
+        first = output[0] if isinstance(output, tuple) else output  # Swin's embeddings also tell the size
+        if torch.is_grad_enabled() and not first.requires_grad and self.is_checkpointing():
+            first.requires_grad_(True)
 
     def is_checkpointing(self) -> bool:
         return any(m.gradient_checkpointing for m in self.checkpointed)

@@ -9,7 +9,14 @@ import torch
 import doratune as dt
 from doratune.checkpoint import adapter_tensors
 from doratune.targets import adapted_layers
-from doratune.train.checkpoints import is_complete, last_checkpoint, mark_complete, restore_adapter, rotate
+from doratune.train.checkpoints import (
+    is_complete,
+    last_checkpoint,
+    mark_complete,
+    remove_incomplete,
+    restore_adapter,
+    rotate,
+)
 from train.tiny import llama
 
 
@@ -67,6 +74,13 @@ def test_rotation_keeps_the_best_and_the_newest_by_time(tmp_path):
         write(tmp_path, step, time=time)
     rotate(tmp_path, keep=1, best=str(tmp_path / "checkpoint-1"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3"]
+
+
+def test_what_was_cut_short_is_removed(tmp_path):
+    write(tmp_path, 1), write(tmp_path, 2, complete=False)
+    (tmp_path / "other").mkdir()
+    assert remove_incomplete(tmp_path) == [tmp_path / "checkpoint-2"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "other"]
 
 
 @pytest.mark.parametrize("keep", [None, 0])

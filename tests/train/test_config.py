@@ -31,7 +31,7 @@ def test_every_option_has_help():
 
 @pytest.mark.parametrize(
     ("method", "expected"),
-    [("dora", ("dora", 16)), ("lora", ("lora", 16)), ("magnitude", ("dora", 0)), ("full", None)],
+    [("dora", ("dora", 16)), ("lora", ("lora", 16)), ("magnitude", ("dora", 0)), ("full", None), ("head", None)],
 )
 def test_methods(method, expected):
     found = config(method=method).adapter_config()
@@ -61,8 +61,14 @@ def test_every_problem_is_found_at_once():
         learning_rate=float("nan"),
         warmup=-1,
         eval_fraction=1.0,
-        resume=True,
-        save_every=None,
+        lora_plus_ratio=0,
+        workers=-1,
+        quantize="nf4",
+        method="full",
+        streaming=True,
+        task="image-classification",
+        prompt="once",
+        report_to=("trackio",),
         adapter=AdapterOptions(rank=-1, dropout=2),
     )
     found = "\n".join(wrong.problems())
@@ -73,12 +79,38 @@ def test_every_problem_is_found_at_once():
         "learning_rate",
         "warmup",
         "eval_fraction",
-        "resume",
+        "lora_plus_ratio",
+        "workers",
+        "quantize freezes the base; method full trains it",
+        "streaming serves text-generation",
+        "prompt asks for a sample",
+        "report_to trackio: trackio is not installed",
         "rank",
         "dropout",
     ):
         assert name in found
     assert list(config().problems()) == []
+
+
+def test_streams_and_chats_need_what_they_need():
+    assert list(config(streaming=True).problems()) == [
+        "streaming needs steps: the length of the data is not known beforehand"
+    ]
+    assert "as_chat is for prompts" in "".join(config(as_chat=True, messages_column="m").problems())
+    assert "augment changes images" in "".join(config(augment=("flip",)).problems())
+
+
+def test_a_missing_library_for_8_bits_is_named(monkeypatch):
+    monkeypatch.setattr("doratune.train.config.installed", lambda name: False)
+    for values in ({"optimizer": "adamw_8bit"}, {"quantize": "nf4"}):
+        assert "needs bitsandbytes, which is not installed: pip install 'doratune[quant]'" in "".join(
+            config(**values).problems()
+        )
+
+
+def test_a_new_head_is_saved_with_the_adapter():
+    made = config(adapter=AdapterOptions(modules_to_save=("norm",))).adapter_config(["classifier", "norm"])
+    assert made.modules_to_save == ("norm", "classifier")
 
 
 def test_two_methods_that_contradict_each_other_are_refused():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import doratune as dt
-from doratune.train.extras import require
+from doratune.extras import require
 from doratune.train.models import choose_dtype, load_model, load_tokenizer, model_problem
 from train.tiny import save_model
 

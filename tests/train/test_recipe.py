@@ -46,9 +46,11 @@ def test_every_problem_is_listed(tmp_path):
     assert "9 problems" in said
     assert "method is no option of the adapter: move it above" in said
     assert "unknown key 'learning_rat'; did you mean 'learning_rate'?" in said
-    assert "steps: expected whole number, found '3'" in said
+    assert "steps: expected whole number or 'none', found '3'" in said
     assert "resume: expected true or false, found 1" in said
-    assert "schedule: expected one of 'linear', 'cosine', 'constant', found 'sqare'" in said
+    assert (
+        "schedule: expected one of 'linear', 'cosine', 'constant', 'polynomial', 'inverse_sqrt', found 'sqare'" in said
+    )
     assert "data: expected a list of strings, found 'one.txt'" in said
     assert "batch_size: expected whole number, found 2.5" in said
     assert "rank: expected whole number, found True" in said

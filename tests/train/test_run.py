@@ -44,6 +44,7 @@ def test_a_run_learns_and_leaves_what_it_promises(assets, tmp_path):
         "checkpoints",
         "curves.png",
         "metrics.jsonl",
+        "recipe.toml",
         "results.json",
     }
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -108,12 +109,12 @@ def test_checkpoints_are_limited(assets, tmp_path):
 
 def test_epochs_count_where_steps_are_absent(assets, tmp_path):
     result = train(config(assets, tmp_path / "a", steps=None, epochs=0.25, save_every=None))
-    assert result.steps == pytest.approx(result.blocks / 2 / 4, abs=1)
+    assert result.steps == pytest.approx(result.examples / 2 / 4, abs=1)
     assert not checkpoints(tmp_path / "a" / "checkpoints")
 
 
 def test_wrong_input_is_listed_before_a_model_is_loaded(assets, tmp_path, monkeypatch):
-    monkeypatch.setattr("doratune.train.run.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("doratune.train.assemble.load_model", lambda *_: pytest.fail("a model was loaded"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "something").touch()
     wrong = config(assets, tmp_path / "full", steps=-1, batch_size=0)
@@ -150,3 +151,45 @@ def test_the_table_and_the_commands(assets, tmp_path):
     for part in ("doratune merge", "doratune.load_adapter", "PeftModel.from_pretrained"):
         assert part in commands
     assert json.loads((tmp_path / "a" / "results.json").read_text())["peak_memory"] > 2**20
+
+
+def test_a_terminal_gets_a_bar_with_everything(assets, tmp_path):
+    screen = io.StringIO()
+    train(config(assets, tmp_path / "a", eval_every=2), Console(file=screen, force_terminal=True, width=160))
+    for part in ("step 6/6", "loss", "held-out", "tokens/s", "GiB", "left"):
+        assert part in screen.getvalue()
+
+
+def test_what_is_sent_elsewhere_is_handed_to_the_trainer(assets, tmp_path, monkeypatch):
+    import transformers
+
+    asked = []
+    original = transformers.TrainingArguments
+
+    def note(*args, **kwargs):
+        asked.append(kwargs["report_to"])
+        return original(*args, **{**kwargs, "report_to": "none"})
+
+    monkeypatch.setattr(transformers, "TrainingArguments", note)
+    monkeypatch.setattr("doratune.train.config.installed", lambda _: True)
+    train(config(assets, tmp_path / "a", steps=1, report_to=("tensorboard",)))
+    assert asked == [["tensorboard"]]
+
+
+def test_classifiers_are_inspected_and_merged_like_others(tmp_path, capsys):
+    from transformers import AutoModelForImageClassification
+
+    from doratune.cli import main
+    from train.tiny import save_image_folder, save_vision_model
+
+    model, images = save_vision_model(tmp_path / "vit"), save_image_folder(tmp_path / "images")
+    options = config((model, images), tmp_path / "run", task="image-classification", eval_every=2)
+    result = train(options)
+    commands = [
+        line for line in result.next_steps().splitlines() if line.startswith(("doratune inspect", "doratune merge"))
+    ]
+    for command in commands:
+        assert main(command.split()[1:]) == 0, command
+    capsys.readouterr()
+    merged = AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "merged")
+    assert merged.config.id2label == {0: "blue", 1: "red"}

@@ -1,11 +1,13 @@
-"""A language model of a few thousand weights, its tokenizer and a text: all made in memory, the same every time."""
+"""Models of a few thousand weights, their tokenizer and data: all made in memory, the same every time."""
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -55,3 +57,88 @@ def words(count: int, seed: int = 0) -> str:
 def write_text(path: Path, count: int = 400) -> Path:
     path.write_text(words(count), encoding="utf-8")
     return path
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def chat_tokenizer() -> Any:
+    """The tokenizer with a chat template."""
+    made = tokenizer()
+    made.chat_template = CHAT_TEMPLATE
+    return made
+
+
+def save_chat_model(folder: Path) -> Path:
+    llama().save_pretrained(folder)
+    chat_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_encoder(folder: Path) -> Path:
+    """A BERT without a head, whose files lack the pooler, too."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = BertModel(BertConfig(vocab_size=257, max_position_embeddings=64, **sizes), add_pooling_layer=False)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def vision_model(kind: str) -> Any:
+    """A ViT, DINOv2 or Swin for images of 16 x 16 pixels, without a head."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes["initializer_range"] = 0.2  # or else so small a model hardly sees its input
+    if kind == "swin":
+        config = transformers.SwinConfig(
+            image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4
+        )
+        return transformers.SwinModel(config)
+    if kind == "dinov2":
+        return transformers.Dinov2Model(transformers.Dinov2Config(image_size=16, patch_size=4, mlp_ratio=2, **sizes))
+    config = transformers.ViTConfig(image_size=16, patch_size=4, intermediate_size=32, **sizes)
+    return transformers.ViTModel(config, add_pooling_layer=False)
+
+
+def save_vision_model(folder: Path, kind: str = "vit") -> Path:
+    vision_model(kind).save_pretrained(folder)
+    return folder
+
+
+def images(count: int, seed: int = 0) -> tuple[Any, Any]:
+    """Images of 16 x 16 pixels, blue (class 0) or red (class 1), and their classes."""
+    random = np.random.default_rng(seed)
+    labels = np.arange(count) % 2
+    pixels = random.integers(0, 100, size=(count, 16, 16, 3)).astype(np.uint8)
+    pixels[labels == 0, :, :, 2] += 150
+    pixels[labels == 1, :, :, 0] += 150
+    return pixels, labels
+
+
+def save_image_folder(folder: Path, count: int = 24) -> Path:
+    from PIL import Image
+
+    for number, (pixels, label) in enumerate(zip(*images(count), strict=True)):
+        path = folder / ("blue", "red")[label] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return folder
+
+
+def save_rows(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def reviews(count: int) -> list[dict[str, Any]]:
+    """Texts to classify."""
+    good, bad = ("a good tale", "the king was happy"), ("a bad tale", "the wolf was angry")
+    return [{"review": f"{(good, bad)[i % 2][i // 2 % 2]} {i}", "label": ("good", "bad")[i % 2]} for i in range(count)]

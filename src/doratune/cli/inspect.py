@@ -53,10 +53,10 @@ def _moved(report: FileReport, base: str) -> dict[str, Decomposition]:
     from doratune.checkpoint import load_adapter
     from doratune.cli.quiet import quiet_libraries
     from doratune.study.decompose import adapter_change
-    from doratune.train.models import load_model
+    from doratune.train.models import load_base
 
     quiet_libraries()
-    model = load_model(base, "auto", report.task)
+    model = load_base(Path(report.folder), base)
     load_adapter(model, report.folder)
     return adapter_change(model)
 

@@ -41,7 +41,7 @@ def run(options: Merge) -> int:
     from doratune.cli.quiet import quiet_libraries
     from doratune.files import read_config, read_weights
     from doratune.merge import merge, verify_merge
-    from doratune.train.models import load_model, load_tokenizer
+    from doratune.train.models import load_base, load_tokenizer
 
     raw = read_config(options.adapter)
     read_weights(options.adapter)  # a broken file is found before a large model is loaded
@@ -51,7 +51,7 @@ def run(options: Merge) -> int:
     if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
         raise AdapterError(f"output {options.output} exists and is not empty; name a new folder")
     quiet_libraries()
-    model = load_model(base, options.dtype, raw.get("task_type") or None)
+    model = load_base(options.adapter, base, options.dtype)
     load_adapter(model, options.adapter)
     checks = verify_merge(model) if options.verify else []
     bad = [f"{c.path}: {c.difference:.2e}, rounding explains {c.tolerance:.2e}" for c in checks if not c.holds]

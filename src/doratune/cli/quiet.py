@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from doratune.train.extras import require
+from doratune.extras import require
 
 
 def quiet_libraries() -> None:

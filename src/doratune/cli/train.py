@@ -10,14 +10,14 @@ from typing import Any
 import tyro
 
 from doratune.train.config import TrainConfig
-from doratune.train.recipe import load_recipe
+from doratune.train.recipe import explain, find_recipe, load_recipe
 
 __all__ = ["TrainConfig", "from_recipe", "run"]
 
 
 @dataclass
 class _RecipeFlag:
-    recipe: Path | None = None
+    recipe: str | None = None
 
 
 def from_recipe(arguments: Sequence[str]) -> TrainConfig | None:
@@ -29,17 +29,24 @@ def from_recipe(arguments: Sequence[str]) -> TrainConfig | None:
     if flag.recipe is None:
         return None
     required: dict[str, Any] = {"model": tyro.MISSING, "data": tyro.MISSING}
-    return TrainConfig(**{**required, **load_recipe(flag.recipe), "recipe": flag.recipe})
+    if "--print-recipe" in arguments:  # shows what is not named as empty
+        required = {"model": "", "data": ()}
+    return TrainConfig(**{**required, **load_recipe(find_recipe(flag.recipe)), "recipe": flag.recipe})
 
 
 def run(config: TrainConfig) -> int:
     """Train, and print results and how to go on."""
+    if config.print_recipe:
+        print(explain(config))
+        return 0
+    from doratune.train.output import CURVES, METRICS, RECIPE
+    from doratune.train.run import check, train
+
+    check(config)  # before the libraries are imported, which takes seconds
     from rich.console import Console
 
     from doratune.cli.quiet import quiet_libraries
-    from doratune.train.run import CURVES, METRICS, check, train
 
-    check(config)  # before the libraries are imported, which takes seconds
     quiet_libraries()
     result = train(config, Console(stderr=True))
     out = Console()
@@ -48,6 +55,7 @@ def run(config: TrainConfig) -> int:
         for name, sample in (("before", result.sample_before), ("after", result.sample_after)):
             out.print(f"[bold]{name}:[/bold]", end=" ")
             out.print(f"{result.prompt}{sample}", markup=False, highlight=False)
-    out.print(f"Written to {config.output}: {Path(result.adapter).name}/, {METRICS}, {CURVES}, results.json")
+    written = [f"{Path(result.adapter).name}/", METRICS, CURVES, "results.json", RECIPE]
+    out.print(f"Written to {config.output}: {', '.join(written)}", markup=False, highlight=False, soft_wrap=True)
     out.print(result.next_steps(), markup=False, highlight=False, soft_wrap=True)
     return 0

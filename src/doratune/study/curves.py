@@ -6,38 +6,44 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from doratune.train.extras import require
+from doratune.extras import require
 
 SMOOTHING = 0.8
 """Share of the running mean in the thick line; single steps are the thin one."""
+MEASURED = {"eval_loss": "held-out loss", "eval_accuracy": "held-out accuracy"}
+"""What is measured besides the training loss, each in a picture of its own."""
 
 
-def draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, title: str = "") -> None:
-    """Draw training and held-out loss over the steps.
+def draw_curves(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, title: str = "", loss_unit: str = "nats per token"
+) -> None:
+    """Draw training and held-out loss over the steps, and held-out accuracy where it was measured.
 
     Args:
-        runs: for each label the records of a metrics.jsonl: ``step`` with ``loss`` or ``eval_loss``.
+        runs: for each label the records of a metrics.jsonl: ``step`` with ``loss``, ``eval_loss`` or ``eval_accuracy``.
         path: PNG to write.
         title: above the picture.
+        loss_unit: beside the losses.
 
     Raises:
         AdapterError: if matplotlib is not installed.
     """
     Figure = require("matplotlib.figure", "study").Figure
-    figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
-    measured = any("eval_loss" in record for records in runs.values() for record in records)
-    axes = figure.subplots(1, 2 if measured else 1, squeeze=False)[0]
+    measured = [key for key in MEASURED if any(key in record for records in runs.values() for record in records)]
+    figure = Figure(figsize=(4.5 * max(2, 1 + len(measured)), 4), dpi=120, layout="constrained")
+    axes = figure.subplots(1, 1 + len(measured), squeeze=False)[0]
     for index, (label, records) in enumerate(runs.items()):
         # Runs that do the same lie on each other: the first line is the widest, so that each shows beside the next.
         look: dict[str, Any] = {"color": f"C{index}", "linewidth": max(1.2, 5 - 1.7 * index), "label": label}
         steps, losses = _points(records, "loss")
         axes[0].plot(steps, losses, color=look["color"], alpha=0.2, linewidth=0.8)
         axes[0].plot(steps, _smooth(losses), **look)
-        if measured:
-            axes[1].plot(*_points(records, "eval_loss"), marker="o", markersize=look["linewidth"] + 4, **look)
-    for axis, name in zip(axes, ("training loss (thick: smoothed)", "held-out loss"), strict=False):
+        for axis, key in zip(axes[1:], measured, strict=True):
+            axis.plot(*_points(records, key), marker="o", markersize=look["linewidth"] + 4, **look)
+    names = ["training loss (thick: smoothed)", *(MEASURED[key] for key in measured)]
+    for axis, name in zip(axes, names, strict=True):
         axis.set_xlabel("step")
-        axis.set_ylabel("nats per token")
+        axis.set_ylabel("share of right answers" if "accuracy" in name else loss_unit)
         axis.set_title(name, fontsize=10)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)

@@ -1,4 +1,4 @@
-"""Training: the Trainer mixin for people with a script, and ``train`` for people with a text file.
+"""Training: the Trainer mixin for people with a script, and ``train`` for people with data.
 
 Nothing here imports transformers before it is used; every name below is looked up on first use.
 """
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from doratune.train.checkpoints import is_complete, last_checkpoint, restore_adapter
     from doratune.train.config import AdapterOptions, TrainConfig
+    from doratune.train.information import Information
     from doratune.train.recipe import load_recipe
     from doratune.train.results import TrainResult
     from doratune.train.run import train
@@ -21,6 +22,7 @@ _HOMES = {
     "AdapterSFTTrainer": "trainer",
     "AdapterTrainer": "trainer",
     "AdapterTrainerMixin": "trainer",
+    "Information": "information",
     "TrainConfig": "config",
     "TrainResult": "results",
     "is_complete": "checkpoints",
@@ -35,6 +37,7 @@ __all__ = [
     "AdapterSFTTrainer",
     "AdapterTrainer",
     "AdapterTrainerMixin",
+    "Information",
     "TrainConfig",
     "TrainResult",
     "is_complete",

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from doratune.errors import AdapterError
-from doratune.train.extras import require
-from doratune.train.results import read_metrics
+from doratune.extras import require
+from doratune.train.files import write_whole
+from doratune.train.results import peak_memory, read_metrics
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,90 +21,113 @@ else:
 
 _UNITS = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
 """Of the Trainer's last message: reported in results.json in our own way."""
+EXPLODED = 10.0
+"""A loss this far above that before training has left everything behind that can be learnt back."""
 
 
 class MetricsFile(TrainerCallback):
     """One JSON object a line: ``step``, ``epoch`` and what was measured; lines after a resumed step are dropped."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, unit: str) -> None:
+        self.path, self.unit = path, unit
+        self.before: float | None = None
+        self._keep(read_metrics(path))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep the lines of the run that is resumed, and of the measurement before it once."""
-        records = [record for record in read_metrics(self.path) if record["step"] <= state.global_step]
-        unique = {(record["step"], "loss" in record): record for record in records}
-        kept = [unique[key] for key in sorted(unique)]
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        """Keep the lines of the run that is resumed."""
+        self._keep([record for record in read_metrics(self.path) if record["step"] <= state.global_step])
+
+    def _keep(self, records: list[dict[str, Any]]) -> None:
+        self.written = {(record["step"], "loss" in record) for record in records}
+        write_whole(self.path, "".join(json.dumps(record) + "\n" for record in records))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Append a line.
 
         Raises:
-            AdapterError: if the loss is not finite: no later step can mend that.
+            AdapterError: if the loss is not finite, or far above that before training: no later step can mend that.
         """
         values = {key: value for key, value in (logs or {}).items() if key not in _UNITS}
         if not state.is_world_process_zero or "train_loss" in values:
             return
-        loss = values.get("loss", 0.0)
+        loss = values.get("loss", values.get("eval_loss", 0.0))
         if not math.isfinite(loss):
-            raise AdapterError(
-                f"the loss is {loss} at step {state.global_step}: training cannot recover. Try a lower learning_rate, "
-                "a longer warmup, or dtype float32; checkpoints saved before are kept"
-            )
-        record = {"step": state.global_step, "tokens": state.num_input_tokens_seen, **values}
+            raise AdapterError(self._hopeless(f"the loss is {loss}", state.global_step))
+        if state.global_step == 0:
+            self.before = loss
+        elif self.before is not None and loss > self.before + EXPLODED:
+            told = f"the loss has risen from {self.before:.2f} to {loss:.2f}"
+            raise AdapterError(self._hopeless(told, state.global_step))
+        key = (state.global_step, "loss" in values)
+        if key in self.written:  # measured again, before a resumed run or at its end
+            return
+        self.written.add(key)
+        record = {"step": state.global_step, self.unit: seen(self.unit, args, state), **values}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
+    @staticmethod
+    def _hopeless(what: str, step: int) -> str:
+        if step == 0:
+            return f"{what} before training: the base model itself gives that on these data; try dtype float32"
+        advice = "Try a lower learning_rate, a longer warmup, or dtype float32"
+        return f"{what} at step {step}: training cannot recover. {advice}"
+
 
 class Progress(TrainerCallback):
-    """A progress bar with loss, tokens per second and time left; where there is no terminal, ten lines of text."""
+    """A progress bar with loss, speed, memory and time left; where there is no terminal, ten lines of text."""
 
-    def __init__(self, console: Console, held_out: float | None = None) -> None:
+    def __init__(self, console: Console, unit: str, before: dict[str, float]) -> None:
         from rich import progress
 
-        self.console = console
+        self.console, self.unit = console, unit
         self.bar = progress.Progress(
             progress.TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            progress.BarColumn(),
-            progress.TextColumn("loss {task.fields[loss]}"),
-            progress.TextColumn("held-out {task.fields[held_out]}"),
-            progress.TextColumn("{task.fields[speed]} tokens/s"),
+            progress.BarColumn(bar_width=None),
+            progress.TextColumn("{task.fields[told]}"),
             progress.TimeElapsedColumn(),
             progress.TextColumn("left"),
             progress.TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
-        self.fields: dict[str, Any] = {
-            "loss": "-",
-            "held_out": "-" if held_out is None else f"{held_out:.3f}",
-            "speed": "-",
-        }
+        self.loss = "-"
+        self.held_out = _held_out(before)
+        self.next_line = 0
+        """Step from which on another line is printed, where there is no terminal."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the bar, at the step a resumed run goes on from."""
-        self.start, self.tokens, self.first = time.monotonic(), state.num_input_tokens_seen, state.global_step
-        self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step, **self.fields)
+        self.start, self.before, self.first = time.monotonic(), seen(self.unit, args, state), state.global_step
+        self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step, told="")
         self.bar.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Advance."""
+        self.bar.update(self.task, completed=state.global_step, told=self._told(args, state))
+
+    def _told(self, args: Any, state: Any) -> str:
         elapsed = time.monotonic() - self.start
-        self.fields["speed"] = f"{(state.num_input_tokens_seen - self.tokens) / max(elapsed, 1e-9):,.0f}"
-        self.bar.update(self.task, completed=state.global_step, **self.fields)
-        tenth = max(1, state.max_steps // 10)
-        if not self.console.is_terminal and (state.global_step % tenth == 0 or state.global_step == state.max_steps):
-            left = elapsed / max(1, state.global_step - self.first) * (state.max_steps - state.global_step)
-            self.console.print(
-                f"step {state.global_step}/{state.max_steps}  loss {self.fields['loss']}  "
-                f"{self.fields['speed']} tokens/s  {left:.0f} s left"
-            )
+        speed = (seen(self.unit, args, state) - self.before) / max(elapsed, 1e-9)
+        memory = peak_memory(args.device) / 2**30
+        parts = [f"loss {self.loss}", *self.held_out, f"{speed:,.{0 if speed >= 100 else 1}f} {self.unit}/s"]
+        return "  ".join([*parts, f"{memory:.1f} GiB"])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Take over the newest values."""
-        for key, name in (("loss", "loss"), ("eval_loss", "held_out")):
-            if key in (logs or {}):
-                self.fields[name] = f"{(logs or {})[key]:.3f}"
+        self.held_out = _held_out(logs or {}) or self.held_out
+        if "loss" not in (logs or {}):
+            return
+        self.loss = f"{(logs or {})['loss']:.3f}"
+        if not self.console.is_terminal and state.global_step >= self.next_line:
+            self._print_line(args, state)
+
+    def _print_line(self, args: Any, state: Any) -> None:
+        self.next_line = state.global_step + max(1, state.max_steps // 10)
+        elapsed = time.monotonic() - self.start
+        left = elapsed / max(1, state.global_step - self.first) * (state.max_steps - state.global_step)
+        line = f"step {state.global_step}/{state.max_steps}  {self._told(args, state)}  {left:.0f} s left"
+        self.console.print(line, soft_wrap=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the bar as it stands."""
@@ -112,3 +136,30 @@ class Progress(TrainerCallback):
     def close(self) -> None:
         """Give the terminal back, also after an error."""
         self.bar.stop()
+
+
+class NewEpoch(TrainerCallback):
+    """Tells the data which epoch it is, so that images are changed anew; resumed runs go on with the same changes."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the number."""
+        self.data.epoch = int(state.epoch or 0)
+
+
+def seen(unit: str, args: Any, state: Any) -> int:
+    """Tokens, or texts or images, that the run has trained on so far."""
+    if unit == "tokens":
+        return int(state.num_input_tokens_seen)
+    return int(state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
+
+
+def _held_out(values: dict[str, float]) -> list[str]:
+    parts = []
+    if "eval_loss" in values:
+        parts.append(f"held-out {values['eval_loss']:.3f}")
+    if "eval_accuracy" in values:
+        parts.append(f"accuracy {values['eval_accuracy']:.1%}")
+    return parts

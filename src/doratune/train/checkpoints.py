@@ -73,6 +73,14 @@ def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     return None
 
 
+def remove_incomplete(folder: str | os.PathLike[str]) -> list[Path]:
+    """Delete checkpoints that were cut short, which nothing can go on from; returns their folders."""
+    cut_short = [path for path in checkpoints(folder) if not is_complete(path)]
+    for path in cut_short:
+        shutil.rmtree(path, ignore_errors=True)
+    return cut_short
+
+
 def rotate(folder: str | os.PathLike[str], keep: int | None, best: str | None = None) -> None:
     """Delete all but the ``keep`` newest complete checkpoints; the best one and incomplete ones are never deleted.
 

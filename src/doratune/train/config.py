@@ -5,19 +5,25 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import tyro
 
 from doratune.config import ALL_LINEAR, AdapterConfig, Method
 from doratune.errors import AdapterError
+from doratune.extras import installed
 
-TrainMethod = Literal["dora", "lora", "magnitude", "full"]
+TaskName = Literal["text-generation", "text-classification", "image-classification"]
+TrainMethod = Literal["dora", "lora", "magnitude", "full", "head"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Schedule = Literal["linear", "cosine", "constant"]
+Quantize = Literal["nf4", "int8"]
+Schedule = Literal["linear", "cosine", "constant", "polynomial", "inverse_sqrt"]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "lion_8bit", "adafactor", "sgd"]
+Augmentation = Literal["crop", "flip", "rotate", "color"]
+Reporter = Literal["tensorboard", "wandb", "trackio"]
 SPLIT_SEED = 0
 """The held-out part is the same whatever the seed of the run, so that runs can be compared."""
 
@@ -38,43 +44,90 @@ class AdapterOptions(AdapterConfig):
 
 @dataclass
 class TrainConfig:
-    """Fine-tune a causal language model on text files.
+    """Fine-tune a language model on text, or a language or vision model to classify.
 
-    Writes to the output folder: the adapter (PEFT's format), metrics.jsonl, curves.png, results.json, checkpoints.
+    Writes to the output folder: the adapter (PEFT's format), metrics.jsonl, curves.png, results.json, recipe.toml,
+    checkpoints.
     """
 
     model: str
     """Base model: a folder, or a name on the model hub."""
     data: tuple[str, ...]
-    """Text files (UTF-8) to train on; each is one document."""
+    """What to train on: files (.jsonl, .json, .csv, .tsv, .parquet, .txt; images: folders, .npz), a folder written by
+    datasets' save_to_disk, or a name on the hub."""
     output: Path = Path("runs/train")
     """Folder for everything the run writes; new or empty, unless the run is resumed."""
-    recipe: Path | None = None
-    """TOML file with values for these options; flags win over it."""
+    recipe: str | None = None
+    """TOML file with values for these options, or the name of a shipped recipe; flags win over it."""
+    print_recipe: bool = False
+    """Print every option, its value and where that came from, and stop."""
 
+    task: TaskName = "text-generation"
+    """What to learn."""
     method: TrainMethod = AdapterConfig.method
-    """dora; lora; magnitude: row magnitudes only; full: every weight, for comparison."""
+    """dora; lora; magnitude: row magnitudes only; full: every weight; head: the output head only (linear probe)."""
     adapter: Annotated[AdapterConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=AdapterOptions)
     """The adapter."""
 
     eval_data: tuple[str, ...] = ()
-    """Text files to measure on; none: a part of the data is held out."""
+    """What to measure on; none: a part of the data is held out."""
     eval_fraction: float = 0.1
-    """Share of the blocks held out if there is no eval data; always the same ones, whatever the seed."""
+    """Share of the data held out if there is no eval data; always the same, whatever the seed."""
+    split: str = "train"
+    """Which split to train on, of data sets that have several (hub, save_to_disk)."""
+    eval_split: str = "test"
+    """Which split to measure on, of eval data that have several."""
+    text_column: str | None = None
+    """Column of the text; none: guessed from the names, and said. The same holds for the other columns."""
+    prompt_column: str | None = None
+    """Column of the prompt; no loss is taken on it."""
+    completion_column: str | None = None
+    """Column of the completion."""
+    messages_column: str | None = None
+    """Column of the chat: a list of {role, content}."""
+    label_column: str | None = None
+    """Column of the class."""
+    image_column: str | None = None
+    """Column of the image, or of its path."""
+    prompt_template: str | None = None
+    """Prompt made of columns, such as "Question: {question}\\nAnswer: "; needs no prompt column."""
+    as_chat: bool = False
+    """Put prompt and completion into the model's chat template, as user and assistant."""
+    skip_bad: bool = False
+    """Go on without rows and images that cannot be used, and count them; otherwise they are listed as an error."""
+    streaming: bool = False
+    """Read text while training, for data larger than memory; needs steps. Order is shuffled in a window only."""
+
     max_length: int = 512
-    """Tokens in a block; documents are joined and cut into blocks."""
+    """Tokens in a block of joined documents, or at which prompts, chats and texts to classify are cut."""
+    packing: bool | None = None
+    """Put several texts into one block; none: documents yes, prompts and chats no."""
+    loss_on: Literal["completion", "all"] = "completion"
+    """Where there is a prompt or chat: learn what the assistant says only, or all of it."""
+    image_size: int | None = None
+    """Pixels of the square that images are scaled to; none: as the model was pretrained."""
+    augment: tuple[Augmentation, ...] = ()
+    """Random changes of training images: crop (60 to 100 % of the area), flip (left-right), rotate (15 degrees),
+    color."""
+    workers: int = 0
+    """Processes that prepare data while the model computes."""
+
     steps: int | None = None
     """Optimiser steps; none: as many as the epochs take."""
     epochs: float = 1.0
     """Passes over the data, if steps are not given."""
     batch_size: int = 4
-    """Blocks per forward pass and device."""
+    """Examples or blocks per forward pass and device."""
     gradient_accumulation: int = 1
     """Forward passes per optimiser step."""
+    optimizer: Optimizer = "adamw"
+    """8-bit and paged ones come with bitsandbytes and keep their state in a quarter of the memory."""
     learning_rate: float = 2e-4
-    """Highest learning rate (AdamW)."""
+    """Highest learning rate."""
     magnitude_learning_rate: float | None = None
     """Learning rate of the magnitudes; none: that of the rest."""
+    lora_plus_ratio: float = 1.0
+    """Learning rate of B relative to the rest (LoRA+, arXiv 2402.12354, recommends 16)."""
     weight_decay: float = 0.0
     """Weight decay of A, B and whole weights; biases get none."""
     magnitude_weight_decay: float = 0.0
@@ -86,29 +139,41 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; 0: they are not."""
     seed: int = 0
-    """Start values of the adapter, order of the data, dropout."""
+    """Start values of adapter and head, order of the data, augmentation, dropout."""
     dtype: Dtype = "auto"
     """Of the base weights; auto: bfloat16 on a GPU that has it (not for full), else float32. Adapters are float32."""
+    quantize: Quantize | None = None
+    """Load the base in 4 bits (nf4, double quantisation: QDoRA) or 8 (int8); needs bitsandbytes."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
 
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int | None = None
-    """Steps between measurements on held-out text; none: before and after training only."""
+    """Steps between measurements on held-out data; none: before and after training only."""
     save_every: int | None = 200
-    """Steps between checkpoints; none: no checkpoints, so the run cannot be resumed."""
+    """Steps between checkpoints; none: no checkpoints but on Ctrl-C."""
     keep: int = 2
     """Checkpoints to keep."""
     resume: bool = False
     """Go on from the last complete checkpoint in the output folder."""
+    report_to: tuple[Reporter, ...] = ()
+    """Also send metrics to tensorboard, wandb or trackio; metrics.jsonl is always written."""
     prompt: str | None = None
     """Text to be continued before and after training, as a sample."""
     sample_tokens: int = 60
     """Length of the sample."""
 
-    def adapter_config(self) -> AdapterConfig | None:
-        """The adapter to attach; None for full fine-tuning.
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the method trains an adapter, and not the model's own weights."""
+        return self.method not in ("full", "head")
+
+    def adapter_config(self, head: Sequence[str] = ()) -> AdapterConfig | None:
+        """The adapter to attach; None where the model's own weights are trained.
+
+        Args:
+            head: modules that are trained whole besides those named, such as a new classification head.
 
         Raises:
             AdapterError: listing every option that cannot work.
@@ -120,39 +185,69 @@ class TrainConfig:
             )
         for name in ("targets", "exclude", "eight_bit_outputs"):
             values[name] = _names_or_expression(values[name])
-        values["method"] = "dora" if self.method in ("magnitude", "full") else self.method
+        values["method"] = self.method if self.method in get_args(Method) else "dora"
         if self.method == "magnitude":
             values["rank"], values["rank_pattern"] = 0, {}
+        values["modules_to_save"] = tuple(dict.fromkeys([*values["modules_to_save"], *head]))
         config = AdapterConfig(**values)
-        return None if self.method == "full" else config
+        return config if self.is_adapter else None
 
     def problems(self) -> Iterator[str]:
         """Everything that can be found wrong without reading data or a model."""
         if not self.model:
             yield "model: name a folder or a model of the hub"
         if not self.data:
-            yield "data: name at least one text file"
-        positive = ("max_length", "batch_size", "gradient_accumulation", "log_every", "keep", "epochs", "learning_rate")
-        for name in positive:
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                yield f"{name} must be above 0; found {value!r}"
-        for name in ("steps", "eval_every", "save_every", "magnitude_learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                yield f"{name} must be above 0, or absent; found {value!r}"
-        for name in ("weight_decay", "magnitude_weight_decay", "warmup", "max_grad_norm", "sample_tokens", "seed"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                yield f"{name} must be at least 0; found {value!r}"
+            yield "data: name at least one file, folder or data set of the hub"
+        yield from _numbers(self)
         if not self.eval_data and not 0 < self.eval_fraction < 1:
             yield f"eval_fraction must lie between 0 and 1; found {self.eval_fraction!r}"
-        if self.resume and self.save_every is None:
-            yield "resume needs checkpoints, but save_every is absent"
+        yield from _combinations(self)
+        yield from _libraries(self)
         try:
             self.adapter_config()
         except AdapterError as error:
             yield from listed(error)
+
+
+def _numbers(c: TrainConfig) -> Iterator[str]:
+    positive = ("max_length", "batch_size", "gradient_accumulation", "log_every", "keep", "epochs", "learning_rate")
+    for name in (*positive, "lora_plus_ratio"):
+        value = getattr(c, name)
+        if not 0 < value < math.inf:
+            yield f"{name} must be above 0; found {value!r}"
+    for name in ("steps", "eval_every", "save_every", "magnitude_learning_rate", "image_size"):
+        value = getattr(c, name)
+        if value is not None and not 0 < value < math.inf:
+            yield f"{name} must be above 0, or absent; found {value!r}"
+    not_negative = ("weight_decay", "magnitude_weight_decay", "warmup", "max_grad_norm", "sample_tokens", "seed")
+    for name in (*not_negative, "workers"):
+        value = getattr(c, name)
+        if not 0 <= value < math.inf:
+            yield f"{name} must be at least 0; found {value!r}"
+
+
+def _combinations(c: TrainConfig) -> Iterator[str]:
+    if c.streaming and c.task != "text-generation":
+        yield f"streaming serves text-generation; found task {c.task} (images are read while training anyway)"
+    if c.streaming and c.steps is None:
+        yield "streaming needs steps: the length of the data is not known beforehand"
+    if c.quantize and not c.is_adapter:
+        yield f"quantize freezes the base; method {c.method} trains it: use dora, lora or magnitude"
+    if c.prompt is not None and c.task != "text-generation":
+        yield f"prompt asks for a sample of generated text, but the task is {c.task}"
+    if c.as_chat and c.messages_column:
+        yield "as_chat is for prompts and completions; messages are put into the chat template anyway"
+    if c.augment and c.task != "image-classification":
+        yield f"augment changes images, but the task is {c.task}"
+
+
+def _libraries(c: TrainConfig) -> Iterator[str]:
+    for name in c.report_to:
+        if not installed(name):
+            yield f"report_to {name}: {name} is not installed (pip install {name})"
+    if (c.quantize or "8bit" in c.optimizer) and not installed("bitsandbytes"):
+        what = f"quantize {c.quantize}" if c.quantize else f"optimizer {c.optimizer}"
+        yield f"{what} needs bitsandbytes, which is not installed: pip install 'doratune[quant]'"
 
 
 def listed(error: AdapterError) -> list[str]:

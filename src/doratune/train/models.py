@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from doratune.errors import AdapterError
-from doratune.train.extras import require
+from doratune.extras import require
+from doratune.files import read_config
+from doratune.targets import HEAD_NAMES
+from doratune.train.information import Information
+
+LOADERS = {
+    "text-generation": "AutoModelForCausalLM",
+    "text-classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+}
+"""transformers' class for each task of ``doratune train``, and for PEFT's task types."""
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and deviation of red, green and blue, as most vision models but the first ViT were pretrained with."""
+TRAINED_WHOLE = (*HEAD_NAMES, r".*\.pooler", "pre_classifier")
+"""Modules of classifiers that a base's files may lack: names, or regular expressions of paths."""
+CLASSIFIERS = ("text-classification", "image-classification", "SEQ_CLS")
 
 
 def model_problem(name: str) -> str | None:
@@ -26,30 +44,121 @@ def model_problem(name: str) -> str | None:
     return None
 
 
-def load_model(name: str, dtype: torch.dtype | str = "auto", task: str | None = "CAUSAL_LM") -> Any:
+def load_model(
+    name: str,
+    dtype: torch.dtype | str = "auto",
+    task: str | None = "CAUSAL_LM",
+    labels: Sequence[str] = (),
+    quantize: str | None = None,
+) -> Any:
     """Load a transformers model.
 
     Args:
         name: folder, or name on the hub; a folder never needs a network.
         dtype: of the weights; "auto": as they are stored.
-        task: PEFT's task type; None, or one not listed here: the class that the model's own config names.
+        task: a task of ``doratune train`` or PEFT's task type; None, or one not listed here: the class that the model's
+            own config names.
+        labels: names of the classes, for a classification head of that size; where the base has none such it is new.
+        quantize: "nf4" or "int8": load the linear layers in 4 or 8 bits, by bitsandbytes.
 
     Raises:
         AdapterError: if there is no such model or it cannot be loaded.
     """
+    return _load(name, dtype, task, labels, quantize)[0]
+
+
+def load_classifier(
+    name: str, dtype: torch.dtype | str, task: str, labels: Sequence[str], quantize: str | None = None
+) -> tuple[Any, list[str]]:
+    """Load a model with a head for these classes.
+
+    Returns:
+        The model, and the paths of the modules that have to be trained whole: the head, and what else is new.
+
+    Raises:
+        AdapterError: if there is no such model or it cannot be loaded, or no head is known for it.
+    """
+    model, new = _load(name, dtype, task, labels, quantize)
+    heads = [path for path, _ in model.named_children() if path in HEAD_NAMES]
+    modules = dict(model.named_modules())
+    paths = sorted({key.rpartition(".")[0] for key in new})
+    leaves = [p for p in paths if p and not list(modules[p].children()) and not p.startswith(tuple(heads))]
+    if not heads and not leaves:
+        raise AdapterError(
+            f"model {name}: {type(model).__name__} has no head of a known name ({', '.join(HEAD_NAMES)})"
+        )
+    return model, [*heads, *leaves]
+
+
+def load_base(folder: Path, base: str | None = None, dtype: torch.dtype | str = "auto") -> Any:
+    """Load the model that an adapter was trained on, with the head and labels that its folder tells of.
+
+    Args:
+        folder: of the adapter, or of a whole model that ``doratune train`` wrote.
+        base: the base model; None: the one that the folder names.
+        dtype: of the weights; "auto": as they are stored.
+
+    Raises:
+        AdapterError: if the base is not named, or cannot be loaded.
+    """
+    about = Information.load(folder)
+    if (folder / "config.json").is_file():
+        return load_model(str(folder), dtype, about.task if about else None, about.labels if about else ())
+    raw = read_config(folder)
+    name = base or raw.get("base_model_name_or_path") or (about.base if about else None)
+    if not name:
+        raise AdapterError(f"{folder} does not name its base model; give it with --base")
+    if about is None:
+        return load_model(name, dtype, raw.get("task_type") or None)
+    return load_model(name, dtype, about.task, about.labels)
+
+
+def _load(
+    name: str, dtype: torch.dtype | str, task: str | None, labels: Sequence[str], quantize: str | None
+) -> tuple[Any, set[str]]:
+    """The model, and the names of weights that its files did not hold."""
     transformers = require("transformers")
     _raise_problem(name)
-    options = {"local_files_only": True} if Path(name).expanduser().is_dir() else {}
+    options: dict[str, Any] = {"local_files_only": True} if Path(name).expanduser().is_dir() else {}
     source = str(Path(name).expanduser()) if options else name
     try:
-        if task == "CAUSAL_LM":
-            loader = transformers.AutoModelForCausalLM
-        else:
-            architectures = transformers.AutoConfig.from_pretrained(source, **options).architectures
-            loader = getattr(transformers, (architectures or ["AutoModel"])[0])
-        return loader.from_pretrained(source, dtype=dtype, **options)
+        loader = _loader(transformers, source, task, options)
+        more: dict[str, Any] = dict(options)
+        if labels and task in CLASSIFIERS:
+            names = dict(enumerate(labels))
+            more |= {"id2label": names, "label2id": {label: i for i, label in names.items()}}
+            more |= {"num_labels": len(labels), "ignore_mismatched_sizes": True}
+        if quantize:
+            more["quantization_config"] = _quantization(transformers, quantize, task in CLASSIFIERS)
+        model, found = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **more)
     except Exception as error:  # whatever a broken folder, an absent file or an absent network makes it raise
         raise AdapterError(_could_not_load("model", name, bool(options), error)) from error
+    if task != "image-classification" and labels and model.config.pad_token_id is None:
+        end = model.config.eos_token_id  # language models classify the last token before the padding
+        model.config.pad_token_id = end[0] if isinstance(end, list) else end
+    mismatched = {key if isinstance(key, str) else key[0] for key in found.get("mismatched_keys", ())}
+    return model, set(found.get("missing_keys", ())) | mismatched
+
+
+def _loader(transformers: Any, source: str, task: str | None, options: dict[str, Any]) -> Any:
+    if task in LOADERS:
+        return getattr(transformers, LOADERS[task])
+    architectures = transformers.AutoConfig.from_pretrained(source, **options).architectures
+    return getattr(transformers, (architectures or ["AutoModel"])[0])
+
+
+def _quantization(transformers: Any, kind: str, classifier: bool) -> Any:
+    """bitsandbytes' options; arithmetic in bfloat16 where the machine has it, a classifier's head not quantised."""
+    whole = {"llm_int8_skip_modules": list(TRAINED_WHOLE)} if classifier else {}
+    if kind == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True, **whole)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=choose_dtype("auto"),
+        **whole,
+    )
 
 
 def load_tokenizer(name: str) -> Any:
@@ -66,6 +175,53 @@ def load_tokenizer(name: str) -> Any:
         return transformers.AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:
         raise AdapterError(_could_not_load("tokenizer", name, bool(options), error)) from error
+
+
+def load_config(name: str) -> Any:
+    """Load a model's configuration, without its weights.
+
+    Raises:
+        AdapterError: if there is none or it cannot be loaded.
+    """
+    transformers = require("transformers")
+    _raise_problem(name)
+    options = {"local_files_only": True} if Path(name).expanduser().is_dir() else {}
+    source = str(Path(name).expanduser()) if options else name
+    try:
+        return transformers.AutoConfig.from_pretrained(source, **options)
+    except Exception as error:
+        raise AdapterError(_could_not_load("model", name, bool(options), error)) from error
+
+
+def load_image_processor(name: str, size: int | None = None) -> Any:
+    """Load what turns images into a vision model's input; a folder without one gets ViT's, at the model's own size.
+
+    Args:
+        name: of the model.
+        size: height and width in pixels; None: as the processor says.
+
+    Raises:
+        AdapterError: if it cannot be loaded, or the model takes no images.
+    """
+    transformers = require("transformers")
+    config = load_config(name)
+    folder = Path(name).expanduser()
+    if not hasattr(config, "patch_size") or not hasattr(config, "num_channels"):
+        raise AdapterError(f"model {name}: a {config.model_type} takes no images; name a ViT, DINOv2 or Swin")
+    if folder.is_dir() and not (folder / "preprocessor_config.json").is_file():
+        own = size or config.image_size
+        height, width = (own, own) if isinstance(own, int) else own
+        mean, deviation = ((0.5,) * 3, (0.5,) * 3) if config.model_type == "vit" else IMAGENET
+        size_option = {"height": height, "width": width}
+        return transformers.ViTImageProcessor(size=size_option, image_mean=mean, image_std=deviation)
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(str(folder) if folder.is_dir() else name)
+    except Exception as error:
+        raise AdapterError(_could_not_load("image processor", name, folder.is_dir(), error)) from error
+    if size is not None:
+        processor.size = {"height": size, "width": size}
+        processor.do_center_crop = False
+    return processor
 
 
 def choose_dtype(wanted: str, full: bool = False) -> torch.dtype:

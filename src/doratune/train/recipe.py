@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -12,11 +13,38 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from doratune.errors import AdapterError
 from doratune.train.config import AdapterOptions, TrainConfig
+from doratune.train.files import write_whole
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
+
+
+SHIPPED = Path(__file__).parents[1] / "recipes"
+NOT_IN_RECIPES = ("adapter", "recipe", "print_recipe")
+"""Fields of TrainConfig that are no keys of a recipe."""
+NOTHING = "none"
+"""Stands for None, which TOML does not have."""
+
+
+def shipped() -> list[str]:
+    """Names of the recipes that come with doratune."""
+    return sorted(path.stem for path in SHIPPED.glob("*.toml"))
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe: a path, or the name of a shipped one.
+
+    Raises:
+        AdapterError: if there is neither, listing the shipped ones.
+    """
+    path = Path(name).expanduser()
+    if path.exists() or path.suffix == ".toml" or "/" in name:
+        return path
+    if name in shipped():
+        return SHIPPED / f"{name}.toml"
+    raise AdapterError(f"recipe {name!r} is no file, and no shipped recipe; shipped are {', '.join(shipped())}")
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
@@ -41,7 +69,9 @@ def load_recipe(path: Path) -> dict[str, Any]:
         table = {}
     run_types = get_type_hints(TrainConfig)
     adapter_types = {f.name: get_type_hints(AdapterOptions)[f.name] for f in dataclasses.fields(AdapterOptions)}
-    del adapter_types["method"], run_types["adapter"], run_types["recipe"]
+    del adapter_types["method"]
+    for name in NOT_IN_RECIPES:
+        del run_types[name]
     run: dict[str, Any] = {}
     adapter: dict[str, Any] = {}
     entries = [*((key, value, False) for key, value in raw.items()), *((k, v, True) for k, v in table.items())]
@@ -73,6 +103,8 @@ def fits(value: Any, hint: Any) -> bool:
         return fits(value, get_args(hint)[0])
     if origin is Literal:
         return value in get_args(hint)
+    if hint is type(None):
+        return value == NOTHING
     if origin in (Union, types.UnionType):
         return any(fits(value, one) for one in get_args(hint))
     if origin in (tuple, Sequence):
@@ -94,17 +126,93 @@ def describe(hint: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(repr, get_args(hint)))
     if origin in (Union, types.UnionType):
-        return " or ".join(describe(one) for one in get_args(hint) if one is not type(None))
+        return " or ".join(describe(one) for one in get_args(hint))
     if origin in (tuple, Sequence):
         return f"a list of {describe(get_args(hint)[0])}s"
     if origin is Mapping:
         return f"a table of {describe(get_args(hint)[1])}s"
-    names = {int: "whole number", float: "number", bool: "true or false", Path: "path"}
+    names = {type(None): repr(NOTHING), int: "whole number", float: "number", bool: "true or false", Path: "path"}
     return names.get(hint, "string")
 
 
 def _converted(value: Any, hint: Any) -> Any:
     """TOML's lists and strings as the tuples and paths that the fields hold."""
+    if value == NOTHING and type(None) in get_args(hint):
+        return None
     if isinstance(value, list):
         return tuple(value)
     return Path(value) if hint is Path else value
+
+
+def entries(config: TrainConfig) -> dict[str, Any]:
+    """Every option of a run by its key in a recipe, the adapter's among them."""
+    run = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in NOT_IN_RECIPES}
+    adapter = {
+        f.name: getattr(config.adapter, f.name) for f in dataclasses.fields(AdapterOptions) if f.name != "method"
+    }
+    return {**run, **adapter}
+
+
+def save_recipe(path: Path, config: TrainConfig) -> None:
+    """Write all options of a run as a recipe that repeats it."""
+    values = {key: value for key, value in entries(config).items() if key != "resume"}
+    lines = [
+        f"# All options of this run, by doratune {version()}. To repeat it: doratune train --recipe THIS --output NEW"
+    ]
+    write_whole(path, "\n".join([*lines, *(f"{key} = {as_toml(value)}" for key, value in values.items())]) + "\n")
+
+
+def differences(path: Path, config: TrainConfig) -> list[str]:
+    """Options that are not as in a recipe that was saved, one line each."""
+    saved = entries(TrainConfig(**load_recipe(path)))
+    ignored = ("resume", "output")
+    return [
+        f"{key} was {as_toml(saved[key])}, is {as_toml(value)}"
+        for key, value in entries(config).items()
+        if key not in ignored and as_toml(value) != as_toml(saved[key])
+    ]
+
+
+def explain(config: TrainConfig) -> str:
+    """All options as a recipe, each with where its value comes from: flag, recipe or default."""
+    defaults = entries(TrainConfig(model="", data=()))
+    given: set[str] = set()
+    base = defaults
+    if config.recipe is not None:
+        loaded = load_recipe(find_recipe(config.recipe))
+        base = entries(TrainConfig(**{"model": "", "data": (), **loaded}))
+        given = _keys(find_recipe(config.recipe))
+    lines = []
+    for key, value in entries(config).items():
+        same = as_toml(value) == as_toml(base[key])
+        source = "flag" if not same else "recipe" if key in given else "default"
+        lines.append((f"{key} = {as_toml(value)}", source))
+    width = max(len(line) for line, _ in lines if len(line) < 60)
+    return "\n".join(f"{line:<{width}}  # {source}" for line, source in lines)
+
+
+def _keys(path: Path) -> set[str]:
+    raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    return {key.replace("-", "_") for key in (*raw, *raw.get("adapter", {}))}
+
+
+def as_toml(value: Any) -> str:
+    """A value of an option as TOML."""
+    if value is None:
+        return json.dumps(NOTHING)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(key)} = {as_toml(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, str | Path):
+        return json.dumps(str(value), ensure_ascii=False)
+    return "[" + ", ".join(as_toml(one) for one in value) + "]"
+
+
+def version() -> str:
+    """doratune's version."""
+    import doratune
+
+    return doratune.__version__

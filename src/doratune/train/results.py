@@ -14,21 +14,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from doratune.train.files import write_whole
+from doratune.train.models import LOADERS
+
 if TYPE_CHECKING:
     from rich.table import Table
 
 FILE = "results.json"
+LARGEST_EXPONENT = 700.0
+"""exp of more does not fit a float."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Numbers of one run. Losses are nats per token on held-out text, sizes in parameters, memory in bytes."""
+    """Numbers of one run. Losses are on held-out data in nats per token or example, memory is in bytes."""
 
+    task: str
     method: str
     rank: int | None
     model: str
     adapter: str
-    """Folder of the adapter, or of the whole model for full fine-tuning."""
+    """Folder of the adapter, or of the whole model where the method trains that."""
     trained: int
     base: int
     direction: int
@@ -37,16 +43,24 @@ class TrainResult:
     seed: int
     loss_before: float
     loss_after: float
-    blocks: int
-    held_out_blocks: int
-    block_tokens: int
+    example: str
+    """What the data were cut into: blocks of tokens, examples, texts, images."""
+    examples: int | None
+    """To train on; None for a stream."""
+    held_out_examples: int
     seconds: float
     """Time of the training loop in this process; a resumed run counts its own part only."""
-    tokens_per_second: float
+    unit: str
+    """What speed is counted in: tokens, texts or images."""
+    speed: float
+    """Units per second."""
     peak_memory: int
     """Of this process: resident memory, or GPU memory where there is one."""
     device: str
     dtype: str
+    labels: tuple[str, ...] = ()
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
     prompt: str | None = None
     sample_before: str | None = None
     sample_after: str | None = None
@@ -54,12 +68,12 @@ class TrainResult:
     @property
     def perplexity_before(self) -> float:
         """exp of the held-out loss before training."""
-        return math.exp(self.loss_before)
+        return _exp(self.loss_before)
 
     @property
     def perplexity_after(self) -> float:
         """exp of the held-out loss after training."""
-        return math.exp(self.loss_after)
+        return _exp(self.loss_after)
 
     @property
     def extra_over_lora(self) -> float:
@@ -73,19 +87,20 @@ class TrainResult:
 
     def save(self, folder: Path) -> None:
         """Write ``results.json``."""
-        text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
-        (folder / FILE).write_text(text, encoding="utf-8")
+        write_whole(folder / FILE, json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> TrainResult:
         """Read ``results.json`` of a run's output folder."""
-        return cls(**json.loads((folder / FILE).read_text(encoding="utf-8")))
+        raw = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        return cls(**{**raw, "labels": tuple(raw["labels"])})
 
     def table(self) -> Table:
         """The run in one table."""
         from rich.table import Table
 
-        table = Table(title=f"{self.method}, {self.steps} steps on {self.device} in {self.dtype}", show_header=False)
+        title = f"{self.task} by {self.method}, {self.steps} steps on {self.device} in {self.dtype}"
+        table = Table(title=title, show_header=False)
         for name, value in self._rows():
             table.add_row(name, value)
         return table
@@ -95,34 +110,54 @@ class TrainResult:
         if self.magnitude and self.direction:
             share = f"{self.extra_over_lora:.2%} of LoRA's, {self.extra_over_model:.4%} of the model's"
             rows.append(("of these magnitudes", f"{self.magnitude:,} ({share})"))
+        count = "a stream" if self.examples is None else f"{self.examples:,}"
+        rows.append(("data", f"{count} {self.example}, {self.held_out_examples:,} held out"))
+        rows.append(("held-out loss", f"{self.loss_before:.4f} -> {self.loss_after:.4f}"))
+        if self.accuracy_before is not None and self.accuracy_after is not None:
+            rows.append(("held-out accuracy", f"{self.accuracy_before:.2%} -> {self.accuracy_after:.2%}"))
+        else:
+            rows.append(("held-out perplexity", f"{self.perplexity_before:.2f} -> {self.perplexity_after:.2f}"))
         return [
             *rows,
-            ("text", f"{self.blocks} blocks of {self.block_tokens} tokens, {self.held_out_blocks} held out"),
-            ("held-out loss", f"{self.loss_before:.4f} -> {self.loss_after:.4f}"),
-            ("held-out perplexity", f"{self.perplexity_before:.2f} -> {self.perplexity_after:.2f}"),
-            ("training time", f"{self.seconds:.1f} s, {self.tokens_per_second:,.0f} tokens/s"),
+            ("training time", f"{self.seconds:.1f} s, {self.speed:,.{0 if self.speed >= 100 else 1}f} {self.unit}/s"),
             ("peak memory", f"{self.peak_memory / 2**20:,.0f} MiB"),
         ]
 
     def next_steps(self) -> str:
-        """Commands to go on with: merge, load in Python, load in PEFT."""
-        if self.method == "full":
-            return f'AutoModelForCausalLM.from_pretrained("{self.adapter}")'
-        adapter, model, merged = (
+        """Commands to go on with: use it, look at it, merge it, load it in Python, load it in PEFT."""
+        folder, model, merged = (
             shlex.quote(str(path)) for path in (self.adapter, self.model, Path(self.adapter).parent / "merged")
         )
+        use = {
+            "text-generation": f'doratune generate {folder} --prompt "{self.prompt or "..."}"',
+            "text-classification": f"doratune predict {folder} texts.csv --out predictions.csv",
+            "image-classification": f"doratune predict {folder} images/ --out predictions.csv",
+        }
+        lines = ["# use it", use[self.task]]
+        if self.method in ("full", "head"):
+            kind = LOADERS[self.task]
+            return "\n".join([*lines, "# load it in Python", f'model = {kind}.from_pretrained("{self.adapter}")'])
         return "\n".join(
             [
+                *lines,
                 "# look at it, merge it",
-                f"doratune inspect {adapter} --base {model}",
-                f"doratune merge {adapter} --base {model} --output {merged} --verify",
+                f"doratune inspect {folder} --base {model}",
+                f"doratune merge {folder} --base {model} --output {merged} --verify",
                 "# load it in Python",
-                f'model = AutoModelForCausalLM.from_pretrained("{self.model}")',
+                f"model = {self._loading()}",
                 f'doratune.load_adapter(model, "{self.adapter}")',
-                "# load it in PEFT",
+                "# or in PEFT",
                 f'model = PeftModel.from_pretrained(model, "{self.adapter}")',
             ]
         )
+
+    def _loading(self) -> str:
+        size = f", num_labels={len(self.labels)}" if self.labels else ""
+        return f'{LOADERS[self.task]}.from_pretrained("{self.model}"{size})'
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < LARGEST_EXPONENT else math.inf
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

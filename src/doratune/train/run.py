@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from doratune.checkpoint import save_adapter
 from doratune.errors import AdapterError
-from doratune.model import attach
-from doratune.summary import Summary, summary
-from doratune.train import text
-from doratune.train.checkpoints import checkpoints
+from doratune.extras import require
+from doratune.summary import Summary
+from doratune.train import recipe
+from doratune.train.assemble import autocast, make_model, make_trainer, precision
+from doratune.train.checkpoints import checkpoints, last_checkpoint, remove_incomplete
 from doratune.train.config import TrainConfig
-from doratune.train.extras import require
-from doratune.train.models import choose_dtype, load_model, load_tokenizer, model_problem
+from doratune.train.failures import explained, kept
+from doratune.train.information import Information
+from doratune.train.models import choose_dtype, model_problem
+from doratune.train.output import CHECKPOINTS, CURVES, METRICS, RECIPE
 from doratune.train.results import TrainResult, peak_memory, read_metrics
+from doratune.train.tasks import task_of
+from doratune.train.tasks.prepared import Prepared
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-log = logging.getLogger("doratune")
-
-METRICS, CURVES, CHECKPOINTS = "metrics.jsonl", "curves.png", "checkpoints"
 
 
 def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
@@ -36,60 +34,65 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
         console: where progress is shown; None: nothing is shown.
 
     Raises:
-        AdapterError: listing every problem with options, files and folders before a model is loaded; later, if the
-            model cannot be loaded or adapted, or the loss is not finite.
+        AdapterError: listing every problem with options, files and data before a model is loaded; later, if the model
+            cannot be loaded or adapted, or training fails for a reason that is understood.
+        KeyboardInterrupt: on Ctrl-C; after a step was finished its checkpoint has been written.
     """
     check(config)
     transformers = require("transformers")
     from rich.console import Console
 
     console = console or Console(quiet=True)
-    dtype = choose_dtype(config.dtype, config.method == "full")
-    tokenizer = load_tokenizer(config.model)
-    blocks = text.load_blocks(config, tokenizer)
-    console.print(
-        f"{len(blocks.train)} blocks of {blocks.max_length} tokens to train on, {len(blocks.held_out)} held out; "
-        f"{blocks.unused} tokens at the end fill no block"
-    )
-    model = load_model(config.model, dtype)
-    transformers.set_seed(config.seed)
-    adapter = config.adapter_config()
-    if adapter is not None:
-        attach(model, adapter)
-    about = summary(model)
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    dtype = choose_dtype(config.dtype, not config.is_adapter)
+    prepared = task_of(config.task).prepare(config, say)
+    mixed = autocast(config, dtype)
+    say(precision(config, dtype, mixed))
+    transformers.set_seed(config.seed)  # of a new head
+    model, about = make_model(config, prepared, dtype)
     config.output.mkdir(parents=True, exist_ok=True)
-    trainer = _trainer(config, model, tokenizer, blocks, dtype)
-    sample = config.prompt is not None
-    before = trainer.evaluate()["eval_loss"]
-    sample_before = text.continuation(model, tokenizer, config.prompt or "", config.sample_tokens) if sample else None
-    seconds, steps = _fit(config, trainer, console, before)
-    after = _last_measured(trainer)
-    sample_after = text.continuation(model, tokenizer, config.prompt or "", config.sample_tokens) if sample else None
-    folder = _save(config, model, tokenizer)
-    _draw(config)
-    result = TrainResult(
-        method=config.method,
-        rank=adapter.rank if adapter else None,
-        model=config.model,
-        adapter=str(folder),
-        **_sizes(about),
-        steps=trainer.state.global_step,
-        seed=config.seed,
-        loss_before=before,
-        loss_after=after,
-        blocks=len(blocks.train),
-        held_out_blocks=len(blocks.held_out),
-        block_tokens=blocks.max_length,
-        seconds=seconds,
-        tokens_per_second=steps * trainer.get_total_train_batch_size(trainer.args) * blocks.max_length / seconds,
-        peak_memory=peak_memory(model.device),
-        device=str(model.device),
-        dtype=str(dtype).removeprefix("torch."),
-        prompt=config.prompt,
-        sample_before=sample_before,
-        sample_after=sample_after,
-    )
-    result.save(config.output)
+    _note_recipe(config, say)
+    trainer = make_trainer(config, model, prepared, dtype, mixed)
+    with explained(config, config.output / CHECKPOINTS):
+        before = trainer.evaluate()
+        sample_before = _sample(config, model, prepared)
+        seconds, done = _fit(config, trainer, prepared, console, before)
+        after = _last_measured(trainer)
+        sample_after = _sample(config, model, prepared)
+        folder = _save(config, model, prepared)
+        _draw(config, prepared)
+        adapter = config.adapter_config()
+        result = TrainResult(
+            task=config.task,
+            method=config.method,
+            rank=adapter.rank if adapter else None,
+            model=config.model,
+            adapter=str(folder),
+            **_sizes(about),
+            steps=trainer.state.global_step,
+            seed=config.seed,
+            loss_before=before["eval_loss"],
+            loss_after=after["eval_loss"],
+            accuracy_before=before.get("eval_accuracy"),
+            accuracy_after=after.get("eval_accuracy"),
+            example=prepared.example,
+            examples=prepared.examples,
+            held_out_examples=len(prepared.held_out),
+            seconds=seconds,
+            unit=prepared.unit,
+            speed=done / seconds,
+            peak_memory=peak_memory(model.device),
+            device=str(model.device),
+            dtype=str(dtype).removeprefix("torch."),
+            labels=prepared.labels,
+            prompt=config.prompt,
+            sample_before=sample_before,
+            sample_after=sample_after,
+        )
+        result.save(config.output)
     return result
 
 
@@ -99,14 +102,15 @@ def check(config: TrainConfig) -> None:
     Raises:
         AdapterError: listing every problem.
     """
-    found = [*config.problems(), *text.problems(config)]
+    found = [*config.problems(), *task_of(config.task).problems(config)]
     problem = model_problem(config.model) if config.model else None
     if problem:
         found.append(problem)
     output = config.output
+    begun = bool(checkpoints(output / CHECKPOINTS)) or (output / RECIPE).is_file()
     if output.exists() and not output.is_dir():
         found.append(f"output {output} is a file; name a folder")
-    elif config.resume and not checkpoints(output / CHECKPOINTS):
+    elif config.resume and not begun:
         found.append(f"output {output} holds no checkpoint to resume from")
     elif not config.resume and output.is_dir() and any(output.iterdir()):
         found.append(f"output {output} is not empty; name another folder, or go on with what is there: --resume")
@@ -114,99 +118,90 @@ def check(config: TrainConfig) -> None:
         raise AdapterError.of("these options cannot work", found)
 
 
-def _trainer(config: TrainConfig, model: Any, tokenizer: Any, blocks: text.Blocks, dtype: torch.dtype) -> Any:
-    from transformers import PrinterCallback, TrainingArguments
-
-    from doratune.train.callbacks import MetricsFile
-    from doratune.train.trainer import AdapterTrainer
-
-    arguments = TrainingArguments(
-        output_dir=str(config.output / CHECKPOINTS),
-        max_steps=config.steps or -1,
-        num_train_epochs=config.epochs,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.schedule,
-        warmup_steps=config.warmup,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        seed=config.seed,
-        data_seed=config.seed,
-        activation_checkpointing=config.gradient_checkpointing,
-        fp16=dtype == torch.float16,
-        logging_steps=config.log_every,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps" if config.eval_every else "no",
-        eval_steps=config.eval_every,
-        save_strategy="steps" if config.save_every else "no",
-        save_steps=config.save_every or 500,
-        save_total_limit=config.keep,
-        prediction_loss_only=True,
-        include_num_input_tokens_seen="all",
-        dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        report_to="none",
-    )
-    trainer = AdapterTrainer(
-        model,
-        arguments,
-        data_collator=text.collate,
-        train_dataset=blocks.train,
-        eval_dataset=blocks.held_out,
-        processing_class=tokenizer,
-        magnitude_learning_rate=config.magnitude_learning_rate,
-        magnitude_weight_decay=config.magnitude_weight_decay,
-        callbacks=[MetricsFile(config.output / METRICS)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+def _note_recipe(config: TrainConfig, say: Any) -> None:
+    """Write the options beside the results; of a resumed run, say what is different now."""
+    path = config.output / RECIPE
+    if config.resume and path.is_file():
+        for line in recipe.differences(path, config):
+            say(f"other than when the run began: {line}")
+        for folder in remove_incomplete(config.output / CHECKPOINTS):
+            say(f"{folder} had been cut short and was deleted")
+        if last_checkpoint(config.output / CHECKPOINTS) is None:
+            say("no checkpoint had been written yet: the run starts over")
+    recipe.save_recipe(path, config)
 
 
-def _fit(config: TrainConfig, trainer: Any, console: Console, before: float) -> tuple[float, int]:
-    """Run the loop; seconds and steps of this process."""
-    from doratune.train.callbacks import Progress
+def _fit(
+    config: TrainConfig, trainer: Any, prepared: Prepared, console: Console, before: dict[str, float]
+) -> tuple[float, int]:
+    """Run the loop; seconds, and units trained on, of this process."""
+    from doratune.train.callbacks import Progress, seen
+    from doratune.train.interruption import Interruption
 
-    progress = Progress(console, before)
+    progress, interruption = Progress(console, prepared.unit, before), Interruption(console)
     trainer.add_callback(progress)
+    trainer.add_callback(interruption)
     start = time.perf_counter()
+    folder = config.output / CHECKPOINTS
     try:
-        trainer.train(resume_from_checkpoint=config.resume)
+        trainer.train(resume_from_checkpoint=config.resume and last_checkpoint(folder) is not None)
+        if interruption.asked and trainer.state.global_step < trainer.state.max_steps:
+            raise KeyboardInterrupt
     except KeyboardInterrupt:
-        if any(checkpoints(config.output / CHECKPOINTS)):
-            console.print(f"Interrupted. To go on: the same command with --resume (output {config.output}).")
+        progress.close()
+        console.print(f"Interrupted. {kept(config, folder)}", markup=False, highlight=False, soft_wrap=True)
         raise
     finally:
         progress.close()
-    return time.perf_counter() - start, trainer.state.global_step - progress.first
+        interruption.close()
+    return time.perf_counter() - start, seen(prepared.unit, trainer.args, trainer.state) - progress.before
 
 
-def _last_measured(trainer: Any) -> float:
-    """Held-out loss of the trained model, measured now unless that was the last thing done."""
+def _last_measured(trainer: Any) -> dict[str, float]:
+    """Held-out metrics of the trained model, measured now unless that was the last thing done."""
     last = trainer.state.log_history[-2:]  # the very last are the loop's own times
-    found = [entry["eval_loss"] for entry in last if "eval_loss" in entry and entry["step"] == trainer.state.max_steps]
-    return found[-1] if found else trainer.evaluate()["eval_loss"]
+    found = [entry for entry in last if "eval_loss" in entry and entry["step"] == trainer.state.max_steps]
+    metrics: dict[str, float] = found[-1] if found else trainer.evaluate()
+    return metrics
 
 
-def _save(config: TrainConfig, model: Any, tokenizer: Any) -> Path:
-    """Write what was trained."""
-    if config.method == "full":
-        folder = config.output / "model"
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    else:
-        folder = config.output / "adapter"
+def _sample(config: TrainConfig, model: Any, prepared: Prepared) -> str | None:
+    from doratune.train.sample import continuation
+
+    if config.prompt is None:
+        return None
+    return continuation(model, prepared.processor, config.prompt, config.sample_tokens)
+
+
+def _save(config: TrainConfig, model: Any, prepared: Prepared) -> Path:
+    """Write what was trained, and what it is for."""
+    folder = config.output / ("adapter" if config.is_adapter else "model")
+    if config.is_adapter:
         save_adapter(model, folder)
+    else:
+        model.save_pretrained(folder)
+    if prepared.unit == "images" or not config.is_adapter:
+        prepared.processor.save_pretrained(folder)
+    Information(
+        task=config.task,
+        base=config.model,
+        method=config.method,
+        labels=prepared.labels,
+        columns=prepared.columns,
+        max_length=None if prepared.unit == "images" else config.max_length,
+        image_size=prepared.image_size,
+        forward=prepared.forward,
+    ).save(folder)
     return folder
 
 
-def _draw(config: TrainConfig) -> None:
+def _draw(config: TrainConfig, prepared: Prepared) -> None:
     from doratune.study.curves import draw_curves
 
     records = read_metrics(config.output / METRICS)
-    draw_curves({config.method: records}, config.output / CURVES)
+    loss_unit = "nats per token" if prepared.unit == "tokens" else f"nats per {prepared.unit.rstrip('s')}"
+    title = f"{config.method}, {config.task} on {Path(config.model).name}"
+    draw_curves({config.method: records}, config.output / CURVES, title, loss_unit)
 
 
 def _sizes(about: Summary) -> dict[str, int]:

@@ -18,6 +18,7 @@ from torch import nn
 
 from doratune.checkpoint import save_adapter
 from doratune.errors import AdapterError
+from doratune.extras import require
 from doratune.model import active_adapter, parameter_groups, trainable_parameters
 from doratune.targets import holders
 from doratune.train.checkpoints import (
@@ -29,7 +30,7 @@ from doratune.train.checkpoints import (
     rotate,
     unmark,
 )
-from doratune.train.extras import require
+from doratune.train.optimizer import refuse_broken_weights, with_faster_b
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -43,6 +44,7 @@ class AdapterTrainerMixin(Trainer):
     Args:
         magnitude_learning_rate: of the magnitudes; None: that of the rest.
         magnitude_weight_decay: of the magnitudes; decay pulls them to 0, not to where they started.
+        lora_plus_ratio: learning rate of B relative to the rest (LoRA+, arXiv 2402.12354).
 
     Everything else goes to the Trainer.
     """
@@ -53,10 +55,12 @@ class AdapterTrainerMixin(Trainer):
         *args: Any,
         magnitude_learning_rate: float | None = None,
         magnitude_weight_decay: float = 0.0,
+        lora_plus_ratio: float = 1.0,
         **kwargs: Any,
     ) -> None:
         self.magnitude_learning_rate = magnitude_learning_rate
         self.magnitude_weight_decay = magnitude_weight_decay
+        self.lora_plus_ratio = lora_plus_ratio
         with _keeping_masters(model):
             super().__init__(_trainable_when_quantised(model), *args, **kwargs)
 
@@ -88,6 +92,7 @@ class AdapterTrainerMixin(Trainer):
                 weight_decay=self.args.weight_decay,
                 magnitude_weight_decay=self.magnitude_weight_decay,
             )
+            groups = with_faster_b(model, groups, self.lora_plus_ratio)
             self.optimizer_cls_and_kwargs = (factory, {**options, "params": groups})
         try:
             return super().create_optimizer(*args, **kwargs)
@@ -118,6 +123,13 @@ class AdapterTrainerMixin(Trainer):
             )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's own, but a run that is resumed at its end is not trained for another step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         name = active_adapter(self.model)
         if name is None:
@@ -133,6 +145,7 @@ class AdapterTrainerMixin(Trainer):
         torch.save(self.args, folder / "training_args.bin")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        refuse_broken_weights(self.model, self.state.global_step)
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             unmark(folder)

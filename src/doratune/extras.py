@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
 
 from doratune.errors import AdapterError
@@ -21,3 +22,8 @@ def require(module: str, extra: str = "train") -> Any:
         if (error.name or "").partition(".")[0] != library:
             raise  # the library is there, something that it needs is not: its own message says more
         raise AdapterError(f"this needs {library}, which is not installed: pip install 'doratune[{extra}]'") from error
+
+
+def installed(library: str) -> bool:
+    """Whether a library can be imported, without importing it."""
+    return importlib.util.find_spec(library) is not None

@@ -1,0 +1,126 @@
+"""From options and data to a model with what is to be trained, and the Trainer that trains it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from doratune.extras import require
+from doratune.model import attach
+from doratune.summary import Summary, summary
+from doratune.train.config import TrainConfig
+from doratune.train.models import load_classifier, load_model
+from doratune.train.optimizer import OPTIMIZERS, SCHEDULES, keep_float32, train_only
+from doratune.train.output import CHECKPOINTS, METRICS
+from doratune.train.tasks.batches import Padded
+from doratune.train.tasks.prepared import Prepared
+
+
+def make_model(config: TrainConfig, prepared: Prepared, dtype: torch.dtype) -> tuple[Any, Summary]:
+    """The model with what is to be trained, and what that is.
+
+    Raises:
+        AdapterError: if it cannot be loaded or adapted.
+    """
+    head: list[str] = []
+    if prepared.labels:
+        model, head = load_classifier(config.model, dtype, config.task, prepared.labels, config.quantize)
+        if config.method != "full":
+            keep_float32(model, head)
+    else:
+        model = load_model(config.model, dtype, config.task, quantize=config.quantize)
+    require("transformers").set_seed(config.seed)
+    adapter = config.adapter_config(head)
+    if adapter is not None:
+        attach(model, adapter)
+    elif config.method == "head":
+        train_only(model, head)
+    else:
+        model.requires_grad_(True)
+    return model, summary(model)
+
+
+def autocast(config: TrainConfig, dtype: torch.dtype) -> bool:
+    """Whether float32 weights that are trained themselves compute in bfloat16."""
+    able = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return config.dtype == "auto" and not config.is_adapter and able and dtype == torch.float32
+
+
+def precision(config: TrainConfig, dtype: torch.dtype, mixed: bool) -> str:
+    """Device and dtypes in words."""
+    device = "GPU" if torch.cuda.is_available() else "MPS" if torch.backends.mps.is_available() else "CPU"
+    base = f"{config.quantize} (bitsandbytes)" if config.quantize else str(dtype).removeprefix("torch.")
+    trained = "adapter in float32" if config.is_adapter else "all that is trained in the same"
+    arithmetic = ", arithmetic in bfloat16 (autocast)" if mixed else ""
+    return f"{device}: base weights in {base}, {trained}{arithmetic}"
+
+
+def make_trainer(config: TrainConfig, model: Any, prepared: Prepared, dtype: torch.dtype, mixed: bool) -> Any:
+    """transformers' Trainer for this run."""
+    from transformers import PrinterCallback, TrainingArguments
+
+    from doratune.train import labels
+    from doratune.train.callbacks import MetricsFile, NewEpoch
+    from doratune.train.trainer import AdapterTrainer
+
+    arguments = TrainingArguments(
+        output_dir=str(config.output / CHECKPOINTS),
+        max_steps=config.steps or -1,
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        optim=OPTIMIZERS[config.optimizer],
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=SCHEDULES.get(config.schedule, config.schedule),
+        warmup_steps=config.warmup,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        data_seed=config.seed,
+        activation_checkpointing=config.gradient_checkpointing,
+        bf16=mixed,
+        fp16=dtype == torch.float16,
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if config.eval_every else "no",
+        eval_steps=config.eval_every,
+        save_strategy="steps" if config.save_every else "no",
+        save_steps=config.save_every or 500,
+        save_total_limit=config.keep,
+        prediction_loss_only=not prepared.labels,
+        include_num_input_tokens_seen=_counted(prepared),
+        dataloader_num_workers=config.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=list(config.report_to) or "none",
+        run_name=config.output.name,
+    )
+    callbacks = [MetricsFile(config.output / METRICS, prepared.unit)]
+    if config.augment:
+        callbacks.append(NewEpoch(prepared.train))
+    trainer = AdapterTrainer(
+        model,
+        arguments,
+        data_collator=prepared.collate,
+        train_dataset=prepared.train,
+        eval_dataset=prepared.held_out,
+        processing_class=prepared.processor,
+        compute_metrics=labels.accuracy if prepared.labels else None,
+        preprocess_logits_for_metrics=labels.most_likely if prepared.labels else None,
+        magnitude_learning_rate=config.magnitude_learning_rate,
+        magnitude_weight_decay=config.magnitude_weight_decay,
+        lora_plus_ratio=config.lora_plus_ratio,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _counted(prepared: Prepared) -> str:
+    """Which tokens the Trainer counts."""
+    if prepared.unit != "tokens":
+        return "no"
+    return "non_padding" if isinstance(prepared.collate, Padded) else "all"

@@ -1,0 +1,82 @@
+"""Which column is what: as the options say, or guessed from usual names."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from doratune.errors import AdapterError
+from doratune.train.config import TrainConfig
+
+GUESSES = {
+    "messages": ("messages", "conversations", "conversation", "chat", "dialog"),
+    "prompt": ("prompt", "instruction", "question", "query", "input"),
+    "completion": ("completion", "response", "output", "answer", "chosen"),
+    "text": ("text", "content", "sentence", "review", "document", "body"),
+    "label": ("label", "labels", "class", "category", "target", "sentiment", "y"),
+    "image": ("image", "img", "picture", "file_name", "filename", "file", "path", "image_path"),
+}
+
+
+def choose(config: TrainConfig, names: Collection[str], roles: Collection[str], where: str) -> dict[str, str]:
+    """Find the column of each role.
+
+    Args:
+        config: says some of the columns.
+        names: the columns that there are.
+        roles: what is looked for: keys of ``GUESSES``.
+        where: named in errors.
+
+    Raises:
+        AdapterError: listing every role without a column.
+    """
+    problems, found = [], {}
+    for role in roles:
+        flag = f"{role}_column"
+        given = getattr(config, flag)
+        guess = next((name for name in GUESSES[role] if name in names), None)
+        if given is not None and given not in names:
+            problems.append(f"{flag} {given!r} is not among the columns ({', '.join(names)})")
+        elif given is None and guess is None:
+            problems.append(f"no column looks like the {role} among {', '.join(names)}; name it with {as_flag(flag)}")
+        else:
+            found[role] = given or str(guess)
+    if problems:
+        raise AdapterError.of(where, problems)
+    return found
+
+
+def roles_of_text(config: TrainConfig, names: Collection[str], where: str) -> dict[str, str]:
+    """Whether rows are documents, prompts with completions, or chats, and in which columns.
+
+    Raises:
+        AdapterError: if the names do not tell.
+    """
+    if config.messages_column:
+        return choose(config, names, ["messages"], where)
+    if config.prompt_template:
+        return choose(config, names, ["completion"], where)
+    if config.prompt_column or config.completion_column:
+        return choose(config, names, ["prompt", "completion"], where)
+    if config.text_column:
+        return choose(config, names, ["text"], where)
+    for roles in (["messages"], ["prompt", "completion"], ["text"]):
+        if all(any(name in names for name in GUESSES[role]) for role in roles):
+            return choose(config, names, roles, where)
+    raise AdapterError(
+        f"{where}: no column looks like a text, a prompt with completion, or a chat among {', '.join(names)}; name "
+        "them with --text-column, with --prompt-column and --completion-column, or with --messages-column"
+    )
+
+
+def as_flag(name: str) -> str:
+    """An option's name as it is typed."""
+    return "--" + name.replace("_", "-")
+
+
+def described(columns: dict[str, str], config: TrainConfig) -> str:
+    """The choice in words, with what was guessed."""
+    parts = []
+    for role, name in columns.items():
+        guessed = getattr(config, f"{role}_column") is None
+        parts.append(f"{role} = {name!r}" + (" (guessed)" if guessed else ""))
+    return ", ".join(parts)

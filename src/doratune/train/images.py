@@ -1,0 +1,193 @@
+"""Images from folders, tables, data sets and NumPy archives: found first, opened when they are needed."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from doratune.errors import AdapterError
+from doratune.extras import require
+from doratune.train.columns import choose
+from doratune.train.config import TrainConfig
+from doratune.train.gather import BadRow
+from doratune.train.labels import name_of
+from doratune.train.sources import Row, is_dataset_folder, is_hub_name, path_of, read
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+SPLITS = ("train", "test", "val", "valid", "validation")
+KEYS = {
+    "train": (("x_train", "y_train"), ("train_images", "train_labels"), ("images", "labels"), ("x", "y"), ("X", "y")),
+    "test": (("x_test", "y_test"), ("test_images", "test_labels"), ("images", "labels"), ("x", "y"), ("X", "y")),
+}
+"""Names of arrays in NumPy archives: Keras', MedMNIST's and plain ones."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image, not opened yet, and the name of its class."""
+
+    where: str
+    source: Any
+    """A path, an array ([height, width] or [height, width, channels]), the bytes of a file, or a PIL image."""
+    label: str | None
+
+    def open(self) -> Image:
+        """The image in RGB.
+
+        Raises:
+            BadRow: if it cannot be read.
+        """
+        image = require("PIL.Image")
+        try:
+            if isinstance(self.source, np.ndarray):
+                return image.fromarray(_as_bytes(self.source)).convert("RGB")
+            if isinstance(self.source, bytes):
+                return image.open(io.BytesIO(self.source)).convert("RGB")
+            if isinstance(self.source, Path):
+                with image.open(self.source) as opened:
+                    return opened.convert("RGB")
+            return self.source.convert("RGB")
+        except (OSError, ValueError, SyntaxError, TypeError, image.DecompressionBombError) as error:
+            raise BadRow(f"image cannot be read: {error}") from error
+
+
+def problem_of(name: str) -> str | None:
+    """What is wrong with a source of images as far as one can see without reading it."""
+    path = path_of(name)
+    if not path.exists():
+        return None if is_hub_name(name) else "no such file"
+    if path.is_dir() and not is_dataset_folder(path):
+        folders = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
+        if not folders:
+            return "has no subfolders; expected one for each class, with its images"
+        if {folder.name.lower() for folder in folders} <= set(SPLITS):
+            return f"has a subfolder for each split; name {folders[0]} as data, and another as eval_data"
+    if path.is_file() and path.suffix.lower() not in (".npz", *TABLES):
+        return f"is not a folder, an .npz archive or a table ({', '.join(TABLES)}) of images"
+    return None
+
+
+def pictures(name: str, config: TrainConfig, split: str, part: str) -> tuple[Iterator[Row], dict[str, str]]:
+    """Find the images of a source.
+
+    Args:
+        name: folder with a subfolder for each class, table with paths, ``.npz``, data set.
+        config: says which columns.
+        split: of a data set.
+        part: "train" or "test": which arrays of a NumPy archive.
+
+    Returns:
+        Rows with ``image`` and ``label``, and the columns they come from.
+
+    Raises:
+        AdapterError: if the source as a whole cannot be read.
+    """
+    path = path_of(name)
+    if path.is_file() and path.suffix.lower() == ".npz":
+        return _archive(path, part), {}
+    if path.is_dir() and not is_dataset_folder(path):
+        return _folder(path), {}
+    first = next((row for row in read(name, split) if not row.problem), None)
+    if first is None:
+        raise AdapterError(f"{name}: no row can be read")
+    columns = choose(config, list(first.values), ["image", "label"], first.where)
+    return _table(name, split, columns, path.parent if path.is_file() else None), columns
+
+
+def picture(row: Row) -> Picture:
+    """The image of a row that ``pictures`` found.
+
+    Raises:
+        BadRow: if the row has none, or no label.
+    """
+    label = row.values.get("label")
+    return Picture(row.where, row.values["image"], name_of(label))
+
+
+def has_test_part(name: str) -> bool:
+    """Whether a source is an archive that brings its own images to measure on."""
+    path = path_of(name)
+    if not path.is_file() or path.suffix.lower() != ".npz":
+        return False
+    keys = set(_load(path).files)
+    return any(set(pair) <= keys for pair in KEYS["test"][:2]) and any(set(pair) <= keys for pair in KEYS["train"][:2])
+
+
+def _folder(path: Path) -> Iterator[Row]:
+    for folder in sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")):
+        for file in sorted(folder.rglob("*")):
+            if file.suffix.lower() in SUFFIXES:
+                yield Row(str(file), {"image": file, "label": folder.name})
+
+
+def _load(path: Path) -> Any:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path} cannot be read as a NumPy archive: {error}") from error
+
+
+def _archive(path: Path, part: str) -> Iterator[Row]:
+    archive = _load(path)
+    pair = next((pair for pair in KEYS[part] if set(pair) <= set(archive.files)), None)
+    if pair is None:
+        known = ", ".join(" and ".join(pair) for pair in KEYS[part])
+        raise AdapterError(f"{path} has the arrays {', '.join(archive.files)}; expected {known}")
+    try:
+        images, labels = archive[pair[0]], archive[pair[1]].reshape(-1)
+        names = archive["label_names"].tolist() if "label_names" in archive.files else None
+    except ValueError as error:  # pickled objects are not read
+        raise AdapterError(f"{path}: {error}") from error
+    if images.ndim not in (3, 4) or len(images) != len(labels):
+        raise AdapterError(
+            f"{path}: expected images [count, height, width] or [count, height, width, channels] and as many labels; "
+            f"found {list(images.shape)} and {list(labels.shape)}"
+        )
+    for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+        yield Row(f"{path} {pair[0]}[{number}]", {"image": image, "label": names[label] if names else label})
+
+
+def _table(name: str, split: str, columns: Mapping[str, str], folder: Path | None) -> Iterator[Row]:
+    for row in read(name, split):
+        if row.problem:
+            yield row
+            continue
+        missing = [column for column in columns.values() if column not in row.values]
+        if missing:
+            yield Row(row.where, problem=f"has no column {', '.join(map(repr, missing))}")
+            continue
+        value = row.values[columns["image"]]
+        if isinstance(value, Mapping):  # datasets' images, undecoded
+            value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+        if isinstance(value, list):
+            value = np.asarray(value)
+        if isinstance(value, str):
+            value = Path(value) if folder is None else folder / value
+        if value is None:
+            yield Row(row.where, problem="image is empty")
+        else:
+            yield Row(row.where, {"image": value, "label": row.values[columns["label"]]})
+
+
+def _as_bytes(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """[height, width] or [height, width, channels] of 0 to 255; from fractions of 1, and from channels first."""
+    if pixels.ndim == 3 and pixels.shape[0] in (1, 3) and pixels.shape[2] not in (1, 3):
+        pixels = pixels.transpose(1, 2, 0)
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[..., 0]
+    if pixels.dtype == np.uint8:
+        return pixels
+    if not np.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 255:
+        raise ValueError(f"expected values from 0 to 255 or from 0 to 1, found {pixels.min()} to {pixels.max()}")
+    if np.issubdtype(pixels.dtype, np.floating) and pixels.max() <= 1:
+        pixels = pixels * 255
+    return pixels.round().astype(np.uint8)

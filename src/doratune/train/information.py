@@ -1,0 +1,63 @@
+"""doratune.json: what something trained is for, beside an adapter or in a model's folder.
+
+PEFT's files say nothing about labels, image sizes or the task; ``doratune predict`` needs them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from doratune.errors import AdapterError
+
+FILE = "doratune.json"
+
+
+@dataclass(frozen=True)
+class Information:
+    """What a run noted about its result."""
+
+    task: str
+    """text-generation, text-classification or image-classification."""
+    base: str
+    """Base model: a folder or a name on the hub."""
+    method: str
+    """dora, lora, magnitude: the folder is an adapter; full, head: it is a whole model."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes; the place of a name is the number of its logit."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Columns of the data that were trained on, by what they were: text, label, image, ..."""
+    max_length: int | None = None
+    """Tokens at which texts were cut."""
+    image_size: tuple[int, int] | None = None
+    """Height and width that the model was trained on; the folder's preprocessor_config.json says how to get there."""
+    forward: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments that the model's forward needs besides its inputs, such as ``interpolate_pos_encoding``."""
+
+    def save(self, folder: Path) -> None:
+        """Write ``doratune.json``."""
+        text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+        (folder / FILE).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Information | None:
+        """Read a folder's ``doratune.json``; None if it has none.
+
+        Raises:
+            AdapterError: if the file is broken.
+        """
+        path = folder / FILE
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            known = {field.name: raw[field.name] for field in dataclasses.fields(cls) if field.name in raw}
+            found = cls(**known)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            raise AdapterError(f"{path} cannot be read: {error}") from error
+        size = None if found.image_size is None else (int(found.image_size[0]), int(found.image_size[1]))
+        return dataclasses.replace(found, labels=tuple(map(str, found.labels)), image_size=size)

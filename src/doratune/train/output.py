@@ -1,0 +1,3 @@
+"""Names of what a run leaves in its output folder."""
+
+METRICS, CURVES, CHECKPOINTS, RECIPE = "metrics.jsonl", "curves.png", "checkpoints", "recipe.toml"

@@ -1,0 +1,212 @@
+"""Rows from files, folders and the hub: one reader for every format, and each row knows its file and line."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from doratune.errors import AdapterError
+from doratune.extras import require
+
+TEXT = (".txt", ".text", ".md")
+TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+FORMATS = ", ".join((*TABLES, *TEXT))
+LARGEST_FIELD = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row, or what is wrong with it."""
+
+    where: str
+    """File and line, or data set and row."""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    problem: str | None = None
+
+
+def path_of(name: str) -> Path:
+    """A name as a local path."""
+    return Path(name).expanduser()
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name that is no local path can be a data set of the hub: ``name`` or ``owner/name``."""
+    path = path_of(name)
+    looks_local = name.startswith((".", "~", "/")) or name.count("/") > 1 or path.suffix.lower() in (*TABLES, *TEXT)
+    return not path.exists() and not looks_local and path.suffix not in (".npz", ".gz", ".zip")
+
+
+def is_dataset_folder(path: Path) -> bool:
+    """Whether datasets' ``save_to_disk`` wrote this folder."""
+    return any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json"))
+
+
+def problem_of(name: str) -> str | None:
+    """What is wrong with a text source as far as one can see without reading it."""
+    path = path_of(name)
+    if not path.exists():
+        if is_hub_name(name):
+            return None
+        return "no such file"
+    if path.is_dir():
+        if is_dataset_folder(path):
+            return None
+        return f"is a folder, but not one of datasets' save_to_disk; name files ({FORMATS})"
+    if path.stat().st_size == 0:
+        return "is empty"
+    if path.suffix.lower() not in TABLES:
+        return _not_text(path)
+    return None
+
+
+def _not_text(path: Path) -> str | None:
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            return None if any(line.strip() for line in file) else "holds nothing but white space"
+    except UnicodeDecodeError as error:
+        return f"is not UTF-8 text (byte {error.start}: {error.reason}); files with columns end in {', '.join(TABLES)}"
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+
+
+def read(name: str, split: str, streaming: bool = False) -> Iterator[Row]:
+    """Rows of a source, in their order. A text file is one row with the column ``text``.
+
+    Raises:
+        AdapterError: if the source as a whole cannot be read; rows that cannot are yielded with their problem.
+    """
+    path = path_of(name)
+    readers = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
+    try:
+        if not path.exists() and is_hub_name(name):
+            yield from rows_of(_from_hub(name, split, streaming), name)
+        elif path.is_dir():
+            yield from rows_of(_from_folder(path, split), name)
+        elif path.suffix.lower() in readers:
+            yield from readers[path.suffix.lower()](path)
+        else:
+            yield Row(name, {"text": path.read_text(encoding="utf-8-sig")})
+    except UnicodeDecodeError as error:
+        raise AdapterError(f"{name} is not UTF-8 text (byte {error.start}: {error.reason})") from error
+    except OSError as error:
+        raise AdapterError(f"{name} cannot be read: {error.strerror or error}") from error
+
+
+def _jsonl(path: Path) -> Iterator[Row]:
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            where = f"{path}:{number}"
+            if not raw.strip():
+                continue
+            try:
+                value = json.loads(raw.decode("utf-8-sig"))
+            except UnicodeDecodeError as error:
+                yield Row(where, problem=f"is not UTF-8 text ({error.reason})")
+            except ValueError as error:
+                yield Row(where, problem=f"is not JSON: {error}")
+            else:
+                yield _object(where, value)
+
+
+def _json(path: Path) -> Iterator[Row]:
+    """A list of objects, or an object with one such list; objects line by line are taken, too."""
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError:
+        raise
+    except ValueError as error:
+        if "Extra data" not in str(error):
+            raise AdapterError(f"{path} is not JSON: {error}") from error
+        yield from _jsonl(path)
+        return
+    if isinstance(whole, dict):
+        lists = [value for value in whole.values() if isinstance(value, list)]
+        whole = lists[0] if len(lists) == 1 else [whole]
+    if not isinstance(whole, list):
+        raise AdapterError(f"{path}: expected a list of objects, found {type(whole).__name__}")
+    for number, value in enumerate(whole, 1):
+        yield _object(f"{path} row {number}", value)
+
+
+def _object(where: str, value: Any) -> Row:
+    if isinstance(value, dict):
+        return Row(where, value)
+    return Row(where, problem=f"expected an object with columns, found {type(value).__name__}")
+
+
+def _csv(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(LARGEST_FIELD)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        if not reader.fieldnames:
+            raise AdapterError(f"{path} has no header line with the names of its columns")
+        count = len(reader.fieldnames)
+        try:
+            for values in reader:
+                where = f"{path}:{reader.line_num}"
+                extra = values.pop(None, None)
+                missing = sum(value is None for value in values.values())
+                if extra or missing:
+                    found = count + len(extra or ()) - missing
+                    yield Row(where, problem=f"has {found} fields, the header {count}")
+                else:
+                    yield Row(where, values)
+        except csv.Error as error:
+            raise AdapterError(f"{path}:{reader.line_num} cannot be read: {error}") from error
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    parquet = require("pyarrow.parquet")
+    try:
+        file = parquet.ParquetFile(path)
+    except Exception as error:  # pyarrow's own kinds, for whatever is not Parquet
+        raise AdapterError(f"{path} is not Parquet: {error}") from error
+    number = 0
+    for batch in file.iter_batches(batch_size=1000):
+        for values in batch.to_pylist():
+            number += 1
+            yield Row(f"{path} row {number}", values)
+
+
+def _from_folder(path: Path, split: str) -> Any:
+    datasets = require("datasets")
+    try:
+        found = datasets.load_from_disk(str(path))
+    except Exception as error:  # whatever a broken folder makes it raise
+        raise AdapterError(f"{path} cannot be read as a data set: {error}") from error
+    if not isinstance(found, dict):
+        return found
+    if split not in found:
+        raise AdapterError(f"{path} has no split {split!r}; it has {', '.join(found)} (--split, --eval-split)")
+    return found[split]
+
+
+def _from_hub(name: str, split: str, streaming: bool) -> Any:
+    datasets = require("datasets")
+    try:
+        return datasets.load_dataset(name, split=split, streaming=streaming)
+    except Exception as error:  # no network, no such name, no such split, no access: it says which
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise AdapterError(
+            f"data {name}: there is no file or folder of that name, and as a data set of the hub it could not be "
+            f"loaded: {said} (without a network, name a downloaded file ({FORMATS}) or a folder of save_to_disk)"
+        ) from error
+
+
+def rows_of(dataset: Any, name: str) -> Iterator[Row]:
+    """Rows of a data set of the datasets library: class numbers as names, images undecoded."""
+    datasets = require("datasets")
+    features = dataset.features or {}
+    for column, feature in features.items():
+        if isinstance(feature, datasets.Image):
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    classes = {column: f for column, f in features.items() if isinstance(f, datasets.ClassLabel)}
+    for number, values in enumerate(dataset):
+        for column, feature in classes.items():
+            known = isinstance(values[column], int) and 0 <= values[column] < feature.num_classes
+            values[column] = feature.int2str(values[column]) if known else None
+        yield Row(f"{name} row {number + 1}", values)

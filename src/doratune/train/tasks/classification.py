@@ -1,0 +1,115 @@
+"""Text classification: a new head on a language model, trained with the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from doratune.errors import AdapterError
+from doratune.extras import require
+from doratune.train import labels as classes
+from doratune.train.columns import choose, described
+from doratune.train.config import TrainConfig
+from doratune.train.gather import BadRow, Say, gather, hold_out, rows
+from doratune.train.models import load_tokenizer
+from doratune.train.sources import TABLES, Row, path_of, problem_of
+from doratune.train.tasks.prepared import Prepared
+from doratune.train.tokens import string
+
+
+@dataclass(frozen=True)
+class Example:
+    """A text and the name of its class."""
+
+    text: str
+    label: str
+
+
+def problems(config: TrainConfig) -> Iterator[str]:
+    """What is wrong with the sources, found before anything is loaded."""
+    for option, names in (("data", config.data), ("eval_data", config.eval_data)):
+        for name in names:
+            path = path_of(name)
+            problem = problem_of(name)
+            if not problem and path.is_file() and path.suffix.lower() not in TABLES:
+                problem = f"has no columns for text and label; name files that have ({', '.join(TABLES)})"
+            if problem:
+                yield f"{option} {name}{':' if problem.startswith('no ') else ''} {problem}"
+
+
+def prepare(config: TrainConfig, say: Say) -> Prepared:
+    """Read, check, tokenise and split.
+
+    Raises:
+        AdapterError: listing every row that cannot be used, or if there are fewer than two classes.
+    """
+    tokenizer = load_tokenizer(config.model)
+    first = next((row for row in rows(config.data, config.split) if not row.problem), None)
+    if first is None:
+        raise AdapterError(f"{', '.join(config.data)}: no row can be read")
+    columns = choose(config, list(first.values), ["text", "label"], first.where)
+    say(f"columns: {described(columns, config)}")
+    reader = _Reader(columns)
+    examples = gather(rows(config.data, config.split), reader.use, config, say)
+    names = classes.ordered(example.label for example in examples)
+    if config.eval_data:
+        others = gather(rows(config.eval_data, config.eval_split), reader.use, config, say)
+        classes.refuse_unknown({example.label for example in others}, names)
+    else:
+        train, held = hold_out(len(examples), config.eval_fraction, [names.index(e.label) for e in examples])
+        examples, others = [examples[i] for i in train], [examples[i] for i in held]
+    if not others:
+        raise AdapterError("one row is too little: at least one to train on and one to measure on are needed")
+    train_set, held_out = (_encoded(part, names, tokenizer, config.max_length, say) for part in (examples, others))
+    say(f"{len(examples)} texts in {len(names)} classes to train on, {len(others)} held out")
+    return Prepared(
+        train_set,
+        held_out,
+        collate=_Collate(tokenizer),
+        processor=tokenizer,
+        unit="texts",
+        example="texts",
+        labels=names,
+        columns=columns,
+    )
+
+
+class _Reader:
+    def __init__(self, columns: dict[str, str]) -> None:
+        self.columns = columns
+
+    def use(self, row: Row) -> Example:
+        missing = [name for name in self.columns.values() if name not in row.values]
+        if missing:
+            raise BadRow(f"has no column {', '.join(map(repr, missing))}; it has {', '.join(map(str, row.values))}")
+        text, label = (row.values[self.columns[role]] for role in ("text", "label"))
+        return Example(string(text, "text"), classes.name_of(label))
+
+
+def _encoded(examples: Sequence[Example], names: tuple[str, ...], tokenizer: Any, length: int, say: Say) -> Any:
+    datasets = require("datasets")
+    encoded = tokenizer([example.text for example in examples], return_attention_mask=False, verbose=False)["input_ids"]
+    longer = sum(len(ids) > length for ids in encoded)
+    if longer:
+        encoded = tokenizer(
+            [example.text for example in examples], truncation=True, max_length=length, return_attention_mask=False
+        )["input_ids"]
+        say(f"{longer} of {len(examples)} texts were cut to {length} tokens (max_length)")
+    return datasets.Dataset.from_dict({"input_ids": encoded, "labels": [names.index(e.label) for e in examples]})
+
+
+class _Collate:
+    """A batch, padded to its longest text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.tokenizer = tokenizer
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        ids = [{"input_ids": row["input_ids"]} for row in rows]
+        batch = dict(self.tokenizer.pad(ids, return_tensors="pt", verbose=False))
+        return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}

@@ -1,0 +1,186 @@
+"""Image classification: a new head on a vision transformer, trained with the adapter."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from doratune.errors import AdapterError
+from doratune.extras import require
+from doratune.train import images
+from doratune.train import labels as classes
+from doratune.train.augmentation import augmented
+from doratune.train.columns import described
+from doratune.train.config import TrainConfig
+from doratune.train.gather import BadRow, Say, gather, hold_out
+from doratune.train.images import Picture, picture, pictures
+from doratune.train.models import load_config, load_image_processor
+from doratune.train.sources import Row
+from doratune.train.tasks.prepared import Prepared
+
+OPENED = 20_000
+"""Up to so many images are opened before training, to find those that cannot be read; of others the beginning is."""
+
+
+def problems(config: TrainConfig) -> Iterator[str]:
+    """What is wrong with the sources, found before anything is loaded."""
+    for option, names in (("data", config.data), ("eval_data", config.eval_data)):
+        for name in names:
+            problem = images.problem_of(name)
+            if problem:
+                yield f"{option} {name}{':' if problem.startswith('no ') else ''} {problem}"
+
+
+def prepare(config: TrainConfig, say: Say) -> Prepared:
+    """Find, check and split.
+
+    Raises:
+        AdapterError: listing every image that cannot be used, or if there are fewer than two classes.
+    """
+    processor = load_image_processor(config.model, config.image_size)
+    size = processed_size(processor)
+    columns: dict[str, str] = {}
+    found = _gathered(config.data, config, config.split, "train", say, columns)
+    if columns:
+        say(f"columns: {described(columns, config)}")
+    names = classes.ordered(one.label or "" for one in found)
+    if config.eval_data:
+        others = _gathered(config.eval_data, config, config.eval_split, "test", say, {})
+    elif all(images.has_test_part(name) for name in config.data):
+        others = _gathered(config.data, config, config.eval_split, "test", say, {})
+        say("the archive brings its own images to measure on")
+    else:
+        train, held = hold_out(len(found), config.eval_fraction, [names.index(one.label or "") for one in found])
+        found, others = [found[i] for i in train], [found[i] for i in held]
+    classes.refuse_unknown({one.label or "" for one in others}, names)
+    if not others:
+        raise AdapterError("one image is too little: at least one to train on and one to measure on are needed")
+    forward = _forward_options(config, size)
+    say(
+        f"{len(found)} images in {len(names)} classes to train on, {len(others)} held out; "
+        f"{size[0]} x {size[1]} pixels" + (", position embeddings interpolated" if forward else "")
+    )
+    return Prepared(
+        Images(found, names, processor, config.augment, config.seed),
+        Images(others, names, processor),
+        collate=_Collate(forward),
+        processor=processor,
+        unit="images",
+        example="images",
+        labels=names,
+        columns=columns,
+        image_size=size,
+        forward=forward,
+    )
+
+
+class Images(Dataset[dict[str, Any]]):
+    """Pixels and class of each image, opened when asked for."""
+
+    def __init__(
+        self,
+        found: Sequence[Picture],
+        names: tuple[str, ...],
+        processor: Any,
+        augment: Sequence[str] = (),
+        seed: int = 0,
+    ) -> None:
+        self.found, self.processor, self.augment, self.seed = found, processor, augment, seed
+        self.classes = [names.index(one.label or "") for one in found]
+        self.epoch = 0
+        """Set by the run at the beginning of each: images are changed anew."""
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        one = self.found[index]
+        try:
+            image = one.open()
+        except BadRow as error:
+            raise AdapterError(f"{one.where}: {error}; it was there when the run began") from error
+        if self.augment:
+            image = augmented(image, self.augment, self.seed, self.epoch, index)
+        pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
+        return {"pixel_values": pixels, "labels": self.classes[index]}
+
+
+class _Collate:
+    def __init__(self, forward: dict[str, Any]) -> None:
+        self.forward = forward
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        pixels = torch.stack([row["pixel_values"] for row in rows])
+        return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows]), **self.forward}
+
+
+def processed_size(processor: Any) -> tuple[int, int]:
+    """Height and width of what an image processor gives."""
+    image = require("PIL.Image").new("RGB", (64, 48))
+    return tuple(processor(image, return_tensors="pt")["pixel_values"].shape[-2:])
+
+
+def _gathered(
+    names: Sequence[str], config: TrainConfig, split: str, part: str, say: Say, columns: dict[str, str]
+) -> list[Picture]:
+    rows: list[Row] = []
+    for name in names:
+        found, own = pictures(name, config, split, part)
+        rows += found
+        columns.update(own)
+    if not rows:
+        raise AdapterError(f"{', '.join(names)}: no images ({', '.join(images.SUFFIXES)})")
+    thorough = len(rows) <= OPENED
+    if not thorough:
+        say(f"{len(rows)} images: the beginning of each is checked, the rest when it is opened")
+    with ThreadPoolExecutor() as pool:  # decoding runs outside of Python's lock
+        checked = pool.map(_CheckedRow(thorough), rows)
+        return gather(checked, picture, config, say)
+
+
+class _CheckedRow:
+    def __init__(self, thorough: bool) -> None:
+        self.thorough = thorough
+
+    def __call__(self, row: Row) -> Row:
+        if row.problem:
+            return row
+        try:
+            self._look(row)
+        except (BadRow, AdapterError) as error:
+            return Row(row.where, problem=str(error))
+        return row
+
+    def _look(self, row: Row) -> None:
+        source = row.values["image"]
+        if isinstance(source, Path) and not source.is_file():
+            raise BadRow(f"no such image {source}")
+        if self.thorough:
+            picture(row).open()
+        elif isinstance(source, Path):
+            image = require("PIL.Image")
+            try:
+                image.open(source).close()
+            except (OSError, image.DecompressionBombError) as error:
+                raise BadRow(f"image cannot be read: {error}") from error
+
+
+def _forward_options(config: TrainConfig, size: tuple[int, int]) -> dict[str, Any]:
+    """``interpolate_pos_encoding`` where the model was pretrained at another size and does not do it by itself."""
+    transformers = require("transformers")
+    own = load_config(config.model)
+    pretrained = getattr(own, "image_size", None)
+    pretrained = (pretrained, pretrained) if isinstance(pretrained, int) else tuple(pretrained or size)
+    kind = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(own), None)
+    if kind is None:
+        raise AdapterError(f"model {config.model}: transformers has no image classifier for {type(own).__name__}")
+    takes = "interpolate_pos_encoding" in inspect.signature(kind.forward).parameters
+    if pretrained == size or not takes:
+        return {}
+    return {"interpolate_pos_encoding": True}

@@ -1,0 +1,273 @@
+"""Text generation: documents, prompts with completions, and chats, for causal language models."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from doratune.errors import AdapterError
+from doratune.extras import require
+from doratune.train import tokens
+from doratune.train.columns import described, roles_of_text
+from doratune.train.config import TrainConfig
+from doratune.train.gather import BadRow, Say, gather, hold_out, rows, usable
+from doratune.train.models import load_tokenizer
+from doratune.train.sources import Row, problem_of
+from doratune.train.tasks.batches import Packed, Padded, collate_blocks
+from doratune.train.tasks.prepared import Prepared
+from doratune.train.tokens import Tokens
+
+CHECKED = 1000
+"""Rows of a stream that are checked before training."""
+WINDOW = 1000
+"""Examples of a stream among which the order is shuffled."""
+HELD_OUT = 100
+"""Examples at the beginning of a stream that are held out."""
+
+
+def problems(config: TrainConfig) -> Iterator[str]:
+    """What is wrong with the sources, found before anything is loaded."""
+    for option, names in (("data", config.data), ("eval_data", config.eval_data)):
+        for name in names:
+            problem = problem_of(name)
+            if problem:
+                yield f"{option} {name}{':' if problem.startswith('no ') else ''} {problem}"
+
+
+def prepare(config: TrainConfig, say: Say) -> Prepared:
+    """Read, check, tokenise, split and pack.
+
+    Raises:
+        AdapterError: listing every row that cannot be used, or if there is too little text.
+    """
+    tokenizer = load_tokenizer(config.model)
+    reader = Reader(config, tokenizer, say)
+    blocks = reader.documents if config.packing is None else config.packing
+    if config.streaming:
+        train, held_out = _stream(config, reader, blocks, say)
+        return _prepared(config, reader, train, held_out, blocks and reader.documents, False)
+    examples = gather(reader.rows(config.data, config.split), reader.use, config, say)
+    others = (
+        gather(reader.rows(config.eval_data, config.eval_split), reader.use, config, say) if config.eval_data else None
+    )
+    if blocks and reader.documents:
+        train, held_out, unused = _blocks(examples, others, config)
+        say(
+            f"{len(train)} blocks of {config.max_length} tokens to train on, {len(held_out)} held out; "
+            f"{unused} tokens at the end fill no block"
+        )
+        return _prepared(config, reader, train, held_out, True, False)
+    if others is None:
+        train_indices, held_indices = hold_out(len(examples), config.eval_fraction)
+        examples, others = [examples[i] for i in train_indices], [examples[i] for i in held_indices]
+    train, held_out = (
+        _rows(fitted(part, config.max_length, say, what), config)
+        for part, what in ((examples, "to train on"), (others, "held out"))
+    )
+    if not len(train) or not len(held_out):
+        raise AdapterError(
+            f"{len(train)} examples to train on and {len(held_out)} to measure on are left, at least one of each is "
+            "needed; give more data, or a larger max_length"
+        )
+    if blocks:
+        train, held_out = _pack(train, config.max_length), _pack(held_out, config.max_length)
+    what = f"packed blocks of up to {config.max_length} tokens" if blocks else "examples"
+    say(f"{len(train)} {what} to train on, {len(held_out)} held out")
+    return _prepared(config, reader, train, held_out, False, blocks)
+
+
+class Reader:
+    """Makes tokens of rows, once the first row has shown what kind of rows they are."""
+
+    def __init__(self, config: TrainConfig, tokenizer: Any, say: Say) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.marked: str | None = None
+        """Chat template that marks what the assistant says."""
+        first = next((row for row in rows(config.data, config.split, config.streaming) if not row.problem), None)
+        names = list(first.values) if first else []
+        where = first.where if first else ", ".join(config.data)
+        self.columns = roles_of_text(config, names or ["text"], where)
+        if "messages" in self.columns or config.as_chat:
+            tokens.require_template(tokenizer, config.model)
+            self.marked = None if config.loss_on == "all" else tokens.marked_template(tokenizer)
+        if names != ["text"]:
+            say(f"columns: {described(self.columns, config)}")
+
+    @property
+    def documents(self) -> bool:
+        """Whether rows are plain texts."""
+        return "text" in self.columns
+
+    def rows(self, names: Sequence[str], split: str) -> Iterator[Row]:
+        """Rows of these sources."""
+        return rows(names, split, self.config.streaming)
+
+    def use(self, row: Row) -> Tokens:
+        """The tokens of a row.
+
+        Raises:
+            BadRow: if it has none to learn.
+        """
+        config, tokenizer = self.config, self.tokenizer
+        missing = [name for name in self.columns.values() if name not in row.values]
+        if missing:
+            raise BadRow(f"has no column {', '.join(map(repr, missing))}; it has {', '.join(map(str, row.values))}")
+        values = {role: row.values[name] for role, name in self.columns.items()}
+        learn_all = config.loss_on == "all"
+        if "text" in values:
+            return tokens.document(values["text"], tokenizer)
+        if "messages" in values:
+            return tokens.chat(values["messages"], tokenizer, learn_all, self.marked)
+        prompt = self._prompt(row) if config.prompt_template else values["prompt"]
+        if config.as_chat:
+            turns = [("user", tokens.string(prompt, "prompt")), ("assistant", values["completion"])]
+            return tokens.chat([{"role": r, "content": c} for r, c in turns], tokenizer, learn_all, self.marked)
+        return tokens.completion(prompt, values["completion"], tokenizer, learn_all)
+
+    def _prompt(self, row: Row) -> str:
+        template = (self.config.prompt_template or "").replace("\\n", "\n")  # as one types it in a shell
+        try:
+            return template.format_map(row.values)
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
+            raise BadRow(f"prompt_template cannot be filled: {type(error).__name__}: {error}") from error
+
+
+def fitted(examples: Sequence[Tokens], length: int, say: Say, what: str) -> list[Tokens]:
+    """Examples of at most ``length`` tokens; how many were cut, and how many had nothing left to learn, is said."""
+    cut = [example.cut(length) for example in examples]
+    kept = [example for example in cut if example.learns]
+    longer = sum(len(example.ids) > length for example in examples)
+    if longer:
+        say(f"{longer} of {len(examples)} examples {what} were cut to {length} tokens (max_length)")
+    lost = len(examples) - len(kept)
+    if lost:
+        say(f"{lost} examples {what} were left out: nothing is to be learnt within {length} tokens (max_length)")
+    return kept
+
+
+def _blocks(examples: list[Tokens], others: list[Tokens] | None, config: TrainConfig) -> tuple[Any, Any, int]:
+    length = config.max_length
+    train, unused = _joined(examples, length)
+    if others is not None:
+        held_out, _ = _joined(others, length)
+    else:
+        train_indices, held_indices = hold_out(len(train), config.eval_fraction)
+        train, held_out = train.select(train_indices), train.select(held_indices)
+    if not len(train) or not len(held_out):
+        raise AdapterError(
+            f"the text is too short: it fills {len(train)} blocks of {length} tokens to train on and "
+            f"{len(held_out)} to measure on, at least one of each is needed; give more text or a smaller max_length"
+        )
+    return train, held_out, unused
+
+
+def _joined(examples: list[Tokens], length: int) -> tuple[Any, int]:
+    """Blocks of equal length, and the tokens at the end that fill none."""
+    ids = np.concatenate([np.frombuffer(example.ids, dtype=np.int32) for example in examples])
+    used = len(ids) // length * length
+    return _dataset({"input_ids": ids[:used]}, np.arange(0, used + 1, length)), len(ids) - used
+
+
+def _rows(examples: list[Tokens], config: TrainConfig) -> Any:
+    """One row an example."""
+    ends = np.cumsum([0, *(len(example.ids) for example in examples)])
+    parts = {"input_ids": [e.ids for e in examples], "labels": [e.labels for e in examples]}
+    empty = np.zeros(0, dtype=np.int32)
+    flat = {name: np.concatenate([empty, *(np.frombuffer(a, np.int32) for a in p)]) for name, p in parts.items()}
+    return _dataset(flat, ends)
+
+
+def _dataset(columns: Mapping[str, np.ndarray[Any, Any]], ends: np.ndarray[Any, Any]) -> Any:
+    """Arrow lists: four bytes a token."""
+    arrow, datasets = require("pyarrow"), require("datasets")
+    offsets = arrow.array(ends.astype(np.int64))
+    lists = {name: arrow.LargeListArray.from_arrays(offsets, arrow.array(flat)) for name, flat in columns.items()}
+    return datasets.Dataset(arrow.table(lists))
+
+
+def _pack(examples: Any, length: int) -> Any:
+    """Whole examples, best fit first; no example sees another."""
+    return require("trl").pack_dataset(examples, length, "bfd")
+
+
+def _stream(config: TrainConfig, reader: Reader, blocks: bool, say: Say) -> tuple[Any, Any]:
+    """Data read while training; the first rows are checked, the others as they come."""
+    if blocks and not reader.documents:
+        raise AdapterError("streaming does not pack prompts and chats; leave out packing")
+    gather(
+        (row for row, _ in zip(reader.rows(config.data, config.split), range(CHECKED), strict=False)),
+        reader.use,
+        config,
+        say,
+    )
+    say(f"streaming: the first {CHECKED} rows are checked, the others when they are read")
+    datasets = require("datasets")
+    make = _block_maker(reader, config) if blocks else _example_maker(reader, config)
+    stream = datasets.IterableDataset.from_generator(
+        make, gen_kwargs={"names": list(config.data), "split": config.split}
+    )
+    if config.eval_data:
+        held_out = list(make(list(config.eval_data), config.eval_split))
+    else:
+        held_out = list(stream.take(HELD_OUT))
+        stream = stream.skip(HELD_OUT)
+        say(f"the first {len(held_out)} examples of the stream are held out")
+    if not held_out or next(iter(stream), None) is None:
+        raise AdapterError(f"the stream holds too little text: nothing is left after {len(held_out)} held-out examples")
+    return stream.shuffle(seed=config.seed, buffer_size=WINDOW), datasets.Dataset.from_list(held_out)
+
+
+Maker = Callable[[list[str], str], Iterator[dict[str, list[int]]]]
+
+
+def _example_maker(reader: Reader, config: TrainConfig) -> Maker:
+    def make(names: list[str], split: str) -> Iterator[dict[str, list[int]]]:
+        for example in _usable(reader, config, names, split):
+            cut = example.cut(config.max_length)
+            if cut.learns:
+                yield {"input_ids": cut.ids.tolist(), "labels": cut.labels.tolist()}
+
+    return make
+
+
+def _block_maker(reader: Reader, config: TrainConfig) -> Maker:
+    def make(names: list[str], split: str) -> Iterator[dict[str, list[int]]]:
+        left: array[int] = array("i")
+        for example in _usable(reader, config, names, split):
+            left += example.ids
+            while len(left) >= config.max_length:
+                yield {"input_ids": left[: config.max_length].tolist()}
+                left = left[config.max_length :]
+
+    return make
+
+
+def _usable(reader: Reader, config: TrainConfig, names: list[str], split: str) -> Iterator[Tokens]:
+    for row in reader.rows(names, split):
+        try:
+            yield usable(row, reader.use)
+        except BadRow as error:
+            if not config.skip_bad:
+                raise AdapterError(f"{row.where}: {error} (--skip-bad goes on without such rows)") from error
+
+
+def _prepared(config: TrainConfig, reader: Reader, train: Any, held_out: Any, blocks: bool, packed: bool) -> Prepared:
+    tokenizer = reader.tokenizer
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    collate: Callable[[list[Any]], dict[str, Any]]
+    if blocks:
+        collate = collate_blocks
+    else:
+        collate = Packed(pad) if packed else Padded(pad)
+    return Prepared(
+        train,
+        held_out,
+        collate,
+        tokenizer,
+        unit="tokens",
+        example=f"blocks of {config.max_length} tokens" if blocks else "packed blocks" if packed else "examples",
+        columns=reader.columns,
+    )

@@ -1,0 +1,204 @@
+"""From documents, prompts and chats to tokens, and which of them are learnt."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from doratune.errors import AdapterError
+from doratune.extras import require
+from doratune.train.gather import BadRow
+
+PIECE = 100_000
+"""Characters that are tokenised at once: a document is cut at the next blank line."""
+IGNORED = -100
+"""Label of a token on which no loss is taken."""
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SHAREGPT = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+"""Roles of chats written as ``from`` and ``value``."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One example: its tokens, and for each the label: the token itself, or ``IGNORED``."""
+
+    ids: array[int]
+    labels: array[int]
+
+    @classmethod
+    def of(cls, ids: Sequence[int], learnt: Sequence[bool] | None = None) -> Tokens:
+        """Tokens, of which those marked are learnt; None: all."""
+        if learnt is None:
+            return cls(array("i", ids), array("i", ids))
+        return cls(array("i", ids), array("i", [t if yes else IGNORED for t, yes in zip(ids, learnt, strict=True)]))
+
+    def cut(self, length: int) -> Tokens:
+        """The first tokens."""
+        return Tokens(self.ids[:length], self.labels[:length])
+
+    @property
+    def learns(self) -> bool:
+        """Whether any token is learnt; the first one has nothing before it to be predicted from."""
+        return any(label != IGNORED for label in self.labels[1:])
+
+
+def document(text: Any, tokenizer: Any) -> Tokens:
+    """A whole text, with the signs that the tokenizer puts before one and the one that ends it.
+
+    Raises:
+        BadRow: if there is no text.
+    """
+    pieces = list(_pieces(string(text, "text")))
+    encoded = tokenizer(pieces, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return Tokens.of([*_start(tokenizer), *chain.from_iterable(encoded), *_end(tokenizer)])
+
+
+def completion(prompt: Any, answer: Any, tokenizer: Any, learn_prompt: bool) -> Tokens:
+    """A prompt and what follows it.
+
+    Raises:
+        BadRow: if one of them is missing.
+    """
+    before = [*_start(tokenizer), *_plain(string(prompt, "prompt"), tokenizer)]
+    after = [*_plain(string(answer, "completion"), tokenizer), *_end(tokenizer)]
+    return Tokens.of(before + after, [learn_prompt] * len(before) + [True] * len(after))
+
+
+def chat(messages: Any, tokenizer: Any, learn_all: bool, marked: str | None = None) -> Tokens:
+    """A conversation in the model's chat template; what the assistant says is learnt, or all.
+
+    Args:
+        messages: of role and content.
+        tokenizer: with a chat template.
+        learn_all: learn the whole conversation.
+        marked: a template that marks what the assistant says; None: that is what each of its turns adds.
+
+    Raises:
+        BadRow: if roles or contents are not those of a chat, or the template does not take them.
+    """
+    turns = conversation(messages)
+    if learn_all:
+        return Tokens.of(_rendered(tokenizer, turns)["input_ids"])
+    if marked is not None:
+        found = _rendered(tokenizer, turns, chat_template=marked, return_assistant_tokens_mask=True)
+        return Tokens.of(found["input_ids"], list(map(bool, found["assistant_masks"])))
+    whole = _rendered(tokenizer, turns)["input_ids"]
+    learnt = [False] * len(whole)
+    for number, turn in enumerate(turns):
+        if turn["role"] != "assistant":
+            continue
+        before = _rendered(tokenizer, turns[:number], add_generation_prompt=True)["input_ids"]
+        upto = _rendered(tokenizer, turns[: number + 1])["input_ids"]
+        if whole[: len(before)] != before or whole[: len(upto)] != upto:
+            raise BadRow(
+                f"the chat template changes earlier turns, so what message {number + 1} adds cannot be told; "
+                "leave out all turns after the first answer, or use --loss-on all"
+            )
+        learnt[len(before) : len(upto)] = [True] * (len(upto) - len(before))
+    return Tokens.of(whole, learnt)
+
+
+def marked_template(tokenizer: Any) -> str | None:
+    """A chat template that marks what the assistant says: the tokenizer's own, or TRL's version; None: neither."""
+    templates = require("trl.chat_template_utils")
+    if templates.has_generation_markers(tokenizer.chat_template):
+        own: str = tokenizer.chat_template
+        return own
+    try:
+        return templates.get_training_chat_template(tokenizer)
+    except ValueError:  # TRL does not know it
+        return None
+
+
+def conversation(messages: Any) -> list[dict[str, Any]]:
+    """Messages as ``role`` and ``content``.
+
+    Raises:
+        BadRow: saying which message is wrong.
+    """
+    if not isinstance(messages, list | tuple) or not messages:
+        raise BadRow(f"expected a list of messages, found {_short(messages)}")
+    turns = []
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping):
+            raise BadRow(f"message {number}: expected role and content, found {_short(message)}")
+        turn = dict(message)
+        if "from" in turn and "value" in turn:
+            turn = {"role": SHAREGPT.get(turn["from"], turn["from"]), "content": turn["value"]}
+        if turn.get("role") not in ROLES:
+            raise BadRow(f"message {number}: role must be one of {', '.join(ROLES)}; found {turn.get('role')!r}")
+        if not turn.get("content") and not turn.get("tool_calls"):
+            raise BadRow(f"message {number} ({turn['role']}) has no content")
+        turns.append(turn)
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise BadRow("no message of the assistant: there is nothing to learn")
+    return turns
+
+
+def require_template(tokenizer: Any, model: str) -> None:
+    """A model's tokenizer has to have a chat template.
+
+    Raises:
+        AdapterError: if it has none.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise AdapterError(
+            f"the tokenizer of {model} has no chat template: use an instruction-tuned model, or columns with prompt "
+            "and completion (--prompt-column, --completion-column)"
+        )
+
+
+def string(value: Any, what: str) -> str:
+    """A text that is not empty.
+
+    Raises:
+        BadRow: if it is not one.
+    """
+    if not isinstance(value, str):
+        raise BadRow(f"{what}: expected text, found {_short(value)}")
+    if not value.strip():
+        raise BadRow(f"{what} is empty")
+    return value
+
+
+def _rendered(tokenizer: Any, turns: list[dict[str, Any]], **options: Any) -> Mapping[str, list[int]]:
+    if not turns:  # an answer without a question
+        return {"input_ids": []}
+    try:
+        rendered: Mapping[str, list[int]] = tokenizer.apply_chat_template(
+            turns, tokenize=True, return_dict=True, **options
+        )
+    except Exception as error:  # templates refuse by raising whatever they like
+        raise BadRow(f"the chat template refuses it: {error}") from error
+    return rendered
+
+
+def _plain(text: str, tokenizer: Any) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _start(tokenizer: Any) -> list[int]:
+    adds = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return [tokenizer.bos_token_id] if adds else []
+
+
+def _end(tokenizer: Any) -> list[int]:
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        end = text.find("\n\n", start + PIECE)
+        end = len(text) if end < 0 else end + 2
+        yield text[start:end]
+        start = end
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

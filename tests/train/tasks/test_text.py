@@ -1,0 +1,232 @@
+import datasets
+import pytest
+import torch
+from rich.console import Console
+
+import doratune as dt
+from doratune.train import AdapterOptions, TrainConfig, train
+from doratune.train.tasks import text as module
+from train.tiny import llama, save_chat_model, save_model, save_rows, tokenizer, words
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(save_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    return str(save_chat_model(tmp_path_factory.mktemp("chat")))
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+def texts(tmp_path, model, contents, **values):
+    files = []
+    for number, content in enumerate(contents):
+        path = tmp_path / f"{number}.txt"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        files.append(str(path))
+    return TrainConfig(model=model, data=tuple(files), **values)
+
+
+def rows(tmp_path, model, values, **options):
+    return TrainConfig(model=model, data=(str(save_rows(tmp_path / "rows.jsonl", values)),), **options)
+
+
+PAIRS = [{"prompt": f"ask {i} ", "completion": "tell " * (i % 4 + 1)} for i in range(20)]
+CHATS = [
+    {"messages": [{"role": "user", "content": f"ask {i}"}, {"role": "assistant", "content": "tell"}]} for i in range(20)
+]
+
+
+def decoded(part, made=None):
+    made = made or tokenizer()
+    return [(made.decode(row["input_ids"]), made.decode([t for t in row["labels"] if t != -100])) for row in part]
+
+
+def test_documents_are_joined_with_an_end_sign_and_cut_into_equal_blocks(tmp_path, model, said):
+    found = module.prepare(texts(tmp_path, model, ["a" * 50, "b" * 40], max_length=10), said.append)
+    tokens = [row["input_ids"] for part in (found.train, found.held_out) for row in part]
+    assert {len(block) for block in tokens} == {10}
+    assert len(tokens) == 9
+    text = tokenizer().decode([t for block in sorted(tokens) for t in block])
+    assert text.count("a") == 50
+    assert text.count("<end>") == 1  # the second lies in the unused rest
+    assert said == ["8 blocks of 10 tokens to train on, 1 held out; 2 tokens at the end fill no block"]
+
+
+def test_the_held_out_part_does_not_depend_on_the_seed(tmp_path, model, said):
+    first, second = (
+        module.prepare(texts(tmp_path, model, [words(100)], max_length=16, seed=seed), said.append) for seed in (0, 1)
+    )
+    held = {tuple(row["input_ids"]) for row in first.held_out}
+    assert held == {tuple(row["input_ids"]) for row in second.held_out}
+    assert not held & {tuple(row["input_ids"]) for row in first.train}
+    assert len(first.held_out) == round(0.1 * (len(first.train) + len(first.held_out)))
+
+
+def test_eval_data_is_used_as_it_is(tmp_path, model, said):
+    other = tmp_path / "other.txt"
+    other.write_text("x" * 32)
+    found = module.prepare(texts(tmp_path, model, ["a" * 64], max_length=16, eval_data=(str(other),)), said.append)
+    assert (len(found.train), len(found.held_out)) == (4, 2)
+
+
+def test_too_little_text_is_said(tmp_path, model, said):
+    with pytest.raises(dt.AdapterError, match=r"fills 0 blocks of 512 .* smaller max_length"):
+        module.prepare(texts(tmp_path, model, ["short"]), said.append)
+
+
+def test_documents_can_stand_for_themselves(tmp_path, model, said):
+    config = rows(tmp_path, model, [{"text": "abc"}, {"text": "de"}], packing=False, max_length=3)
+    found = module.prepare(config, said.append)
+    assert sorted(decoded([*found.train, *found.held_out])) == [("abc", "abc"), ("de<end>", "de<end>")]
+    assert "1 of 1 examples" in "".join(said)
+
+
+def test_problems_of_files(tmp_path, model):
+    files = texts(tmp_path, model, ["", " \n ", b"\xff\xfe\x00", "good"])
+    files.data = (*files.data, str(tmp_path / "absent.txt"), str(tmp_path))
+    found = list(module.problems(files))
+    assert len(found) == 5
+    for line, part in zip(found, ("is empty", "white space", "not UTF-8", "no such file", "is a folder"), strict=True):
+        assert part in line
+
+
+def test_prompts_and_completions(tmp_path, model, said):
+    found = module.prepare(rows(tmp_path, model, PAIRS), said.append)
+    assert (len(found.train), len(found.held_out)) == (18, 2)
+    for whole, learnt in decoded([*found.train, *found.held_out]):
+        assert whole.startswith("ask")
+        assert learnt == whole[whole.index("tell") :]
+    assert said[0] == "columns: prompt = 'prompt' (guessed), completion = 'completion' (guessed)"
+
+
+def test_loss_on_all(tmp_path, model, said):
+    found = module.prepare(rows(tmp_path, model, PAIRS, loss_on="all"), said.append)
+    assert all(whole == learnt for whole, learnt in decoded(found.train))
+
+
+def test_a_prompt_template_takes_any_columns(tmp_path, model, said):
+    values = [{"instruction": "do", "input": f"i{n}", "output": "out"} for n in range(4)]
+    config = rows(tmp_path, model, values, prompt_template="<{instruction}|{input}>\\n")
+    found = module.prepare(config, said.append)
+    assert decoded(found.train)[0][0].startswith("<do|i0>\n")
+    config.prompt_template = "<{instrucion}>"
+    with pytest.raises(
+        dt.AdapterError, match=r"rows.jsonl:1: prompt_template cannot be filled: KeyError: 'instrucion'"
+    ):
+        module.prepare(config, said.append)
+
+
+def test_chats_and_prompts_as_chats(tmp_path, chat_model, said):
+    found = module.prepare(rows(tmp_path, chat_model, CHATS), said.append)
+    assert all(learnt == "tell<end>" for _, learnt in decoded(found.train))
+    found = module.prepare(rows(tmp_path, chat_model, PAIRS, as_chat=True), said.append)
+    assert all(whole.startswith("[user]ask") for whole, _ in decoded(found.train))
+
+
+def test_chats_need_a_template(tmp_path, model, said):
+    with pytest.raises(dt.AdapterError, match="has no chat template"):
+        module.prepare(rows(tmp_path, model, CHATS), said.append)
+
+
+def test_cuts_are_counted(tmp_path, model, said):
+    values = [*PAIRS, {"prompt": "p" * 100, "completion": "c"}, {"prompt": "p", "completion": "c" * 100}]
+    config = rows(tmp_path, model, values, max_length=50, eval_data=(str(tmp_path / "rows.jsonl"),))
+    module.prepare(config, said.append)
+    assert "2 of 22 examples to train on were cut to 50 tokens (max_length)" in said
+    assert "1 examples to train on were left out: nothing is to be learnt within 50 tokens (max_length)" in said
+
+
+def test_bad_rows_are_listed_by_line_or_left_out(tmp_path, model, said):
+    values = [*PAIRS, {"prompt": "x"}, {"prompt": "", "completion": "y"}, {"prompt": "x", "completion": 3}, [1]]
+    config = rows(tmp_path, model, values)
+    with pytest.raises(dt.AdapterError) as caught:
+        module.prepare(config, said.append)
+    for part in (
+        "4 of 24 rows cannot be used",
+        "rows.jsonl:21: has no column 'completion'; it has prompt",
+        "rows.jsonl:22: prompt is empty",
+        "rows.jsonl:23: completion: expected text, found 3",
+        "rows.jsonl:24: expected an object with columns, found list",
+        "--skip-bad goes on without them",
+    ):
+        assert part in str(caught.value)
+    config.skip_bad = True
+    found = module.prepare(config, said.append)
+    assert len(found.train) + len(found.held_out) == 20
+    assert any(line.startswith("4 of 24 rows left out (--skip-bad), such as") for line in said)
+
+
+def test_a_padded_batch_gives_each_example_its_own_loss(tmp_path, model, said):
+    found = module.prepare(rows(tmp_path, model, PAIRS), said.append)
+    batch = found.collate([found.train[i] for i in range(4)])
+    network = llama().eval()
+    with torch.no_grad():
+        together = network(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        for i in range(4):
+            alone = network(input_ids=torch.tensor([found.train[i]["input_ids"]])).logits
+            assert torch.allclose(together[i, : alone.shape[1]], alone[0], atol=1e-5)
+            assert batch["labels"][i].tolist()[alone.shape[1] :] == [-100] * (together.shape[1] - alone.shape[1])
+
+
+def test_packed_examples_do_not_see_each_other(tmp_path, model, said):
+    config = rows(tmp_path, model, PAIRS, loss_on="all", max_length=80)
+    plain = module.prepare(config, said.append)
+    config.packing = True
+    packed = module.prepare(config, said.append)
+    assert len(packed.train) < len(plain.train) / 2
+    network = llama().eval()
+    network.config.use_cache = False  # as while training
+    with torch.no_grad():
+        batch = packed.collate(list(packed.train))
+        together = network(**batch).loss
+        alone = [network(**plain.collate([row])).loss * (len(row["input_ids"]) - 1) for row in plain.train]
+    count = sum(len(row["input_ids"]) - 1 for row in plain.train)
+    assert int((batch["labels"][:, 1:] != -100).sum()) == count
+    assert torch.allclose(together, sum(alone) / count, atol=1e-5)
+
+
+def test_collate_predicts_every_token():
+    batch = module.collate_blocks([{"input_ids": [1, 2]}, {"input_ids": [3, 4]}])
+    assert batch["input_ids"].tolist() == batch["labels"].tolist() == [[1, 2], [3, 4]]
+    assert batch["labels"] is not batch["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ["documents", "pairs"])
+def test_a_stream_is_trained_on(tmp_path, model, kind):
+    values = [{"text": words(20, i)} for i in range(60)] if kind == "documents" else PAIRS * 20
+    config = rows(tmp_path, model, values, streaming=True, steps=8, output=tmp_path / "run", learning_rate=1e-2)
+    config.max_length, config.adapter = 32, AdapterOptions(rank=4)
+    result = train(config, Console(quiet=True))
+    assert result.examples is None
+    assert result.held_out_examples == module.HELD_OUT
+    assert result.loss_after < result.loss_before
+
+
+def test_a_bad_row_deep_in_a_stream_is_named_when_it_comes(tmp_path, model, said, monkeypatch):
+    monkeypatch.setattr(module, "CHECKED", 5)
+    monkeypatch.setattr(module, "HELD_OUT", 2)
+    config = rows(tmp_path, model, [*PAIRS, {"prompt": "x"}], streaming=True, steps=1)
+    found = module.prepare(config, said.append)
+    with pytest.raises(dt.AdapterError, match=r"rows.jsonl:21: has no column 'completion'.*--skip-bad"):
+        list(found.train)
+    config.skip_bad = True
+    assert len(list(module.prepare(config, said.append).train)) == 18
+
+
+def test_parts_of_data_sets(tmp_path, model, said):
+    whole = datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list(PAIRS), "test": datasets.Dataset.from_list(PAIRS[:3])}
+    )
+    whole.save_to_disk(tmp_path / "set")
+    name = str(tmp_path / "set")
+    found = module.prepare(TrainConfig(model=model, data=(name,), eval_data=(name,)), said.append)
+    assert (len(found.train), len(found.held_out)) == (20, 3)
+    with pytest.raises(dt.AdapterError, match="has no split 'valid'; it has train, test"):
+        module.prepare(TrainConfig(model=model, data=(name,), split="valid"), said.append)
