@@ -34,7 +34,8 @@ def low_rank_update(
     """``u = base_output + s B A x`` in base_output's dtype; keeps x, ``A x`` and nothing of size ``[out, in]``."""
     if torch.is_grad_enabled():
         return _LowRankUpdate.apply(base_output, x, A, B, scale, dropped)
-    return _update(base_output, x, A, B, scale, dropped)[0]
+    dtype = base_output.dtype
+    return _update(base_output, x, A.to(dtype), B.to(dtype), scale, dropped)[0]
 
 
 def dense_low_rank(
@@ -43,27 +44,26 @@ def dense_low_rank(
     """``u = W x + b + s B A x`` in x's dtype, for frozen W and b; the two input gradients share one buffer."""
     if torch.is_grad_enabled():
         return _DenseLowRank.apply(x, W, bias, A, B, scale, dropped)
-    return _dense(x, W, bias, A, B, scale, dropped)[0]
+    return _dense(x, W, bias, A.to(x.dtype), B.to(x.dtype), scale, dropped)[0]
 
 
 def _update(
     base_output: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropped: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """u and ``h = A x``."""
-    dtype = base_output.dtype
-    h = _seen(as_rows(x).to(dtype), dropped) @ A.to(dtype).T
-    u = torch.addmm(as_rows(base_output), h, B.to(dtype).T, alpha=scale)
+    """u and ``h = A x``; A and B are in base_output's dtype."""
+    h = _seen(as_rows(x).to(base_output.dtype), dropped) @ A.T
+    u = torch.addmm(as_rows(base_output), h, B.T, alpha=scale)
     return reshaped(u, base_output.shape), h
 
 
 def _dense(
     x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropped: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """u and ``h = A x``."""
+    """u and ``h = A x``; A and B are in x's dtype."""
     rows, dtype = as_rows(x), x.dtype
-    h = _seen(rows, dropped) @ A.to(dtype).T
+    h = _seen(rows, dropped) @ A.T
     u = F.linear(rows, W.to(dtype), None if bias is None else bias.to(dtype))
-    u.addmm_(h, B.to(dtype).T, alpha=scale)
+    u.addmm_(h, B.T, alpha=scale)
     return reshaped(u, torch.Size([*x.shape[:-1], W.shape[0]])), h
 
 
@@ -77,8 +77,9 @@ class _LowRankUpdate(torch.autograd.Function):
     def forward(
         ctx: Any, base_output: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropped: Tensor | None
     ) -> Tensor:
+        ctx.scale, ctx.dtypes = scale, (A.dtype, B.dtype)
+        A, B = A.to(base_output.dtype), B.to(base_output.dtype)
         u, h = _update(base_output, x, A, B, scale, dropped)
-        ctx.scale = scale
         ctx.save_for_backward(x, h, A, B, dropped)
         return u
 
@@ -86,7 +87,7 @@ class _LowRankUpdate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, du: Tensor) -> tuple[Tensor | None, ...]:
         x, h, A, B, dropped = ctx.saved_tensors
-        dx, dA, dB = _gradients(ctx.needs_input_grad[1:4], as_rows(du), x, h, A, B, ctx.scale, dropped)
+        dx, dA, dB = _gradients(ctx.needs_input_grad[1:4], as_rows(du), x, h, A, B, ctx.scale, dropped, ctx.dtypes)
         return (du if ctx.needs_input_grad[0] else None), dx, dA, dB, None, None
 
 
@@ -102,8 +103,9 @@ class _DenseLowRank(torch.autograd.Function):
         scale: float,
         dropped: Tensor | None,
     ) -> Tensor:
+        ctx.scale, ctx.dtypes = scale, (A.dtype, B.dtype)
+        A, B = A.to(x.dtype), B.to(x.dtype)
         u, h = _dense(x, W, bias, A, B, scale, dropped)
-        ctx.scale = scale
         ctx.save_for_backward(x, h, W, A, B, dropped)
         return u
 
@@ -114,7 +116,7 @@ class _DenseLowRank(torch.autograd.Function):
         needs = ctx.needs_input_grad
         rows = as_rows(du)
         dx_base = rows @ W.to(du.dtype) if needs[0] else None
-        dx, dA, dB = _gradients((needs[0], *needs[3:5]), rows, x, h, A, B, ctx.scale, dropped, dx_base)
+        dx, dA, dB = _gradients((needs[0], *needs[3:5]), rows, x, h, A, B, ctx.scale, dropped, ctx.dtypes, dx_base)
         return dx, None, None, dA, dB, None, None
 
 
@@ -127,18 +129,21 @@ def _gradients(
     B: Tensor,
     scale: float,
     dropped: Tensor | None,
+    dtypes: tuple[torch.dtype, torch.dtype],
     dx: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of ``s B A x``: ``dB = s du^T h``, ``dh = du B``, ``dA = s dh^T x``, ``dx (+)= s dh A``."""
+    """Gradients of ``s B A x``: ``dB = s du^T h``, ``dh = du B``, ``dA = s dh^T x``, ``dx (+)= s dh A``.
+
+    h, A and B are in du's dtype, the gradients of A and B in ``dtypes``.
+    """
     needs_x, needs_A, needs_B = needs
-    dtype = du.dtype
-    dB = (du.T @ h).to(B.dtype).mul_(scale) if needs_B else None
+    # h^T first: du is read row by row.
+    dB = (h.T @ du).T.to(dtypes[1], memory_format=torch.contiguous_format).mul_(scale) if needs_B else None
     if not (needs_x or needs_A):
         return None, None, dB
-    dh = du @ B.to(dtype)
-    dA = (dh.T @ _seen(as_rows(x).to(dtype), dropped)).to(A.dtype).mul_(scale) if needs_A else None
+    dh = du @ B
+    dA = (dh.T @ _seen(as_rows(x).to(du.dtype), dropped)).to(dtypes[0]).mul_(scale) if needs_A else None
     if needs_x:
-        A = A.to(dtype)
         if dropped is not None:
             low = (dh * scale @ A).masked_fill_(as_rows(dropped), 0)
             dx = low if dx is None else dx.add_(low)
