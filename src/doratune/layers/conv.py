@@ -39,8 +39,11 @@ def forward(
         return batch.squeeze(0)
     low = F.dropout(x, options.dropout) if options.dropout else x
     if options.dropout and options.dropout_on_base and magnitude is not None:
-        on_base = options._replace(dropout=0.0, dropout_on_base=False)
-        return base(x) - base(low) + forward(base, low, A, B, magnitude, scale, on_base)
+        # As for linear layers: two convolutions with W.
+        rest = base(x - low)
+        if base.bias is not None:
+            rest = rest - base.bias.to(rest.dtype).view(-1, *[1] * len(base.kernel_size))
+        return rest + forward(base, low, A, B, magnitude, scale, options._replace(dropout=0.0))
     u = base(x)
     if A is not None and B is not None:
         u = u + low_rank(base, low, A, B, scale, u.dtype)

@@ -70,9 +70,11 @@ def forward(
     dense base is computed here, which saves a pass over the input's gradient.
     """
     if options.dropout and options.dropout_on_base and magnitude is not None:
+        # y = W x + (g - 1) W d + g s B A d + b, d what dropout leaves of x: two products with W, where
+        # W (x - d) is not found as a difference of rounded numbers.
         seen = F.dropout(x, options.dropout)
-        on_base = options._replace(dropout=0.0)
-        return base(x) - base(seen) + forward(base, seen, A, B, magnitude, scale, on_base)
+        rest = _without_bias(base, x - seen)
+        return rest + forward(base, seen, A, B, magnitude, scale, options._replace(dropout=0.0))
     bias: Tensor | None = base.bias  # type: ignore[assignment]
     outer = bias if options.bias is None else options.bias
     inner = bias
@@ -107,11 +109,16 @@ def _evaluate(
     u = base(x)
     with on_device(base):
         ready = options.cache.evaluation(rows_of(base), A, B, magnitude, scale, options.dense_norm)
-    u = _swap_bias(u, inner, outer) if ready.g is None else scale_rows(u, ready.g, inner, outer)
-    rows = as_rows(x)
-    dtype = ready.A.dtype if rows.shape[0] <= FEW_TOKENS else u.dtype
-    change = rows.to(dtype) @ ready.A.to(dtype) @ ready.B.to(dtype)
-    return u + change.to(u.dtype).view(u.shape)
+    rows, g = as_rows(x), ready.g
+    if rows.shape[0] > FEW_TOKENS:
+        change = rows.to(u.dtype) @ ready.A.to(u.dtype) @ ready.B.to(u.dtype)
+        return (_swap_bias(u, inner, outer) if g is None else scale_rows(u, g, inner, outer)) + change.view(u.shape)
+    y = rows.to(ready.A.dtype) @ ready.A @ ready.B
+    if inner is not outer or (inner is not None and g is not None):
+        kept = 0 if inner is None else inner if g is None else g * inner
+        y = y + ((0 if outer is None else outer) - kept)
+    y = y + as_rows(u) if g is None else torch.addcmul(y, as_rows(u), g)
+    return y.to(u.dtype).view(u.shape)
 
 
 class LowRankChange(NamedTuple):
@@ -147,17 +154,22 @@ def _over_output(base_output: Tensor, x: Tensor, change: LowRankChange | None) -
 
 def _guard(base: nn.Module, x: Tensor, change: LowRankChange | None) -> OutputGuard:
     """Computes ``z = W x + s B A x`` again, through the base and its hooks, if the layer's output was overwritten."""
+    if change is None:
+        return OutputGuard(lambda x: _without_bias(base, x), x)
+    A, B, scale, dropped = change
 
+    # Nothing large but the arguments, which autograd keeps: under checkpointing it does not.
     def recompute(x: Tensor, dropped: Tensor | None = None) -> Tensor:
-        z = base(x)
-        bias: Tensor | None = base.bias  # type: ignore[assignment]
-        if bias is not None:
-            z = z - bias
-        return z if change is None else low_rank_update(z, x, change.A, change.B, change.scale, dropped)
+        return low_rank_update(_without_bias(base, x), x, A, B, scale, dropped)
 
-    if change is None or change.dropped is None:
-        return OutputGuard(recompute, x)
-    return OutputGuard(recompute, x, change.dropped)
+    return OutputGuard(recompute, x) if dropped is None else OutputGuard(recompute, x, dropped)
+
+
+def _without_bias(base: nn.Module, x: Tensor) -> Tensor:
+    """The base's own output less its bias."""
+    z: Tensor = base(x)
+    bias: Tensor | None = base.bias  # type: ignore[assignment]
+    return z if bias is None else z - bias.to(z.dtype)
 
 
 def _swap_bias(u: Tensor, inner: Tensor | None, outer: Tensor | None) -> Tensor:
