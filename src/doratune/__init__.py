@@ -48,7 +48,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    """``doratune.study`` and ``doratune.train``, imported when they are first used."""
+    """``doratune.peft``, ``doratune.study`` and ``doratune.train``, imported when they are first used."""
     if name in ("study", "train"):
         return importlib.import_module(f"doratune.{name}")
+    if name == "peft":
+        return importlib.import_module("doratune.interop.peft")
     raise AttributeError(f"module 'doratune' has no attribute {name!r}")

@@ -13,13 +13,14 @@ from typing import Annotated, Any
 
 import tyro
 
-from doratune.cli import inspect, merge, train
+from doratune.cli import bench, inspect, merge, train
 from doratune.errors import AdapterError
 
 RUNNERS: dict[type, Any] = {
     train.TrainConfig: train.run,
     merge.Merge: merge.run,
     inspect.Inspect: inspect.run,
+    bench.Bench: bench.run,
 }
 """What each command's options are handed to; it returns the exit code."""
 
@@ -32,6 +33,7 @@ class Program:
         Annotated[train.TrainConfig, tyro.conf.subcommand("train")]
         | Annotated[merge.Merge, tyro.conf.subcommand("merge")]
         | Annotated[inspect.Inspect, tyro.conf.subcommand("inspect")]
+        | Annotated[bench.Bench, tyro.conf.subcommand("bench")]
     )
     debug: bool = False
     """Show the whole traceback of an error."""

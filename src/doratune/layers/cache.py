@@ -192,7 +192,8 @@ class ScaleCache:
         if magnitude is not None:
             g = self.row_scale(rows, A, B, magnitude, scale, dense_norm=dense_norm, reuse=True)
         scaled = B * scale if g is None else B * (scale * g)[:, None]
-        ready = Evaluation(A.detach().T, scaled.T.contiguous(), g)
+        # PEFT's adapters may be 16-bit, g is float32.
+        ready = Evaluation(A.detach().T.to(scaled.dtype), scaled.T.contiguous(), g)
         if _can_stamp(*made_from):
             self._evaluation = (_Stamp(*made_from), scale, ready)
         return ready

@@ -1,0 +1,58 @@
+"""`python -m bench layer | step | decode | eval | files | memory | all`."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass, fields
+from typing import Annotated
+
+import tyro
+
+from bench.decode import Decode, Eval
+from bench.files import Files
+from bench.layer import Layer
+from bench.memory import Memory
+from bench.options import Options
+from bench.step import Step
+
+PARTS: tuple[type[Options], ...] = (Layer, Step, Decode, Eval, Files, Memory)
+
+
+@dataclass
+class All(Options):
+    """Everything, one after the other; results are written after each point."""
+
+    seconds: float | None = None  # type: ignore[assignment]
+    """Length of each race; none: what each benchmark takes by itself."""
+
+    def run(self) -> None:  # type: ignore[override]
+        shared = {field.name: getattr(self, field.name) for field in fields(Options)}
+        if self.seconds is None:
+            del shared["seconds"]
+        for part in PARTS:
+            part(**shared).run()
+
+
+Command = (
+    Annotated[Layer, tyro.conf.subcommand("layer")]
+    | Annotated[Step, tyro.conf.subcommand("step")]
+    | Annotated[Decode, tyro.conf.subcommand("decode")]
+    | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Files, tyro.conf.subcommand("files")]
+    | Annotated[Memory, tyro.conf.subcommand("memory")]
+    | Annotated[All, tyro.conf.subcommand("all")]
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what the command line asks for."""
+    warnings.simplefilter("ignore")  # other libraries, about themselves
+    for name in ("LyCORIS", "torchao", "torch.utils._pytree", "transformers", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    settings = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    tyro.cli(Command, prog="python -m bench", args=arguments, config=settings).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""What all benchmarks can be told, and the loop over their points."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from bench import plots
+from bench.contestants import BUILDERS, FROZEN
+from bench.results import HERE, Point, Record
+
+Watch = Callable[[int, float], Any]
+Report = tuple[list[dict[str, Any]], dict[str, Any]]
+
+
+@dataclass
+class Options:
+    """Options of every benchmark."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU if there is one."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the base weights and the inputs."""
+    threads: int | None = None
+    """Of torch on the CPU; none: torch's choice."""
+    seconds: float = 10.0
+    """Length of each race; slow contestants make it longer, there are always six rounds."""
+    rounds: int = 100
+    """A race has no more rounds than these."""
+    quick: bool = False
+    """Tiny shapes for a second each: does it work at all?"""
+    full: bool = False
+    """All shapes, also those that take long."""
+    only: tuple[str, ...] = ()
+    """Contestants whose names contain one of these texts (and frozen); none: all."""
+    output: Path = HERE / "results"
+    """Folder for JSON, Markdown and PNG."""
+
+    what: ClassVar[str]
+    title: ClassVar[str]
+    note: ClassVar[str]
+    draw: ClassVar[Callable[[Record, Path], None]] = staticmethod(plots.bars)
+
+    def points(self) -> Sequence[Point]:
+        """The settings to measure."""
+        raise NotImplementedError
+
+    def measure(self, point: Point, watch: Watch) -> Report:
+        """Entries of one point, and what else is to be noted about it."""
+        raise NotImplementedError
+
+    def torch_device(self) -> torch.device:
+        wanted = self.device
+        if wanted == "auto":
+            wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device(wanted)
+
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    def race_options(self, watch: Watch) -> dict[str, Any]:
+        """For ``doratune.study.race.race``."""
+        seconds = min(self.seconds, 1.0) if self.quick else self.seconds
+        return {"seconds": seconds, "rounds": self.rounds, "device": self.torch_device(), "watch": watch}
+
+    def contestants(self, *unwanted: str) -> list[str]:
+        """Names of who takes part, without those that contain an unwanted text."""
+        names = [name for name in BUILDERS if not any(text in name for text in unwanted)]
+        if self.dtype == "float32":  # PEFT's adapters are float32 then in any case
+            names = [name for name in names if "bf16" not in name]
+        return [name for name in names if name == FROZEN or not self.only or any(text in name for text in self.only)]
+
+    def run(self) -> Record:
+        """Measure every point, write after each."""
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        settings = {"device": str(self.torch_device()), "dtype": self.dtype, "seconds": self.seconds}
+        record = Record(self.what, self.title, self.note, self.torch_device(), self.output, settings, type(self).draw)
+        points = self.points()
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console) as progress:
+            for number, point in enumerate(points, 1):
+                task = progress.add_task(f"{self.what} {number}/{len(points)} {point.title}", total=1.0)
+
+                def watch(_: int, share: float, task: Any = task) -> None:
+                    progress.update(task, completed=min(share, 1.0))
+
+                entries, about = self.measure(point, watch)
+                record.add(point, entries, about)
+                progress.update(task, completed=1.0)
+                gc.collect()  # models are full of cycles
+        console.print(f"Written: {record.path('md')} (.json, .png)", soft_wrap=True)
+        return record

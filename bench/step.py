@@ -1,0 +1,77 @@
+"""Training steps of language models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bench.bases import linear_paths, llama, quantise_nf4
+from bench.contestants import FULL, Setting
+from bench.options import Options, Report, Watch
+from bench.results import Point
+from bench.tasks import ModelTask
+from bench.trial import Trial
+
+
+@dataclass
+class Step(Options):
+    """A training step of a language model: forward, loss, backward; the optimiser's part is left out."""
+
+    rank: int = 16
+    """Of the adapters, which are on all linear layers but the output head."""
+    tokens: int | None = None
+    """In a step; none: 1,024, on a GPU 8,192 for the larger models."""
+    models: tuple[str, ...] = ()
+    """Names out of bench/bases.py, with /checkpointing or /nf4 after them; none: a choice for the device."""
+
+    what: ClassVar[str] = "step"
+    title: ClassVar[str] = "Training step of a language model"
+    note: ClassVar[str] = (
+        "Forward, loss and backward without the optimiser, relative to the frozen model (which passes gradients to its "
+        "inputs, as every contestant does); median of paired ratios with its 95 % interval. Moved adapters on all "
+        "linear layers but the head; logits and all gradients are compared with a plain reference before and after."
+    )
+
+    def points(self) -> list[Point]:
+        points = []
+        for name in self.models or self._choice():
+            shape, _, variant = name.partition("/")
+            tokens = self.tokens or self._tokens(shape)
+            title = f"{shape}{', ' + variant if variant else ''}, {tokens:,} tokens, r {self.rank}"
+            points.append(Point(title, {"model": shape, "variant": variant, "tokens": tokens, "rank": self.rank}))
+        return points
+
+    def _choice(self) -> list[str]:
+        if self.quick:
+            return ["tiny", "tiny/checkpointing"]
+        small = ["llama-6-layers", "llama-6-layers/checkpointing", "llama-6-layers/nf4", "smollm2-135m"]
+        large = ["llama-1b", "llama-1b/checkpointing", "llama-1b/nf4"]
+        if self.torch_device().type == "cuda":
+            return [*small, *large, "llama-8b/checkpointing", "llama-8b/nf4"]
+        return [*small, *large] if self.full else [small[0], small[1]]
+
+    def _tokens(self, shape: str) -> int:
+        if self.quick:
+            return 64
+        if self.torch_device().type == "cuda":
+            return 1024 if shape == "llama-6-layers" else 8192
+        return 512 if shape == "llama-1b" else 1024
+
+    def measure(self, point: Point, watch: Watch) -> Report:
+        trial, weights = model_trial(self, point, training=True)
+        trial.race(trial.step, **self.race_options(watch))
+        return trial.report(), {"weights": weights}
+
+
+def model_trial(options: Options, point: Point, training: bool, *unwanted: str) -> tuple[Trial, str]:
+    """The contestants on a point's model, and what its weights are."""
+    base, weights = llama(point.shape["model"], options.torch_dtype(), options.torch_device())
+    variant = point.shape.get("variant")
+    if variant == "checkpointing":
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    elif variant == "nf4":
+        quantise_nf4(base)
+        unwanted = (*unwanted, FULL, "LyCORIS")  # neither can train or decompose 4-bit weights
+    task = ModelTask(base, point.shape["tokens"])
+    setting = Setting(linear_paths(base), point.shape["rank"])
+    return Trial(base, setting, options.contestants(*unwanted), task, training), weights

@@ -1,0 +1,131 @@
+"""``doratune bench``: what DoRA and LoRA cost on a model of the user's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from doratune.config import AdapterConfig
+from doratune.errors import AdapterError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from doratune.study.race import Timing
+    from doratune.study.speed import Cost
+
+
+@dataclass
+class Bench:
+    """Measure on this machine what LoRA and DoRA cost on a causal language model, next to the frozen model.
+
+    Contestants take turns; ratios are medians of pairs. Nothing is trained or written.
+    """
+
+    model: tyro.conf.Positional[str]
+    """Folder of a model, or name on the model hub."""
+    adapter: Path | None = None
+    """Folder of an adapter for this model, to be measured, too."""
+    rank: int = AdapterConfig.rank
+    """Of the adapters that are compared; they are on all linear layers but the output head."""
+    dropout: float = AdapterConfig.dropout
+    """Of the adapters that are compared."""
+    tokens: int = 512
+    """Length of a sequence."""
+    batch_size: int = 1
+    """Sequences in a training step."""
+    seconds: float = 20.0
+    """For each of the two races: training steps and decode steps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the base weights; auto: bfloat16 on a GPU that has it, else float32, as in training."""
+    json: bool = False
+    """Print the result as JSON."""
+
+    def problems(self) -> Iterator[str]:
+        """Options that cannot work."""
+        for name, least in (("tokens", 2), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                yield f"{name} must be at least {least}; found {getattr(self, name)}"
+        if not self.seconds > 0:
+            yield f"seconds must be above 0; found {self.seconds}"
+        if self.rank < 1:
+            yield f"rank must be at least 1, or LoRA has nothing; found {self.rank}"
+        if not 0 <= self.dropout < 1:
+            yield f"dropout must be at least 0 and below 1; found {self.dropout}"
+        if self.adapter is not None and not self.adapter.is_dir():
+            yield f"adapter {self.adapter}: no such folder"
+
+
+def run(options: Bench) -> int:
+    """Load, race, print."""
+    found = list(options.problems())
+    if found:
+        raise AdapterError.of("these options cannot work", found)
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from doratune.cli.quiet import quiet_libraries
+    from doratune.study.speed import measure_speed
+    from doratune.train.models import choose_dtype, load_model
+
+    quiet_libraries()
+    model = load_model(options.model, choose_dtype(options.dtype))
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    longest = getattr(model.config, "max_position_embeddings", None) or options.tokens
+    if options.tokens > longest:
+        raise AdapterError(f"tokens is {options.tokens}, but {options.model} takes sequences of {longest} at most")
+    generator = torch.Generator().manual_seed(0)
+    shape = (options.batch_size, options.tokens)
+    ids = torch.randint(model.config.vocab_size, shape, generator=generator).to(model.device)
+    config = AdapterConfig(rank=options.rank, alpha=2.0 * options.rank, dropout=options.dropout)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        tasks: dict[str, Any] = {}
+
+        def watch(what: str, share: float) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=1.0)
+            progress.update(tasks[what], completed=min(share, 1.0))
+
+        costs = measure_speed(model, config, ids, adapter=options.adapter, seconds=options.seconds, watch=watch)
+    about = {
+        "model": options.model,
+        "rank": options.rank,
+        "dropout": options.dropout,
+        "tokens": options.tokens,
+        "batch_size": options.batch_size,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+    }
+    if options.json:
+        print(json.dumps({**about, "costs": [asdict(cost) for cost in costs]}))
+    else:
+        Console().print(_table(costs, about))
+    return 0
+
+
+def _table(costs: list[Cost], about: dict[str, Any]) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    title = f"{about['batch_size']} x {about['tokens']} tokens, rank {about['rank']}, {about['dtype']}, "
+    title += f"{about['threads']} CPU threads" if about["device"] == "cpu" else about["device"]
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
+    table.caption = "x frozen: median of paired ratios with its 95 % interval; saved: kept for the backward pass"
+    for name in ("", "step ms", "x frozen", "saved MB", "decode ms", "x frozen"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for cost in costs:
+        table.add_row(cost.name, *_cells(cost.step), f"{cost.saved / 1e6:,.1f}", *_cells(cost.decode))
+    return table
+
+
+def _cells(timing: Timing | None) -> tuple[str, str]:
+    if timing is None:
+        return "-", "-"
+    return f"{timing.milliseconds:,.1f}", f"{timing.ratio:.2f} ({timing.low:.2f}..{timing.high:.2f})"

@@ -1,0 +1,93 @@
+"""How much memory a training step takes: bytes kept for the backward pass, and the highest level on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Kept:
+    """Held by autograd in the place of a saved tensor; it dies with the graph's node."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()  # an output would hold its own node
+
+
+def saved_bytes(forward: Callable[[], Any], known: Iterable[Tensor] = ()) -> int:
+    """Bytes that a forward pass keeps for its backward pass.
+
+    Every storage counts once and whole, however many tensors look at it.
+
+    Args:
+        forward: returns what the backward pass would start from.
+        known: tensors that are there anyway: parameters, buffers, inputs; their storages do not count.
+    """
+    live: weakref.WeakSet[_Kept] = weakref.WeakSet()
+
+    def pack(tensor: Tensor) -> _Kept:
+        kept = _Kept(tensor)
+        live.add(kept)
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        result = forward()
+    storages = {_pointer(kept.tensor): kept.tensor.untyped_storage().nbytes() for kept in live}
+    del result
+    there = {_pointer(tensor) for tensor in known}
+    return sum(size for pointer, size in storages.items() if pointer not in there)
+
+
+def _pointer(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device | str = "cpu") -> int:
+    """Most memory that was allocated at any moment of a run, above what was allocated before it.
+
+    On a GPU that is the allocator's own statistics. On a CPU torch's profiler reports every allocation and release,
+    temporary ones inside operators too; resident memory of the process would also hold what the C library keeps.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with _no_profiler_notes(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        result = run()
+    del result
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]"]
+    level = highest = 0
+    for _, change in sorted(changes, key=lambda pair: pair[0]):
+        level += change
+        highest = max(highest, level)
+    return highest
+
+
+@contextlib.contextmanager
+def _no_profiler_notes() -> Iterator[None]:
+    """The profiler announces itself on the process's stderr, past Python's."""
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)

@@ -1,0 +1,158 @@
+"""Races: how much longer each of several things takes than a floor, measured so that the machine's moods cancel.
+
+All lanes run in one process. Each round runs every lane once, in an order drawn anew, and divides its time by the
+floor's of the *same* round; what slows the machine for a second slows both. The result is the median of these ratios.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+CONFIDENCE = 0.95
+WARM_UP = 2
+"""Untimed rounds: first calls compile, allocate and fill caches."""
+FEWEST_ROUNDS = 6
+"""However short the time: with fewer the interval is below 95 %."""
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One contestant."""
+
+    name: str
+    run: Callable[[], Any]
+    """What is timed."""
+    before: Callable[[int], Any] | None = None
+    """Called with the number of the round, untimed: changes parameters, drops gradients."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What a race says about one lane."""
+
+    name: str
+    milliseconds: float
+    """Median of a single run."""
+    ratio: float
+    """Median of the ratios to the floor's time in the same round."""
+    low: float
+    high: float
+    """Confidence interval of that median."""
+    rounds: int
+    seconds: tuple[float, ...] = ()
+    """Of every round."""
+
+    def over(self, other: Timing) -> tuple[float, float, float]:
+        """Median of the ratios to another lane's times in the same rounds, and its confidence interval."""
+        ratios = sorted(mine / its for mine, its in zip(self.seconds, other.seconds, strict=True))
+        return statistics.median(ratios), *median_interval(ratios)
+
+
+def race(
+    lanes: Sequence[Lane],
+    floor: str,
+    *,
+    seconds: float = 10.0,
+    rounds: int = 100,
+    warm_up: int = WARM_UP,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    watch: Callable[[int, float], Any] | None = None,
+) -> list[Timing]:
+    """Run the lanes against each other.
+
+    Args:
+        floor: name of the lane that the others are compared with.
+        seconds: no round begins after this time, once there are enough of them.
+        rounds: no more than this many rounds.
+        warm_up: untimed rounds before; 0 if every lane has run already.
+        device: waited for before each look at the clock.
+        seed: of the order of the lanes.
+        watch: called after each round with its number and the share of the race that is over.
+
+    Returns:
+        One Timing a lane, in the order of the lanes.
+    """
+    order = list(lanes)
+    shuffle = random.Random(seed).shuffle
+    times: dict[str, list[float]] = {lane.name: [] for lane in lanes}
+    if floor not in times or len(times) != len(order):
+        raise ValueError(f"lanes need different names, and one is the floor {floor!r}; found {[x.name for x in order]}")
+    for round_number in range(-warm_up, 0):
+        for lane in order:
+            _timed(lane, round_number, device)
+    start = time.perf_counter()
+    for round_number in range(rounds):
+        shuffle(order)
+        for lane in order:
+            times[lane.name].append(_timed(lane, round_number, device))
+        elapsed = time.perf_counter() - start
+        if watch is not None:
+            watch(round_number, max(elapsed / seconds if seconds else 1.0, (round_number + 1) / rounds))
+        if elapsed >= seconds and round_number + 1 >= FEWEST_ROUNDS:
+            break
+    return [_timing(lane.name, times[lane.name], times[floor]) for lane in lanes]
+
+
+def _timed(lane: Lane, round_number: int, device: torch.device | str) -> float:
+    if lane.before is not None:
+        lane.before(round_number)
+    with _no_garbage_collection():
+        synchronise(device)
+        start = time.perf_counter()
+        result = lane.run()
+        synchronise(device)
+        seconds = time.perf_counter() - start
+    del result  # freeing it is nobody's time
+    return seconds
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def synchronise(device: torch.device | str) -> None:
+    """Wait until the device has done all it was given; a CPU always has."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _timing(name: str, times: list[float], floor: list[float]) -> Timing:
+    ratios = sorted(mine / its for mine, its in zip(times, floor, strict=True))
+    low, high = median_interval(ratios)
+    ratio = statistics.median(ratios)
+    return Timing(name, 1e3 * statistics.median(times), ratio, low, high, len(times), tuple(times))
+
+
+def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """A confidence interval of the median from order statistics, whatever the distribution.
+
+    The k-th smallest and k-th largest value enclose the median except with probability ``2 P(Bin(n, 1/2) < k)``. With
+    fewer than six values none reaches 95 %: then it is the whole range.
+    """
+    ordered, n = sorted(values), len(values)
+    tail, k = 0.0, 0
+    while k < n:
+        tail += math.comb(n, k) * 0.5**n
+        if 2 * tail > 1 - confidence:
+            break
+        k += 1
+    k = max(k, 1)
+    return ordered[k - 1], ordered[n - k]

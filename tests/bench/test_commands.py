@@ -1,0 +1,64 @@
+"""Every benchmark runs with tiny shapes, and writes what it found."""
+
+import json
+
+import pytest
+from bench.__main__ import main
+from bench.contestants import DORA, FROZEN
+from bench.results import Point, Record
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # peers about themselves
+
+
+def run(folder, *words):
+    main([*words, "--quick", "--seconds", "0.01", "--device", "cpu", "--output", str(folder)])
+    (found,) = folder.glob("*.json")
+    return json.loads(found.read_text()), found.with_suffix(".md").read_text(), found.with_suffix(".png")
+
+
+@pytest.mark.parametrize("what", ["layer", "step", "decode", "eval"])
+def test_races(what, tmp_path):
+    found, text, picture = run(tmp_path, what, "--only", "doratune", "LyCORIS")
+    assert found["what"] == what
+    assert found["machine"]["threads"] >= 1
+    assert {"torch", "peft", "transformers", "doratune"} <= found["versions"].keys()
+    for point in found["points"]:
+        entries = {entry["name"]: entry for entry in point["entries"]}
+        assert entries[DORA]["status"] == "right"
+        assert entries[DORA]["timing"]["low"] <= entries[DORA]["timing"]["ratio"] <= entries[DORA]["timing"]["high"]
+        assert entries[FROZEN]["timing"]["ratio"] == 1
+        assert not any(name.startswith("PEFT") for name in entries)
+    assert f"| {DORA} | " in text
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_memory(tmp_path):
+    found, text, picture = run(tmp_path, "memory", "--only", "doratune")
+    saved = {e["name"]: e["measured"]["saved MB"] for e in found["points"][0]["entries"] if "measured" in e}
+    assert saved[FROZEN] < saved["doratune LoRA"] < saved[DORA]
+    assert "saved MB" in text
+    assert picture.exists()
+
+
+def test_files(tmp_path):
+    found, text, _ = run(tmp_path, "files")
+    for point in found["points"]:
+        assert all(entry["status"] == "right" and entry["measured"] for entry in point["entries"]), point
+    assert "attach, tiny: ms" in text
+
+
+def test_wrong_and_failed_contestants_are_named_without_a_number(tmp_path):
+    import torch
+
+    record = Record("x", "Title", "Note.", torch.device("cpu"), tmp_path, {"dtype": "bfloat16"}, lambda *_: None)
+    timing = {"ratio": 1.0, "low": 1.0, "high": 1.0, "milliseconds": 5.0, "rounds": 6}
+    entries = [
+        {"name": FROZEN, "status": "reference", "timing": timing},
+        {"name": DORA, "status": "wrong", "error": {"output": 0.5}},
+        {"name": "PEFT", "status": "failed", "note": "MemoryError: too large"},
+    ]
+    record.add(Point("one", {"rank": 4}), entries)
+    text = record.path("md").read_text()
+    assert "| doratune DoRA | wrong | wrong |" in text
+    assert "doratune DoRA (one): wrong, relative errors output 5.0e-01" in text
+    assert "PEFT (one): failed, MemoryError: too large" in text

@@ -1,0 +1,157 @@
+"""The benchmarks notice what is wrong, and give it no speed."""
+
+import pytest
+import torch
+from bench.bases import OneLayer, linear_paths, llama, quantise_nf4
+from bench.contestants import BUILDERS, DORA, EIGHT_BIT, FROZEN, FULL, LORA, Setting, merged, share
+from bench.tasks import DecodeTask, LayerTask, ModelTask
+from bench.trial import Trial, moved_adapters
+
+from bench import contestants
+from doratune.study.race import FEWEST_ROUNDS
+from doratune.targets import adapted_layers
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings("ignore")  # peers about themselves
+
+
+def layer_trial(names, dtype=torch.float32, training=True):
+    base = OneLayer(64, 64, dtype, CPU)
+    return Trial(base, Setting(("proj",), 4), names, LayerTask(64, 64, 32, dtype, CPU), training)
+
+
+def status(trial):
+    return {name: entry.status for name, entry in trial.entries.items()}
+
+
+def test_everybody_is_right_on_a_layer():
+    trial = layer_trial(list(BUILDERS))
+    trial.check()
+    found = status(trial)
+    assert found.pop(FROZEN) == found.pop(FULL) == "reference"
+    assert set(found.values()) == {"right"}, trial.report()
+    assert max(trial.entries[DORA].error.values()) < 1e-5
+
+
+def test_everybody_is_right_on_a_model_in_bfloat16():
+    base, _ = llama("tiny", torch.bfloat16, CPU)
+    names = [name for name in BUILDERS if name != "LyCORIS DoRA"]  # rounds W + s B A to 16 bits
+    trial = Trial(base, Setting(linear_paths(base), 4), names, ModelTask(base, 32))
+    trial.check()
+    assert set(status(trial).values()) == {"right", "reference"}, trial.report()
+
+
+def test_nf4():
+    base, _ = llama("tiny", torch.bfloat16, CPU)
+    quantise_nf4(base)
+    trial = Trial(base, Setting(linear_paths(base), 4), [FROZEN, DORA, "PEFT DoRA bf16"], ModelTask(base, 32))
+    trial.check()
+    assert status(trial) == {FROZEN: "reference", DORA: "right", "PEFT DoRA bf16": "right"}, trial.report()
+
+
+def no_norm(base, setting):
+    contestant = BUILDERS[DORA](base, setting)
+    for layer in adapted_layers(contestant.model).values():
+        base_norm = layer.base_layer.weight.float().norm(dim=1)
+        layer.cache.row_scale = lambda rows, A, B, m, *_, n=base_norm: m / n
+    return contestant
+
+
+def no_magnitude(base, setting):
+    contestant = BUILDERS[DORA](base, setting)
+    for layer in adapted_layers(contestant.model).values():
+        layer.cache.row_scale = lambda rows, A, B, m, *_: m / m.detach()
+    return contestant
+
+
+def wrong_gradient(base, setting):
+    contestant = BUILDERS[DORA](base, setting)
+    for layer in adapted_layers(contestant.model).values():
+        layer.lora_B["default"].register_hook(lambda grad: grad * 1.2)
+    return contestant
+
+
+@pytest.mark.parametrize("mistake", [no_norm, no_magnitude, wrong_gradient])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_mistakes_are_wrong_and_have_no_speed(mistake, dtype, monkeypatch):
+    monkeypatch.setitem(BUILDERS, "mistaken", mistake)
+    trial = layer_trial([FROZEN, "mistaken", LORA], dtype)
+    trial.race(trial.step, seconds=0.0)
+    assert status(trial) == {FROZEN: "reference", "mistaken": "wrong", LORA: "right"}
+    found = {entry["name"]: entry for entry in trial.report()}
+    assert "timing" not in found["mistaken"]
+    assert found["mistaken"]["error"]
+    assert found[LORA]["timing"]["rounds"] == FEWEST_ROUNDS
+
+
+def test_what_becomes_wrong_during_the_race_has_no_speed():
+    trial = layer_trial([FROZEN, DORA])
+    layer = adapted_layers(trial.contestants[DORA].model)["proj"]
+
+    def step(contestant):
+        trial.step(contestant)
+        layer.adapters["default"].scale = 1.0
+
+    trial.race(step, seconds=0.0)
+    assert status(trial)[DORA] == "wrong"
+    assert trial.entries[DORA].timing is None
+
+
+def test_a_contestant_that_cannot_run_is_out_with_its_reason(monkeypatch):
+    def broken(base, setting):
+        raise RuntimeError("no such thing\nand more")
+
+    monkeypatch.setitem(BUILDERS, "broken", broken)
+    trial = layer_trial([FROZEN, "broken", DORA])
+    trial.race(trial.step, seconds=0.0)
+    assert trial.entries["broken"].note == "RuntimeError: no such thing"
+    assert trial.entries[DORA].timing
+
+
+def test_contestants_share_the_base_and_leave_it_as_it_was():
+    base, _ = llama("tiny", torch.float32, CPU)
+    setting = Setting(linear_paths(base), 4)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    assert next(share(base).parameters()) is next(base.parameters())
+    trial = Trial(base, setting, list(BUILDERS), ModelTask(base, 16))
+    trial.race(trial.step, seconds=0.0)
+    merged(base, setting, trial.values)
+    assert before.keys() == base.state_dict().keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
+
+
+def test_all_adapters_have_the_same_values_in_every_round():
+    base = OneLayer(32, 32, torch.bfloat16, CPU)
+    setting = Setting(("proj",), 4)
+    values = moved_adapters(base, setting)
+    for number in (0, 3):
+        expected = values["proj"].at(number)
+        for name in BUILDERS:
+            contestant = BUILDERS[name](base, setting)
+            contestant.take(values, number)
+            for A, B, m in contestant.adapters.values():
+                assert torch.equal(A.float(), expected.A)
+                assert torch.equal(B.float(), expected.B)
+                assert m is None or torch.equal(m.float().flatten(), expected.m)
+
+
+def test_decoding_is_compared_with_the_reference_and_merged_ones_take_part():
+    base, _ = llama("tiny", torch.float32, CPU)
+    task = DecodeTask(base, 8)
+    names = [name for name in BUILDERS if "dropout" not in name and name not in (EIGHT_BIT, FULL)]
+    trial = Trial(base, Setting(linear_paths(base), 4), names, task, training=False)
+    for contestant in merged(base, trial.setting, trial.values):
+        trial.add(contestant)
+    trial.race(lambda c: task.decode(c.model), lambda c: task.prefill(c.model), seconds=0.0)
+    assert set(status(trial).values()) == {"right", "reference"}, trial.report()
+    assert all(entry.timing for entry in trial.entries.values())
+    full = base(inputs_embeds=task.inputs).logits[:, -1]
+    assert torch.allclose(task.output(trial.contestants[FROZEN].model)[:, -1], full, atol=1e-5)
+
+
+def test_peers_keep_their_adapters_in_the_dtype_they_are_named_after():
+    base = OneLayer(32, 32, torch.bfloat16, CPU)
+    for name, dtype in (("PEFT DoRA bf16", torch.bfloat16), ("PEFT DoRA float32", torch.float32)):
+        (tensors,) = BUILDERS[name](base, Setting(("proj",), 4)).adapters.values()
+        assert {tensor.dtype for tensor in tensors} == {dtype}
+    assert BUILDERS["PEFT DoRA float32, dropout"](base, Setting(("proj",), 4)).dropout == contestants.DROPOUT
