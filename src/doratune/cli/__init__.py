@@ -13,11 +13,13 @@ from typing import Annotated, Any
 
 import tyro
 
-from doratune.cli import bench, inspect, merge, train
+from doratune.cli import bench, generate, inspect, merge, predict, train
 from doratune.errors import AdapterError
 
 RUNNERS: dict[type, Any] = {
     train.TrainConfig: train.run,
+    generate.Generate: generate.run,
+    predict.Predict: predict.run,
     merge.Merge: merge.run,
     inspect.Inspect: inspect.run,
     bench.Bench: bench.run,
@@ -31,6 +33,8 @@ class Program:
 
     command: (
         Annotated[train.TrainConfig, tyro.conf.subcommand("train")]
+        | Annotated[generate.Generate, tyro.conf.subcommand("generate")]
+        | Annotated[predict.Predict, tyro.conf.subcommand("predict")]
         | Annotated[merge.Merge, tyro.conf.subcommand("merge")]
         | Annotated[inspect.Inspect, tyro.conf.subcommand("inspect")]
         | Annotated[bench.Bench, tyro.conf.subcommand("bench")]

@@ -60,7 +60,8 @@ def run(options: Merge) -> int:
     probe = _Logits(model) if options.verify else None
     merge(model)
     whole = probe.compare() if probe else None
-    _write(model, load_tokenizer(base) if _has_tokenizer(base) else None, options.output)
+    reads_text = getattr(model, "main_input_name", None) != "pixel_values" and _has_tokenizer(base)
+    _write(model, load_tokenizer(base) if reads_text else None, options.adapter, options.output)
     if options.json:
         worst = max((c.difference for c in checks), default=None)
         found = {"output": str(options.output), "layers": len(checks), "largest_difference": worst, "logits": whole}
@@ -107,10 +108,12 @@ def _has_tokenizer(base: str) -> bool:
     return not folder.is_dir() or any(folder.glob("tokenizer*"))
 
 
-def _write(model: Any, tokenizer: Any, output: Path) -> None:
+def _write(model: Any, tokenizer: Any, adapter: Path, output: Path) -> None:
     """Write beside the output folder and rename, so that a broken attempt leaves nothing behind."""
     import secrets
     import shutil
+
+    from doratune.train.information import FILE
 
     partial = output.parent / f".{output.name}.{secrets.token_hex(4)}.partial"
     try:
@@ -118,6 +121,9 @@ def _write(model: Any, tokenizer: Any, output: Path) -> None:
         model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+        for name in (FILE, "preprocessor_config.json"):  # what predict needs besides the weights
+            if (adapter / name).is_file():
+                shutil.copyfile(adapter / name, partial / name)
         partial.replace(output)
     except OSError as error:
         raise AdapterError(f"cannot write the merged model to {output}: {error.strerror or error}") from error

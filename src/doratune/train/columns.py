@@ -17,7 +17,9 @@ GUESSES = {
 }
 
 
-def choose(config: TrainConfig, names: Collection[str], roles: Collection[str], where: str) -> dict[str, str]:
+def choose(
+    config: TrainConfig, names: Collection[str], roles: Collection[str], where: str, optional: Collection[str] = ()
+) -> dict[str, str]:
     """Find the column of each role.
 
     Args:
@@ -25,17 +27,20 @@ def choose(config: TrainConfig, names: Collection[str], roles: Collection[str], 
         names: the columns that there are.
         roles: what is looked for: keys of ``GUESSES``.
         where: named in errors.
+        optional: roles that may be without a column, if none was said.
 
     Raises:
         AdapterError: listing every role without a column.
     """
     problems, found = [], {}
-    for role in roles:
+    for role in (*roles, *optional):
         flag = f"{role}_column"
         given = getattr(config, flag)
         guess = next((name for name in GUESSES[role] if name in names), None)
         if given is not None and given not in names:
             problems.append(f"{flag} {given!r} is not among the columns ({', '.join(names)})")
+        elif given is None and guess is None and role in optional:
+            continue
         elif given is None and guess is None:
             problems.append(f"no column looks like the {role} among {', '.join(names)}; name it with {as_flag(flag)}")
         else:

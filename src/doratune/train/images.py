@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -76,7 +77,9 @@ def problem_of(name: str) -> str | None:
     return None
 
 
-def pictures(name: str, config: TrainConfig, split: str, part: str) -> tuple[Iterator[Row], dict[str, str]]:
+def pictures(
+    name: str, config: TrainConfig, split: str, part: str, labelled: bool = True
+) -> tuple[Iterator[Row], dict[str, str]]:
     """Find the images of a source.
 
     Args:
@@ -84,6 +87,8 @@ def pictures(name: str, config: TrainConfig, split: str, part: str) -> tuple[Ite
         config: says which columns.
         split: of a data set.
         part: "train" or "test": which arrays of a NumPy archive.
+        labelled: whether every image must have a label; if not, an image file and any folder of images will do, and
+            of a NumPy archive any arrays, those to measure on first.
 
     Returns:
         Rows with ``image`` and ``label``, and the columns they come from.
@@ -93,13 +98,16 @@ def pictures(name: str, config: TrainConfig, split: str, part: str) -> tuple[Ite
     """
     path = path_of(name)
     if path.is_file() and path.suffix.lower() == ".npz":
-        return _archive(path, part), {}
+        return _archive(path, part, labelled), {}
+    if path.is_file() and path.suffix.lower() in SUFFIXES and not labelled:
+        return iter([Row(name, {"image": path, "label": None})]), {}
     if path.is_dir() and not is_dataset_folder(path):
-        return _folder(path), {}
+        return (_folder(path) if labelled else _anywhere(path)), {}
     first = next((row for row in read(name, split) if not row.problem), None)
     if first is None:
         raise AdapterError(f"{name}: no row can be read")
-    columns = choose(config, list(first.values), ["image", "label"], first.where)
+    roles, optional = (["image", "label"], []) if labelled else (["image"], ["label"])
+    columns = choose(config, list(first.values), roles, first.where, optional)
     return _table(name, split, columns, path.parent if path.is_file() else None), columns
 
 
@@ -129,31 +137,44 @@ def _folder(path: Path) -> Iterator[Row]:
                 yield Row(str(file), {"image": file, "label": folder.name})
 
 
+def _anywhere(path: Path) -> Iterator[Row]:
+    """All images of a folder; those in a subfolder have its name as their label."""
+    for file in sorted(path.rglob("*")):
+        inner = file.relative_to(path).parts
+        if file.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in inner):
+            yield Row(str(file), {"image": file, "label": inner[0] if len(inner) > 1 else None})
+
+
 def _load(path: Path) -> Any:
     try:
         return np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, BadZipFile) as error:
         raise AdapterError(f"{path} cannot be read as a NumPy archive: {error}") from error
 
 
-def _archive(path: Path, part: str) -> Iterator[Row]:
+def _archive(path: Path, part: str, labelled: bool) -> Iterator[Row]:
     archive = _load(path)
-    pair = next((pair for pair in KEYS[part] if set(pair) <= set(archive.files)), None)
+    pairs = KEYS[part] if labelled else (*KEYS["test"], *KEYS["train"])
+    pair = next((pair for pair in pairs if set(pair) <= set(archive.files)), None)
+    if pair is None and not labelled:
+        pair = next(((name, "") for name, _ in pairs if name in archive.files), None)
     if pair is None:
-        known = ", ".join(" and ".join(pair) for pair in KEYS[part])
+        known = ", ".join(dict.fromkeys(" and ".join(pair) if labelled else pair[0] for pair in pairs))
         raise AdapterError(f"{path} has the arrays {', '.join(archive.files)}; expected {known}")
     try:
-        images, labels = archive[pair[0]], archive[pair[1]].reshape(-1)
+        images = archive[pair[0]]
+        labels = archive[pair[1]].reshape(-1).tolist() if pair[1] else [None] * len(images)
         names = archive["label_names"].tolist() if "label_names" in archive.files else None
-    except ValueError as error:  # pickled objects are not read
+    except (ValueError, BadZipFile) as error:  # pickled objects are not read
         raise AdapterError(f"{path}: {error}") from error
     if images.ndim not in (3, 4) or len(images) != len(labels):
         raise AdapterError(
             f"{path}: expected images [count, height, width] or [count, height, width, channels] and as many labels; "
-            f"found {list(images.shape)} and {list(labels.shape)}"
+            f"found {list(images.shape)} and {len(labels)}"
         )
-    for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
-        yield Row(f"{path} {pair[0]}[{number}]", {"image": image, "label": names[label] if names else label})
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        named = label if names is None or label is None else names[label]
+        yield Row(f"{path} {pair[0]}[{number}]", {"image": image, "label": named})
 
 
 def _table(name: str, split: str, columns: Mapping[str, str], folder: Path | None) -> Iterator[Row]:
@@ -175,7 +196,7 @@ def _table(name: str, split: str, columns: Mapping[str, str], folder: Path | Non
         if value is None:
             yield Row(row.where, problem="image is empty")
         else:
-            yield Row(row.where, {"image": value, "label": row.values[columns["label"]]})
+            yield Row(row.where, {"image": value, "label": row.values.get(columns.get("label", ""))})
 
 
 def _as_bytes(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

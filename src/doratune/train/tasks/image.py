@@ -140,11 +140,13 @@ def _gathered(
     if not thorough:
         say(f"{len(rows)} images: the beginning of each is checked, the rest when it is opened")
     with ThreadPoolExecutor() as pool:  # decoding runs outside of Python's lock
-        checked = pool.map(_CheckedRow(thorough), rows)
+        checked = pool.map(CheckedRow(thorough), rows)
         return gather(checked, picture, config, say)
 
 
-class _CheckedRow:
+class CheckedRow:
+    """A row, or what is wrong with its image: opened if thorough, else only looked at."""
+
     def __init__(self, thorough: bool) -> None:
         self.thorough = thorough
 
@@ -162,7 +164,7 @@ class _CheckedRow:
         if isinstance(source, Path) and not source.is_file():
             raise BadRow(f"no such image {source}")
         if self.thorough:
-            picture(row).open()
+            Picture(row.where, source, None).open()
         elif isinstance(source, Path):
             image = require("PIL.Image")
             try:

@@ -1,0 +1,160 @@
+"""``doratune predict``: classes of texts and images."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import shorten
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from doratune.errors import AdapterError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from doratune.inference.inputs import Input
+    from doratune.inference.predictor import Prediction, Predictor
+
+SHOWN = 20
+"""Predictions that are printed where they go to no file."""
+
+
+@dataclass
+class Predict:
+    """Classify texts or images. Where the data have labels, the accuracy is printed.
+
+    Texts: .jsonl, .csv and other tables with a column for them, or text files with one a line. Images: files, folders
+    (subfolders are labels), .npz archives, tables with paths.
+    """
+
+    adapter: tyro.conf.Positional[Path]
+    """Folder of an adapter, as written by doratune or PEFT, or of a whole model."""
+    files: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE ...")]
+    """What to classify."""
+    out: Path | None = None
+    """CSV file to write; one that is there is replaced. None: the first predictions are printed."""
+    json: bool = False
+    """Print one JSON object per text or image: source, text, label, predicted, probability, probabilities."""
+    base: str | None = None
+    """Base model, a folder or hub name; none: the one that the adapter names."""
+    text_column: str | None = None
+    """Column of the text; none: that of training, or guessed. The same holds for the other columns."""
+    label_column: str | None = None
+    """Column of the class."""
+    image_column: str | None = None
+    """Column of the image's path."""
+    skip_bad: bool = False
+    """Go on without files and rows that cannot be used, and count them; otherwise they are listed as an error."""
+    batch_size: int = 16
+    """Texts or images at a time."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the base weights; auto: bfloat16 on a GPU that has it, else float32, as in training."""
+
+    def problems(self) -> Iterator[str]:
+        """Options that cannot work."""
+        if not self.files:
+            yield "name at least one file or folder to classify"
+        if self.batch_size < 1:
+            yield f"batch_size must be above 0; found {self.batch_size}"
+        if self.out is None:
+            return
+        if self.out.is_dir() or not self.out.absolute().parent.is_dir():
+            yield f"out {self.out}: expected a file in a folder that exists"
+        elif self.out.resolve() in {Path(name).expanduser().resolve() for name in self.files}:
+            yield f"out {self.out} is one of the files to classify; name another"
+
+
+def run(options: Predict) -> int:
+    """Check, read, load, classify."""
+    from rich.console import Console
+
+    from doratune.cli.quiet import quiet_libraries
+    from doratune.inference.inputs import read_pictures, read_texts
+    from doratune.inference.predictions import Score, csv_file, record
+    from doratune.inference.predictor import Classifier, Predictor
+    from doratune.train.config import TrainConfig
+    from doratune.train.models import choose_dtype
+
+    problems = list(options.problems())
+    if problems:
+        raise AdapterError.of("these options cannot work", problems)
+    choose_dtype(options.dtype)
+    quiet_libraries()
+    status = Console(stderr=True)
+    found = Classifier.find(options.adapter, options.base)
+    reading = TrainConfig(
+        model=found.base,
+        data=options.files,
+        text_column=options.text_column,
+        label_column=options.label_column,
+        image_column=options.image_column,
+        skip_bad=options.skip_bad,
+    )
+    read: Any = read_pictures if found.takes_images else read_texts
+    inputs = read(reading, found.about.columns, lambda line: _say(status, line))
+    with status.status(f"Loading {found.base}"):
+        predictor = Predictor.load(found, options.dtype)
+    score = Score(predictor.labels)
+    first: list[Prediction] = []
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(csv_file(options.out, predictor.labels, inputs)) if options.out else None
+        for prediction in _predictions(predictor, inputs, options.batch_size, status):
+            score.add(prediction)
+            if file:
+                file.add(prediction)
+            if options.json:
+                print(json.dumps(record(prediction, predictor.labels), ensure_ascii=False), flush=True)
+            elif len(first) < SHOWN:
+                first.append(prediction)
+    out = status if options.json else Console()
+    if predictor.cut:
+        _say(status, f"{predictor.cut} of {len(inputs)} texts were cut to {predictor.max_length} tokens")
+    if file:
+        _say(out, f"{len(inputs)} predictions written to {options.out}")
+    elif not options.json:
+        _show(out, first, len(inputs))
+    for line in score.lines():
+        _say(out, line)
+    return 0
+
+
+def _predictions(predictor: Predictor, inputs: list[Input], size: int, status: Console) -> Iterator[Prediction]:
+    """In batches, with a bar."""
+    from rich.progress import Progress
+
+    with Progress(console=status, transient=True, disable=not status.is_terminal) as bar:
+        task = bar.add_task("Classifying", total=len(inputs))
+        for start in range(0, len(inputs), size):
+            yield from predictor.predict(inputs[start : start + size])
+            bar.advance(task, size)
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _show(out: Console, first: list[Prediction], count: int) -> None:
+    """The first predictions in a table."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from doratune.inference.inputs import Text
+
+    labelled = any(prediction.input.label is not None for prediction in first)
+    table = Table()
+    for name in ("input", *(["label"] if labelled else []), "predicted"):
+        table.add_column(name, overflow="fold")
+    table.add_column("probability", justify="right")
+    for prediction in first:
+        one = prediction.input
+        shown = shorten(one.source, 80, placeholder="...") if isinstance(one, Text) else one.where
+        cells = [shown, *([one.label or ""] if labelled else []), prediction.label, f"{prediction.probability:.1%}"]
+        table.add_row(*map(escape, cells))
+    out.print(table)
+    if count > len(first):
+        _say(out, f"and {count - len(first)} more; --out FILE.csv writes all")

@@ -1,0 +1,135 @@
+"""Texts and images to classify, found with the readers of training: a label is read where there is one."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from doratune.errors import AdapterError
+from doratune.inference.lines import lines_of
+from doratune.train import images, sources
+from doratune.train.columns import choose
+from doratune.train.config import TrainConfig
+from doratune.train.gather import Say, gather
+from doratune.train.images import SUFFIXES, Picture, pictures
+from doratune.train.labels import name_of
+from doratune.train.sources import TABLES, Row, is_dataset_folder, path_of
+from doratune.train.tasks.image import CheckedRow
+from doratune.train.tokens import string
+
+SPLIT = "test"
+"""Of data sets that have several."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text, and the name of its class if that is known."""
+
+    where: str
+    source: str
+    label: str | None
+
+
+Input = Text | Picture
+
+
+def read_texts(config: TrainConfig, trained: Mapping[str, str], say: Say) -> list[Text]:
+    """Read texts: tables with a column for them, data sets, and text files, of which every line is one.
+
+    Args:
+        config: ``data`` are the sources; columns, and whether bad rows are left out.
+        trained: columns in training; they are looked for before usual names.
+        say: told of rows left out.
+
+    Raises:
+        AdapterError: listing every row and source that cannot be used.
+    """
+
+    def find(name: str) -> Iterator[Row]:
+        return _texts(name, _with_columns(config, name, trained))
+
+    def use(row: Row) -> Text:
+        return Text(row.where, string(row.values["text"], "text"), _label(row.values.get("label")))
+
+    return gather(_rows(config, sources.problem_of, find), use, config, say)
+
+
+def read_pictures(config: TrainConfig, trained: Mapping[str, str], say: Say) -> list[Picture]:
+    """Find images: files, folders, ``.npz``, tables with paths, data sets. Each is opened once to see that it can be.
+
+    Args:
+        config: ``data`` are the sources; columns, and whether bad images are left out.
+        trained: columns in training; they are looked for before usual names.
+        say: told of images left out.
+
+    Raises:
+        AdapterError: listing every image and source that cannot be used.
+    """
+
+    def find(name: str) -> Iterator[Row]:
+        found, _ = pictures(name, _with_columns(config, name, trained), SPLIT, "test", labelled=False)
+        empty = True
+        for row in found:
+            empty = False
+            yield row
+        if empty:
+            yield Row(name, problem=f"holds no image ({', '.join(SUFFIXES)})")
+
+    def use(row: Row) -> Picture:
+        return Picture(row.where, row.values["image"], _label(row.values.get("label")))
+
+    with ThreadPoolExecutor() as pool:  # decoding runs outside of Python's lock
+        rows = _rows(config, _image_problem, find)
+        return gather(pool.map(CheckedRow(thorough=True), rows), use, config, say)
+
+
+def _rows(
+    config: TrainConfig, problem_of: Callable[[str], str | None], find: Callable[[str], Iterator[Row]]
+) -> Iterator[Row]:
+    """Rows of all sources; a source that cannot be read is a row with a problem."""
+    for name in config.data:
+        problem = problem_of(name) if path_of(name).exists() else "no such file or folder"
+        if problem:
+            yield Row(name, problem=problem)
+            continue
+        try:
+            yield from find(name)
+        except AdapterError as error:
+            yield Row(name, problem=re.sub(rf"^{re.escape(name)}[:\d]* ", "", str(error)))
+
+
+def _image_problem(name: str) -> str | None:
+    path = path_of(name)
+    if path.is_dir() or path.suffix.lower() in SUFFIXES:
+        return None
+    problem = images.problem_of(name)
+    return problem and f"is not an image ({', '.join(SUFFIXES)}), a folder, an .npz archive or a table of images"
+
+
+def _texts(name: str, config: TrainConfig) -> Iterator[Row]:
+    columns: dict[str, str] = {}
+    for row in lines_of(name, SPLIT):
+        if not row.problem and not columns:
+            columns = choose(config, list(row.values), ["text"], row.where, ["label"])
+        if row.problem or columns["text"] in row.values:
+            yield Row(row.where, {role: row.values.get(column) for role, column in columns.items()}, row.problem)
+        else:
+            yield Row(row.where, problem=f"has no column {columns['text']!r}; it has {', '.join(map(str, row.values))}")
+
+
+def _with_columns(config: TrainConfig, name: str, trained: Mapping[str, str]) -> TrainConfig:
+    """With the columns of training where the source has them and the options do not say others."""
+    path = path_of(name)
+    if (path.is_dir() and not is_dataset_folder(path)) or (path.is_file() and path.suffix.lower() not in TABLES):
+        return config
+    first = next((row.values for row in sources.read(name, SPLIT) if not row.problem), {})
+    flags: dict[str, Any] = {f"{role}_column": column for role, column in trained.items() if column in first}
+    return dataclasses.replace(config, **{flag: v for flag, v in flags.items() if getattr(config, flag) is None})
+
+
+def _label(value: Any) -> str | None:
+    return None if value is None or (isinstance(value, str) and not value.strip()) else name_of(value)

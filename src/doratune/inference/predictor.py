@@ -1,0 +1,209 @@
+"""Texts and images classified, by a base model with an adapter or by a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from doratune.checkpoint import load_adapter
+from doratune.errors import AdapterError
+from doratune.extras import require
+from doratune.files import CONFIG, read_config, read_weights
+from doratune.inference.device import explaining_memory, to_device
+from doratune.inference.inputs import Input
+from doratune.inference.sources import inner_folder, is_model
+from doratune.targets import HEAD_NAMES
+from doratune.train.information import Information
+from doratune.train.models import (
+    choose_dtype,
+    load_base,
+    load_config,
+    load_image_processor,
+    load_tokenizer,
+    model_problem,
+)
+from doratune.train.optimizer import keep_float32
+
+TASKS = ("text-classification", "image-classification")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model takes one text or image for."""
+
+    input: Input
+    label: str
+    """The likeliest class."""
+    probabilities: tuple[float, ...]
+    """Of each class, in the order of the model's labels; their sum is 1."""
+
+    @property
+    def probability(self) -> float:
+        """Of the likeliest class."""
+        return max(self.probabilities)
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A folder that classifies: of an adapter, or of a whole model."""
+
+    folder: Path
+    base: str
+    """Where the base model is; of a whole model its own folder."""
+    about: Information
+
+    @classmethod
+    def find(cls, folder: Path, base: str | None = None) -> Classifier:
+        """Look at a folder without loading a model.
+
+        Args:
+            folder: of the adapter or model; without ``doratune.json`` the config of the model tells the task.
+            base: base model of an adapter; None: the one that the folder names.
+
+        Raises:
+            AdapterError: if the folder holds no classifier that can be used, or the base is not known.
+        """
+        whole = is_model(folder)
+        if not whole:
+            try:
+                raw = read_config(folder)
+            except AdapterError as error:
+                raise AdapterError(f"{error}{inner_folder(folder)}") from error
+            read_weights(folder)  # a broken file is found before a large model is loaded
+        elif base is not None:
+            raise AdapterError(f"{folder} is a whole model, which needs no --base")
+        about = Information.load(folder)
+        name = str(folder) if whole else base or raw.get("base_model_name_or_path") or (about.base if about else None)
+        if not name:
+            raise AdapterError(f"{folder} does not name its base model; give it with --base")
+        problem = model_problem(name)
+        if problem:
+            raise AdapterError(problem if base else f"{problem} (named by {folder}; give another place with --base)")
+        if about is None:
+            about = Information(_task(name, None if whole else raw.get("task_type")), name, "")
+        if about.task not in TASKS:
+            raise AdapterError(f"{folder} was trained for {about.task}; use doratune generate {folder}")
+        return cls(folder, name, about)
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether it classifies images, not texts."""
+        return self.about.task == "image-classification"
+
+
+class Predictor:
+    """A classifier with what turns texts or images into its input.
+
+    Args:
+        model: a transformers model with a classification head, adapter included.
+        processor: its tokenizer or image processor.
+        labels: names of the classes, in the order of the logits.
+        max_length: tokens at which texts are cut.
+        forward: further arguments of the model's forward.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        labels: Sequence[str],
+        max_length: int | None = None,
+        forward: dict[str, Any] | None = None,
+    ) -> None:
+        self.model = model.eval()
+        self.processor = processor
+        self.labels = tuple(labels)
+        self.max_length = max_length
+        self.forward = forward or {}
+        self.cut = 0
+        """Texts that were longer than max_length, so far."""
+        if max_length is not None and processor.pad_token_id is None:
+            processor.pad_token = processor.eos_token
+
+    @classmethod
+    def load(cls, found: Classifier, dtype: str = "auto") -> Predictor:
+        """Load base model, adapter, and tokenizer or image processor.
+
+        Args:
+            found: where they are.
+            dtype: of the base weights; "auto": as ``doratune train`` chooses it.
+
+        Raises:
+            AdapterError: if something cannot be loaded, or the model is no classifier.
+        """
+        about, folder = found.about, found.folder
+        model = load_base(folder, found.base, choose_dtype(dtype))
+        keep_float32(model, [name for name, _ in model.named_children() if name in HEAD_NAMES])  # as in training
+        if (folder / CONFIG).is_file():
+            load_adapter(model, folder)
+        labels = about.labels or tuple(str(label) for _, label in sorted((model.config.id2label or {}).items()))
+        if len(labels) < 2:
+            raise AdapterError(f"{found.base} is a {type(model).__name__} with {len(labels)} output, not a classifier")
+        model = to_device(model)
+        if found.takes_images:
+            return cls(model, _image_processor(found), labels, forward=dict(about.forward))
+        own = (folder / "tokenizer_config.json").is_file()
+        tokenizer = load_tokenizer(str(folder) if own else found.base)
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
+        return cls(model, tokenizer, labels, about.max_length or min(tokenizer.model_max_length, context))
+
+    def predict(self, inputs: Sequence[Input]) -> list[Prediction]:
+        """Classify texts or images, all in one batch.
+
+        Raises:
+            AdapterError: if memory is short, an image has gone, or what the model gives is no number.
+        """
+        with torch.no_grad(), explaining_memory("try a smaller batch_size"):
+            batch = self._pixels(inputs) if self.max_length is None else self._tokens(inputs, self.max_length)
+            logits = self.model(**batch, **self.forward).logits
+        rows = logits.float().softmax(-1).cpu()
+        broken = [one.where for one, row in zip(inputs, rows, strict=True) if not row.isfinite().all()]
+        if broken:
+            raise AdapterError(f"the model gives NaN for {len(broken)} of {len(inputs)} inputs, such as {broken[0]}")
+        return [
+            Prediction(one, self.labels[int(row.argmax())], tuple(row.tolist()))
+            for one, row in zip(inputs, rows, strict=True)
+        ]
+
+    def _tokens(self, inputs: Sequence[Input], length: int) -> dict[str, torch.Tensor]:
+        texts = [one.source for one in inputs]
+        options: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+        ids = self.processor(texts, **options)["input_ids"]
+        longer = sum(len(row) > length for row in ids)
+        if longer:
+            self.cut += longer
+            ids = self.processor(texts, truncation=True, max_length=length, **options)["input_ids"]
+        return dict(self.processor.pad({"input_ids": ids}, return_tensors="pt", verbose=False).to(self.model.device))
+
+    def _pixels(self, inputs: Sequence[Input]) -> dict[str, torch.Tensor]:
+        found = [self.processor(_open(one), return_tensors="pt")["pixel_values"][0] for one in inputs]
+        return {"pixel_values": torch.stack(found).to(self.model.device, self.model.dtype)}
+
+
+def _open(one: Any) -> Any:
+    try:
+        return one.open()
+    except ValueError as error:
+        raise AdapterError(f"{one.where}: {error}; it was there a moment ago") from error
+
+
+def _image_processor(found: Classifier) -> Any:
+    if (found.folder / "preprocessor_config.json").is_file():
+        return require("transformers").AutoImageProcessor.from_pretrained(found.folder)
+    size = found.about.image_size
+    return load_image_processor(found.base, size[0] if size else None)
+
+
+def _task(name: str, peft_task: str | None) -> str:
+    """The task of what was not made by doratune, from PEFT's task type and the model's config."""
+    if peft_task == "CAUSAL_LM":
+        return "text-generation"
+    config = load_config(name)
+    if hasattr(config, "patch_size") and hasattr(config, "num_channels"):
+        return "image-classification"
+    causal = not peft_task and any("CausalLM" in kind for kind in config.architectures or ())
+    return "text-generation" if causal else "text-classification"

@@ -1,0 +1,95 @@
+"""Which folders are meant: adapters with names to switch by, and the one base model under them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from doratune.errors import AdapterError
+from doratune.files import CONFIG, read_config, read_weights
+from doratune.train.information import Information
+from doratune.train.models import CLASSIFIERS, model_problem
+
+BASE = "base"
+"""What the model without any adapter is called."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """A base model, a folder or hub name, and adapters on it by name."""
+
+    base: str
+    adapters: dict[str, Path]
+
+
+def find_sources(folders: Sequence[str], base: str | None = None) -> Sources:
+    """Look at the folders without loading a model.
+
+    Args:
+        folders: of adapters; or a single folder of a whole model, to be used as it is.
+        base: base model; None: the one that the adapters name.
+
+    Raises:
+        AdapterError: listing every folder that holds no usable adapter; if no base model is known, or several are.
+    """
+    if base is None and len(folders) == 1 and is_model(Path(folders[0])):
+        _refuse_classifier(Path(folders[0]))
+        return Sources(folders[0], {})
+    problems: list[str] = []
+    adapters: dict[str, Path] = {}
+    named: dict[str, str] = {}
+    for folder in map(Path, folders):
+        try:
+            found = read_config(folder).get("base_model_name_or_path")
+            read_weights(folder)  # a broken file is found before a large model is loaded
+            _refuse_classifier(folder)
+        except AdapterError as error:
+            problems.append(f"{error}{inner_folder(folder)}")
+            continue
+        name = _name(folder, adapters)
+        adapters[name] = folder
+        if base is None and not found:
+            problems.append(f"{folder} does not name its base model; give it with --base")
+        elif base is None:
+            named[name] = str(found)
+    if base is None and not folders:
+        problems.append("name an adapter's folder, or a model with --base")
+    if len(set(named.values())) > 1:
+        listed = ", ".join(f"{name} of {model}" for name, model in named.items())
+        problems.append(f"the adapters name different base models ({listed}); give the one to use with --base")
+    chosen = base or next(iter(named.values()), "")
+    problem = model_problem(chosen) if chosen else None
+    if problem:
+        problems.append(
+            problem if base else f"{problem} (named by the adapter; another place can be given with --base)"
+        )
+    if problems:
+        raise AdapterError.of("cannot be used", problems)
+    return Sources(chosen, adapters)
+
+
+def is_model(folder: Path) -> bool:
+    """Whether this is a folder of a whole model rather than of an adapter."""
+    return (folder / "config.json").is_file() and not (folder / CONFIG).is_file()
+
+
+def _refuse_classifier(folder: Path) -> None:
+    about = Information.load(folder)
+    if about and about.task in CLASSIFIERS:
+        raise AdapterError(f"{folder} was trained for {about.task}; use doratune predict {folder} FILES...")
+
+
+def inner_folder(folder: Path) -> str:
+    """Runs keep what they trained one folder further down: a hint that names it."""
+    found = [path for path in (folder / "adapter" / CONFIG, folder / "model" / "config.json") if path.is_file()]
+    return f" (did you mean {found[0].parent}?)" if found else ""
+
+
+def _name(folder: Path, taken: dict[str, Path]) -> str:
+    """The folder's name, or that of its run; a number is added where that is taken."""
+    path = folder.resolve()
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", path.parent.name if path.name == "adapter" else path.name) or "adapter"
+    names = [name, *(f"{name}-{number}" for number in range(2, len(taken) + 4))]
+    return next(n for n in names if n not in taken and n != BASE)

@@ -1,0 +1,165 @@
+"""Text from a causal language model, with any of its adapters or none."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from doratune.checkpoint import load_adapter
+from doratune.errors import AdapterError
+from doratune.extras import require
+from doratune.inference.device import explaining_memory, to_device
+from doratune.inference.prompts import Prompt
+from doratune.inference.sampling import Sampling
+from doratune.inference.sources import BASE, Sources
+from doratune.merge import merge
+from doratune.model import adapter_names, disabled, set_adapter
+from doratune.train.models import choose_dtype, load_model, load_tokenizer
+
+_LESS = "try a smaller batch_size, fewer max_tokens, or dtype bfloat16"
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was written after one prompt."""
+
+    prompt: Prompt
+    adapter: str | None
+    """None: the base model, or a model without adapters."""
+    text: str
+    tokens: int
+    ended: bool
+    """Whether the model ended its text; False: max_tokens cut it."""
+
+
+class Writer:
+    """A model with its tokenizer; the model's adapters can be switched.
+
+    Args:
+        model: a causal language model, with adapters attached or without.
+        tokenizer: its tokenizer; padding is set to the left, where generation needs it.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.adapters = adapter_names(model)
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+
+    @classmethod
+    def load(cls, sources: Sources, dtype: str = "auto", merged: bool = False) -> Writer:
+        """Load base model, adapters and tokenizer.
+
+        Args:
+            sources: where they are.
+            dtype: of the base weights; "auto": as ``doratune train`` chooses it.
+            merged: put the adapter into the weights, which writes fastest; then it cannot be switched off.
+
+        Raises:
+            AdapterError: if something cannot be loaded, or several adapters are to be merged.
+        """
+        if merged and len(sources.adapters) != 1:
+            raise AdapterError(f"merging takes one adapter; found {len(sources.adapters)}")
+        tokenizer = load_tokenizer(_tokenizer_source(sources))
+        model = load_model(sources.base, choose_dtype(dtype))
+        if not hasattr(model, "generate"):
+            raise AdapterError(f"model {sources.base} is a {type(model).__name__}, which does not write text")
+        for name, folder in sources.adapters.items():
+            load_adapter(model, folder, name)
+        if merged:
+            merge(model)
+        return cls(to_device(model), tokenizer)
+
+    @contextlib.contextmanager
+    def using(self, adapter: str | None) -> Iterator[None]:
+        """Within this context the model has this adapter, or none."""
+        if adapter is None:
+            with disabled(self.model):
+                yield
+        else:
+            set_adapter(self.model, adapter)
+            yield
+
+    def write(
+        self, prompts: Sequence[Prompt], sampling: Sampling, adapter: str | None = None, streamer: Any = None
+    ) -> list[Completion]:
+        """Continue prompts, all in one batch.
+
+        Args:
+            prompts: at least one.
+            sampling: how.
+            adapter: name of an adapter; None: the base model.
+            streamer: transformers' streamer, told of every token; one prompt only.
+
+        Raises:
+            AdapterError: listing prompts that are longer than the model's context; if a chat is asked of a tokenizer
+                without a chat template, or memory is short.
+        """
+        texts = [prompt.render(self.tokenizer) for prompt in prompts]
+        rows = [
+            self.tokenizer(text, add_special_tokens=prompt.messages is None)["input_ids"]
+            for text, prompt in zip(texts, prompts, strict=True)
+        ]
+        self._check_lengths(rows)
+        batch = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.model.device)
+        require("transformers").set_seed(sampling.seed)
+        ends = self._ends()
+        with torch.no_grad(), self.using(adapter), explaining_memory(_LESS):
+            written = self.model.generate(
+                **batch,
+                **sampling.options(),
+                eos_token_id=ends or None,
+                pad_token_id=self.tokenizer.pad_token_id,
+                streamer=streamer,
+            )
+        start = batch["input_ids"].shape[1]
+        return [
+            self._completion(prompt, adapter, ids, row[start:].tolist(), ends)
+            for prompt, ids, row in zip(prompts, rows, written, strict=True)
+        ]
+
+    def _completion(
+        self, prompt: Prompt, adapter: str | None, ids: list[int], new: list[int], ends: list[int]
+    ) -> Completion:
+        place = next((place for place, token in enumerate(new) if token in ends), None)
+        new = new if place is None else new[:place]
+        # Decoded together with the prompt, because some tokenizers drop the space at the start of a text.
+        before = self.tokenizer.decode(ids, skip_special_tokens=True)
+        whole = self.tokenizer.decode([*ids, *new], skip_special_tokens=True)
+        return Completion(prompt, adapter, whole[len(before) :], len(new), place is not None)
+
+    def _ends(self) -> list[int]:
+        """Tokens that end a text: the model's, which may be several, and the tokenizer's."""
+        found = self.model.generation_config.eos_token_id
+        known = found if isinstance(found, list) else [found]
+        return sorted({token for token in (*known, self.tokenizer.eos_token_id) if token is not None})
+
+    def _check_lengths(self, rows: list[list[int]]) -> None:
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        problems = []
+        for number, ids in enumerate(rows, 1):
+            if not ids:
+                problems.append(f"prompt {number} is empty")
+            elif context and len(ids) >= context:
+                problems.append(f"prompt {number} has {len(ids)} tokens, the model's context is {context}; shorten it")
+        if problems:
+            raise AdapterError.of("prompts", problems)
+
+
+def label(adapter: str | None) -> str:
+    """What a model with this adapter is called in print."""
+    return adapter or BASE
+
+
+def _tokenizer_source(sources: Sources) -> str:
+    """The adapter's folder if it brings a tokenizer of its own, else the base model."""
+    folders: list[Path] = list(sources.adapters.values())
+    own = [folder for folder in folders if (folder / "tokenizer_config.json").is_file()]
+    return str(own[0]) if len(folders) == 1 and own else sources.base

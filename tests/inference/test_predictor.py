@@ -1,0 +1,151 @@
+import json
+
+import pytest
+import torch
+
+import doratune as dt
+from doratune.inference.inputs import Text, read_pictures, read_texts
+from doratune.inference.predictor import Classifier, Predictor
+from doratune.train import TrainConfig
+from inference.classifiers import train_on_images, train_on_texts
+from inference.small import save_moved, save_writer
+from train.tiny import llama, save_encoder, tokenizer
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    return folder, train_on_texts(folder, kind="decoder")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    return folder, train_on_images(folder)
+
+
+def accuracy(predictions):
+    return sum(one.label == one.input.label for one in predictions) / len(predictions)
+
+
+def reading(found, *names):
+    return TrainConfig(model=found.base, data=tuple(map(str, names)))
+
+
+@pytest.mark.parametrize("method", ["dora", "head", "full"])
+@pytest.mark.parametrize("kind", ["texts", "images"])
+def test_held_out_data_are_classified_as_in_training(tmp_path, kind, method):
+    result = (train_on_texts if kind == "texts" else train_on_images)(tmp_path, method)
+    found = Classifier.find(tmp_path / "run" / ("adapter" if method == "dora" else "model"))
+    assert found.takes_images == (kind == "images")
+    read, name = (read_texts, "test.jsonl") if kind == "texts" else (read_pictures, "test.npz")
+    inputs = read(reading(found, tmp_path / name), found.about.columns, print)
+    predictor = Predictor.load(found)
+    assert predictor.labels == result.labels
+    predictions = predictor.predict(inputs)
+    assert accuracy(predictions) == pytest.approx(result.accuracy_after)
+    likely = torch.tensor([one.probabilities[result.labels.index(one.input.label)] for one in predictions])
+    assert -likely.log().mean().item() == pytest.approx(result.loss_after, abs=2e-3)
+
+
+def test_a_batch_gives_what_single_texts_do(texts):
+    predictor = Predictor.load(Classifier.find(texts[0] / "run" / "adapter"))
+    inputs = [Text("a", "a good tale", None), Text("b", "wolf", None), Text("c", "x" * 100, None)]
+    for one, alone in zip(predictor.predict(inputs), map(predictor.predict, ([i] for i in inputs)), strict=True):
+        assert one.label == alone[0].label
+        assert one.probabilities == pytest.approx(alone[0].probabilities, abs=1e-5)
+        assert sum(one.probabilities) == pytest.approx(1)
+        assert one.probability == max(one.probabilities)
+    assert predictor.cut == 2, "once in the batch and once alone"
+    with torch.no_grad():
+        ids = torch.tensor([tokenizer()("a good tale")["input_ids"]])
+        expected = predictor.model(ids).logits.softmax(-1)[0].tolist()
+    assert predictor.predict(inputs[:1])[0].probabilities == pytest.approx(expected)
+
+
+def test_logits_stay_float32_on_a_16_bit_base(pictures):
+    found = Classifier.find(pictures[0] / "run" / "adapter")
+    inputs = read_pictures(reading(found, pictures[0] / "photos"), {}, print)
+    exact, rough = (Predictor.load(found, dtype).predict(inputs) for dtype in ("float32", "bfloat16"))
+    for one, other in zip(exact, rough, strict=True):
+        assert other.probabilities == pytest.approx(one.probabilities, abs=0.05)
+    assert len({one.probability for one in rough}) > len(rough) // 2, "rounded to 16 bits many would be the same"
+
+
+def test_an_adapter_made_by_peft(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    save_encoder(tmp_path / "bert")
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert", id2label={0: "no", 1: "yes"})
+    config = LoraConfig(task_type="SEQ_CLS", r=2, use_dora=True, modules_to_save=["classifier", "pooler"])
+    wrapped = get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+        expected = wrapped(**tokenizer()("a tale", return_tensors="pt", return_token_type_ids=False)).logits
+    wrapped.save_pretrained(tmp_path / "adapter")
+    found = Classifier.find(tmp_path / "adapter")
+    assert not found.takes_images
+    predictor = Predictor.load(found)
+    assert predictor.labels == ("LABEL_0", "LABEL_1"), "the base knows no names"
+    (one,) = predictor.predict([Text("a", "a tale", None)])
+    assert one.probabilities == pytest.approx(expected.softmax(-1)[0].tolist(), abs=1e-6)
+
+
+def test_folders_that_do_not_classify(tmp_path, texts):
+    base = save_writer(tmp_path / "llama")
+    save_moved(tmp_path / "moved", base)
+    for folder, base_given, complaint in (
+        (base, None, "was trained for text-generation; use doratune generate"),
+        (texts[0] / "run", None, r"has no adapter_config.json.*did you mean .*adapter\?"),
+        (tmp_path / "absent", None, "does not exist"),
+        (tmp_path / "moved", tmp_path / "nowhere", "nowhere: no such folder"),
+        (base, base, "is a whole model, which needs no --base"),
+    ):
+        with pytest.raises(dt.AdapterError, match=complaint):
+            Classifier.find(folder, base_given and str(base_given))
+
+
+def test_an_adapter_whose_base_has_gone(tmp_path, texts):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for file in (texts[0] / "run" / "adapter").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    for name, key in (("adapter_config.json", "base_model_name_or_path"), ("doratune.json", "base")):
+        raw = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**raw, key: str(tmp_path / "gone")}))
+    with pytest.raises(dt.AdapterError, match=r"gone: no such folder .*another place with --base"):
+        Classifier.find(folder)
+    found = Classifier.find(folder, str(texts[0] / "model"))
+    assert Predictor.load(found).labels == ("bad", "good")
+    (folder / "adapter_model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(dt.AdapterError, match="cannot be read"):
+        Classifier.find(folder, str(texts[0] / "model"))
+
+
+def test_nan_is_an_error(texts):
+    predictor = Predictor.load(Classifier.find(texts[0] / "run" / "adapter"))
+    with torch.no_grad():
+        predictor.model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(dt.AdapterError, match="gives NaN for 1 of 1 inputs, such as a:1"):
+        predictor.predict([Text("a:1", "tale", None)])
+
+
+def test_memory_is_short(texts, monkeypatch):
+    predictor = Predictor.load(Classifier.find(texts[0] / "run" / "adapter"))
+
+    def fail(**_):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(predictor.model, "forward", fail)
+    with pytest.raises(dt.AdapterError, match="out of memory; try a smaller batch_size"):
+        predictor.predict([Text("a", "tale", None)])
+
+
+def test_a_language_model_is_no_classifier(tmp_path):
+    llama().save_pretrained(tmp_path)
+    with pytest.raises(dt.AdapterError, match="use doratune generate"):
+        Classifier.find(tmp_path)

@@ -1,0 +1,95 @@
+import json
+
+import pytest
+
+import doratune as dt
+from doratune.inference.prompts import Prompt, chat, read_prompts
+from inference.small import TEMPLATE
+from train.tiny import tokenizer
+
+USER = {"role": "user", "content": "hello"}
+ASSISTANT = {"role": "assistant", "content": "hi"}
+
+
+def write(path, *rows):
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def test_lines_of_a_text_file(tmp_path):
+    path = write(tmp_path / "p.txt", "once", "", "  ", "upon")
+    assert read_prompts(path) == [Prompt("once"), Prompt("upon")]
+    assert read_prompts(path, as_chat=True, system="Be short.")[1].messages == (
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "upon"},
+    )
+
+
+def test_rows_of_a_table(tmp_path):
+    path = write(
+        tmp_path / "p.jsonl",
+        {"prompt": "once", "completion": "upon"},
+        {"messages": [USER]},
+        {"messages": [USER, ASSISTANT]},
+    )
+    once, open_chat, answered = read_prompts(path)
+    assert once == Prompt("once")
+    assert open_chat == answered == Prompt(messages=(USER,)), "the answer is the model's to write"
+    assert open_chat.as_json() == {"messages": [USER]}
+    assert once.as_json() == {"prompt": "once"}
+    assert (once.shown(), open_chat.shown()) == ("once", "hello")
+    (tmp_path / "p.csv").write_text("prompt,more\nonce,1\n")
+    assert read_prompts(tmp_path / "p.csv") == [Prompt("once")]
+
+
+def test_every_bad_line_is_listed(tmp_path):
+    path = write(
+        tmp_path / "p.jsonl",
+        "{",
+        "[]",
+        {"question": "?"},
+        {"prompt": 3},
+        {"messages": []},
+        {"messages": [ASSISTANT]},
+        {"messages": [{"role": "robot", "content": "x"}]},
+        {"messages": [{"role": "user"}]},
+        {"prompt": "good"},
+    )
+    with pytest.raises(dt.AdapterError) as caught:
+        read_prompts(path)
+    said = str(caught.value)
+    assert "8 problems" in said
+    for number, part in enumerate(
+        (
+            "is not JSON",
+            "expected an object",
+            "expected a column prompt or messages, found question",
+            "expected a text as prompt, found 3",
+            "expected a list",
+            "none that is to be answered",
+            "role must be one of",
+            "expected role and content",
+        ),
+        1,
+    ):
+        assert part in next(line for line in said.splitlines() if f"p.jsonl:{number}:" in line)
+
+
+def test_no_prompts(tmp_path):
+    with pytest.raises(dt.AdapterError, match="holds no prompt"):
+        read_prompts(write(tmp_path / "p.txt", "", " "))
+    with pytest.raises(dt.AdapterError, match="no such file"):
+        read_prompts(tmp_path / "absent.txt")
+
+
+def test_a_chat_is_written_in_the_models_template():
+    words = tokenizer()
+    words.chat_template = TEMPLATE
+    prompt = chat("more", "Be short.", [USER, ASSISTANT])
+    assert prompt.render(words) == "<system>Be short.\n<user>hello\n<assistant>hi\n<user>more\n<assistant>"
+    words.chat_template = "{{ raise_exception('no system here') }}"
+    with pytest.raises(dt.AdapterError, match="refuses these messages: no system here"):
+        prompt.render(words)
+    words.chat_template = None
+    with pytest.raises(dt.AdapterError, match="no chat template"):
+        prompt.render(words)

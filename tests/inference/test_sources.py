@@ -1,0 +1,64 @@
+import json
+
+import pytest
+
+import doratune as dt
+from doratune.inference.sources import find_sources
+from inference.small import save_moved, save_writer
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_writer(tmp_path_factory.mktemp("assets") / "model")
+
+
+def test_the_base_is_the_one_that_the_adapter_names(base, tmp_path):
+    found = find_sources([str(save_moved(tmp_path / "one", base))])
+    assert found.base == str(base)
+    assert found.adapters == {"one": tmp_path / "one"}
+
+
+def test_a_whole_model_needs_no_adapter(base):
+    assert find_sources([str(base)]).base == str(base)
+    assert find_sources([], str(base)).adapters == {}
+
+
+def test_names_come_from_folders_or_their_runs(base, tmp_path):
+    places = ("x y/adapter", "two", "other/two", "base")
+    folders = [str(save_moved(tmp_path / place, base)) for place in places]
+    assert list(find_sources(folders).adapters) == ["x_y", "two", "two-2", "base-2"]
+
+
+def test_every_wrong_folder_is_listed(base, tmp_path):
+    run = save_moved(tmp_path / "run" / "adapter", base).parent
+    (tmp_path / "file").touch()
+    broken = save_moved(tmp_path / "broken", base)
+    (broken / "adapter_model.safetensors").write_bytes(b"nothing")
+    nameless = save_moved(tmp_path / "nameless", None)
+    folders = [str(path) for path in (run, tmp_path / "absent", tmp_path / "file", broken, nameless)]
+    with pytest.raises(dt.AdapterError) as caught:
+        find_sources(folders)
+    said = str(caught.value)
+    for part in ("5 problems", f"did you mean {run / 'adapter'}?", "does not exist", "is a file", "cannot be read"):
+        assert part in said
+    assert f"{nameless} does not name its base model; give it with --base" in said
+
+
+def test_adapters_of_different_models_need_a_base(base, tmp_path):
+    one, two = save_moved(tmp_path / "one", base), save_moved(tmp_path / "two", base)
+    config = json.loads((two / "adapter_config.json").read_text())
+    (two / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "owner/other"}))
+    with pytest.raises(dt.AdapterError, match=r"different base models.*two of owner/other"):
+        find_sources([str(one), str(two)])
+    assert len(find_sources([str(one), str(two)], str(base)).adapters) == 2
+
+
+def test_a_base_that_moved_away(base, tmp_path):
+    adapter = save_moved(tmp_path / "one", tmp_path / "gone")
+    with pytest.raises(dt.AdapterError, match=r"gone: no such folder \(named by the adapter.*--base"):
+        find_sources([str(adapter)])
+
+
+def test_nothing_named():
+    with pytest.raises(dt.AdapterError, match="name an adapter's folder, or a model with --base"):
+        find_sources([])

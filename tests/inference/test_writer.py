@@ -1,0 +1,141 @@
+import pytest
+import torch
+
+import doratune as dt
+from doratune.inference.prompts import Prompt, chat
+from doratune.inference.sampling import Sampling
+from doratune.inference.sources import Sources
+from doratune.inference.writer import Writer, label
+from inference.small import save_moved, save_writer
+from train.tiny import llama, tokenizer
+
+SHORT = Sampling(max_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("assets")
+    base = save_writer(folder / "model")
+    adapters = {name: save_moved(folder / name, base, seed) for seed, name in enumerate(("one", "two"), 1)}
+    return Sources(str(base), adapters)
+
+
+@pytest.fixture
+def writer(sources):
+    return Writer.load(sources)
+
+
+def likeliest(model, text, count):
+    """Greedy decoding by hand, without any cache."""
+    ids = torch.tensor([tokenizer()(text)["input_ids"]])
+    start = ids.shape[1]
+    with torch.no_grad():
+        for _ in range(count):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    return tokenizer().decode(ids[0, start:])
+
+
+def test_each_adapter_and_the_base_write_what_their_models_write(writer, sources):
+    assert writer.adapters == ["one", "two"]
+    texts = {}
+    for name in (None, "one", "two", "one", None):
+        (found,) = writer.write([Prompt("once upon")], SHORT, name)
+        assert texts.setdefault(name, found.text) == found.text, "switching back changes nothing"
+        assert found.adapter == name
+        assert found.tokens == 8 or found.ended
+    assert len(set(texts.values())) == 3
+    assert texts[None] == likeliest(llama().eval(), "once upon", 8)
+    alone = dt.load_adapter(llama(), sources.adapters["two"]).eval()
+    assert texts["two"] == likeliest(alone, "once upon", 8)
+
+
+def test_a_batch_writes_what_single_prompts_do(writer):
+    prompts = [Prompt("once"), Prompt("a wolf in the forest and a king"), chat("time")]
+    together = writer.write(prompts, SHORT, "one")
+    assert together == [writer.write([prompt], SHORT, "one")[0] for prompt in prompts]
+
+
+def test_merged_writes_the_same(sources):
+    one = Sources(sources.base, {"one": sources.adapters["one"]})
+    merged = Writer.load(one, merged=True)
+    assert merged.adapters == []
+    unmerged = Writer.load(one).write([Prompt("king")], SHORT, "one")
+    assert merged.write([Prompt("king")], SHORT)[0].text == unmerged[0].text
+    with pytest.raises(dt.AdapterError, match="merging takes one adapter; found 2"):
+        Writer.load(sources, merged=True)
+
+
+def test_sampling_follows_its_seed(writer):
+    def drawn(**options):
+        return writer.write([Prompt("once")], Sampling(max_tokens=12, temperature=1.5, **options))[0].text
+
+    assert drawn(seed=1) == drawn(seed=1)
+    assert drawn(seed=1) != drawn(seed=2)
+    greedy = writer.write([Prompt("once")], Sampling(max_tokens=12))[0].text
+    assert drawn(top_k=1) == drawn(top_p=1e-6) == greedy
+    assert drawn(seed=1) != greedy
+
+
+def test_the_models_own_settings_do_not_make_it_sample(writer):
+    expected = writer.write([Prompt("once")], SHORT)
+    writer.model.generation_config.do_sample = True
+    writer.model.generation_config.temperature = 5.0
+    assert writer.write([Prompt("once")], SHORT) == expected
+
+
+def test_a_text_ends_where_the_model_ends_it(writer):
+    whole = writer.write([Prompt("once")], SHORT)[0]
+    assert not whole.ended
+    third = tokenizer()(whole.text)["input_ids"][2]
+    writer.model.generation_config.eos_token_id = [256, third]
+    cut = writer.write([Prompt("once")], SHORT)[0]
+    assert cut.ended
+    assert cut.tokens <= 2
+    assert whole.text.startswith(cut.text)
+
+
+def test_prompts_that_do_not_fit_are_listed(writer):
+    with pytest.raises(dt.AdapterError) as caught:
+        writer.write([Prompt("once"), Prompt("x" * 128), Prompt("")], SHORT)
+    assert "prompt 2 has 128 tokens, the model's context is 128" in str(caught.value)
+    assert "prompt 3 is empty" in str(caught.value)
+
+
+def test_nothing_of_a_failure_stays(writer, monkeypatch):
+    expected = writer.write([Prompt("once")], SHORT, "two")
+
+    def fail(**_):
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.model, "generate", fail)
+        with pytest.raises(dt.AdapterError, match="out of memory; try a smaller batch_size"):
+            writer.write([Prompt("once")], SHORT)
+    assert writer.write([Prompt("once")], SHORT, "two") == expected
+
+
+def test_a_model_that_does_not_write(sources, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    with pytest.raises(dt.AdapterError, match="could not be loaded"):
+        Writer.load(Sources(str(tmp_path / "empty"), {}))
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"max_tokens": 0}, "max_tokens must be above 0"),
+        ({"temperature": -1.0}, "temperature must be at least 0"),
+        ({"temperature": float("nan")}, "temperature must be at least 0"),
+        ({"top_p": 0.0}, "top_p must lie above 0"),
+        ({"top_k": -1}, "top_k must be at least 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
+        ({"seed": -1}, "seed must be at least 0"),
+    ],
+)
+def test_sampling_that_cannot_work(options, complaint):
+    assert [complaint in problem for problem in Sampling(**options).problems()] == [True]
+
+
+def test_labels():
+    assert (label(None), label("tales")) == ("base", "tales")
