@@ -112,9 +112,11 @@ def _image_problem(name: str) -> str | None:
 
 def _texts(name: str, config: TrainConfig) -> Iterator[Row]:
     columns: dict[str, str] = {}
+    known: dict[str, Any] = {}
     for row in lines_of(name, SPLIT):
-        if not row.problem and not columns:
-            columns = choose(config, list(row.values), ["text"], row.where, ["label"])
+        if not row.problem and "label" not in columns:  # the first rows may have none
+            known.update(row.values)
+            columns = {**choose(config, list(known), ["text"], row.where, ["label"]), **columns}
         if row.problem or columns["text"] in row.values:
             yield Row(row.where, {role: row.values.get(column) for role, column in columns.items()}, row.problem)
         else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +19,12 @@ from doratune.train.columns import choose
 from doratune.train.config import TrainConfig
 from doratune.train.gather import BadRow
 from doratune.train.labels import name_of
-from doratune.train.sources import Row, is_dataset_folder, is_hub_name, path_of, read
+from doratune.train.sources import TABLES, Row, is_dataset_folder, is_hub_name, path_of, read
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 SPLITS = ("train", "test", "val", "valid", "validation")
 KEYS = {
     "train": (("x_train", "y_train"), ("train_images", "train_labels"), ("images", "labels"), ("x", "y"), ("X", "y")),
@@ -126,7 +127,8 @@ def has_test_part(name: str) -> bool:
     path = path_of(name)
     if not path.is_file() or path.suffix.lower() != ".npz":
         return False
-    keys = set(_load(path).files)
+    with _opened(path) as archive:
+        keys = set(archive.files)
     return any(set(pair) <= keys for pair in KEYS["test"][:2]) and any(set(pair) <= keys for pair in KEYS["train"][:2])
 
 
@@ -145,36 +147,46 @@ def _anywhere(path: Path) -> Iterator[Row]:
             yield Row(str(file), {"image": file, "label": inner[0] if len(inner) > 1 else None})
 
 
-def _load(path: Path) -> Any:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A NumPy archive; what goes wrong with it is said with its name."""
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, BadZipFile) as error:
+        with path.open("rb") as file:  # NumPy leaves a file open that is no archive
+            archive = np.load(file, allow_pickle=False)
+            if not hasattr(archive, "files"):
+                raise ValueError("it holds a single array")
+            yield archive
+    except (OSError, EOFError, ValueError, BadZipFile, zlib.error) as error:  # ValueError: pickles, which are not read
+        if isinstance(error, AdapterError):
+            raise
         raise AdapterError(f"{path} cannot be read as a NumPy archive: {error}") from error
 
 
 def _archive(path: Path, part: str, labelled: bool) -> Iterator[Row]:
-    archive = _load(path)
     pairs = KEYS[part] if labelled else (*KEYS["test"], *KEYS["train"])
-    pair = next((pair for pair in pairs if set(pair) <= set(archive.files)), None)
-    if pair is None and not labelled:
-        pair = next(((name, "") for name, _ in pairs if name in archive.files), None)
-    if pair is None:
-        known = ", ".join(dict.fromkeys(" and ".join(pair) if labelled else pair[0] for pair in pairs))
-        raise AdapterError(f"{path} has the arrays {', '.join(archive.files)}; expected {known}")
-    try:
+    with _opened(path) as archive:
+        pair = next((pair for pair in pairs if set(pair) <= set(archive.files)), None)
+        if pair is None and not labelled:
+            pair = next(((name, "") for name, _ in pairs if name in archive.files), None)
+        if pair is None:
+            known = ", ".join(dict.fromkeys(" and ".join(pair) if labelled else pair[0] for pair in pairs))
+            raise AdapterError(f"{path} has the arrays {', '.join(archive.files)}; expected {known}")
         images = archive[pair[0]]
         labels = archive[pair[1]].reshape(-1).tolist() if pair[1] else [None] * len(images)
         names = archive["label_names"].tolist() if "label_names" in archive.files else None
-    except (ValueError, BadZipFile) as error:  # pickled objects are not read
-        raise AdapterError(f"{path}: {error}") from error
     if images.ndim not in (3, 4) or len(images) != len(labels):
         raise AdapterError(
             f"{path}: expected images [count, height, width] or [count, height, width, channels] and as many labels; "
             f"found {list(images.shape)} and {len(labels)}"
         )
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-        named = label if names is None or label is None else names[label]
-        yield Row(f"{path} {pair[0]}[{number}]", {"image": image, "label": named})
+        where = f"{path} {pair[0]}[{number}]"
+        if names is None or label is None:
+            yield Row(where, {"image": image, "label": label})
+        elif label in range(len(names)):
+            yield Row(where, {"image": image, "label": names[int(label)]})
+        else:
+            yield Row(where, problem=f"label is {label!r}, label_names has names for 0 to {len(names) - 1}")
 
 
 def _table(name: str, split: str, columns: Mapping[str, str], folder: Path | None) -> Iterator[Row]:

@@ -207,10 +207,17 @@ def test_archives_that_are_none_of_images(assets, tmp_path):
     with pytest.raises(dt.AdapterError, match="has the arrays foo; expected x_train and y_train"):
         prepare(config(assets, tmp_path, data=tmp_path / "a.npz"))
     np.savez(tmp_path / "a.npz", x=np.zeros((3, 4, 4)), y=np.zeros(2))
-    with pytest.raises(dt.AdapterError, match=r"as many labels; found \[3, 4, 4\] and \[2\]"):
+    with pytest.raises(dt.AdapterError, match=r"as many labels; found \[3, 4, 4\] and 2"):
         prepare(config(assets, tmp_path, data=tmp_path / "a.npz"))
     (tmp_path / "a.npz").write_bytes(b"nothing")
     with pytest.raises(dt.AdapterError, match="cannot be read as a NumPy archive"):
+        prepare(config(assets, tmp_path, data=tmp_path / "a.npz"))
+    with (tmp_path / "a.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(dt.AdapterError, match="cannot be read as a NumPy archive: it holds a single array"):
+        prepare(config(assets, tmp_path, data=tmp_path / "a.npz"))
+    np.savez(tmp_path / "a.npz", x=np.zeros((2, 4, 4)), y=np.array([0, 2]), label_names=["cat", "dog"])
+    with pytest.raises(dt.AdapterError, match=r"x\[1\]: label is 2, label_names has names for 0 to 1"):
         prepare(config(assets, tmp_path, data=tmp_path / "a.npz"))
     np.savez(tmp_path / "a.npz", x=np.full((2, 4, 4), -1.0), y=np.arange(2))
     with pytest.raises(dt.AdapterError, match=r"expected values from 0 to 255 or from 0 to 1, found -1.0"):
