@@ -12,17 +12,21 @@ CREATED := $(VENV)/.stamp-created
 TRAIN := $(VENV)/.stamp-train
 DEV := $(VENV)/.stamp-dev
 
-.PHONY: help quickstart test lint clean
+.PHONY: help quickstart quickstart-image test lint clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make quickstart  fine-tune a real language model with DoRA and LoRA, and compare them (options: ARGS='...')"
-	@echo "make test        all tests, in $(WORKERS) processes (options: ARGS='-k norm')"
-	@echo "make lint        ruff, ruff format and mypy"
-	@echo "make clean       remove environment, builds and caches of this folder; downloads and runs stay"
+	@echo "make quickstart        fine-tune a real language model with DoRA and LoRA, and compare them (options: ARGS='...')"
+	@echo "make quickstart-image  teach a vision transformer to read digits with DoRA, LoRA and a linear probe (ARGS='...')"
+	@echo "make test              all tests, in $(WORKERS) processes (options: ARGS='-k norm')"
+	@echo "make lint              ruff, ruff format and mypy"
+	@echo "make clean             remove environment, builds and caches of this folder; downloads and runs stay"
 
 quickstart: $(TRAIN)
 	$(BIN)/python examples/quickstart.py $(ARGS)
+
+quickstart-image: $(TRAIN)
+	$(BIN)/python examples/quickstart_image.py $(ARGS)
 
 # One thread for each process: two processes that both use every core are slower than one.
 test: $(DEV)
@@ -45,10 +49,10 @@ $(CREATED):
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-# gguf reads the language model that the quickstart fetches.
+# gguf and onnx read the models that the quickstarts fetch.
 $(TRAIN): $(CREATED) pyproject.toml constraints.txt
 	@echo "Installing torch, transformers and what else training needs into $(VENV) ..."
-	$(INSTALL) -e '.[train]' gguf psutil
+	$(INSTALL) -e '.[train]' gguf onnx psutil
 	touch $@
 
 $(DEV): $(CREATED) pyproject.toml constraints.txt

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -30,7 +31,7 @@ RUNS = (
 )
 SHOWN = RUNS[0]  # predictions are its
 EACH = 10
-"""Images in a row of the picture."""
+"""Images of digits in the picture, read right; and read wrong."""
 
 
 @dataclass
@@ -146,37 +147,41 @@ def read_predictions(path: Path, archive: Path) -> list[Read]:
 
 
 def draw(metrics: dict[str, list[dict[str, Any]]], read: list[Read], path: Path) -> None:
-    """Held-out loss and accuracy over the steps; an image of each digit, and the surest mistakes."""
-    figure = Figure(figsize=(11, 4), dpi=120, layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1, 1.15])
-    left.suptitle("held-out images", fontsize=10)
-    for axes, key, name in zip(
-        left.subplots(1, 2), ("eval_accuracy", "eval_loss"), ("share read right", "loss, nats per image"), strict=True
+    """Held-out accuracy and loss over the steps; an image of each digit, and the surest mistakes."""
+    figure = Figure(figsize=(12, 4.2), dpi=120, layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[1.5, 1], wspace=0.04)
+    accuracy, loss = left.subplots(1, 2)
+    for axes, key, name in (
+        (accuracy, "eval_accuracy", "images read right"),
+        (loss, "eval_loss", "loss, nats per image"),
     ):
-        for label, records in metrics.items():
+        for number, (label, records) in enumerate(metrics.items()):
             points = [(record["step"], record[key]) for record in records if key in record]
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=label)
+            # Lines that lie on each other: the first is the widest, so that it shows beside the next.
+            look = {"linewidth": 4 - 1.2 * number, "markersize": 9 - 2 * number, "label": label}
+            axes.plot(*zip(*points, strict=True), marker="o", **look)
         axes.set_xlabel("step")
         axes.set_title(name, fontsize=10)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    accuracy.set_ylim(0, 1)
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1))
+    loss.set_ylim(bottom=0)
+    loss.legend(frameon=False, fontsize=9)
+    left.suptitle(f"{len(read):,} images held out", fontsize=11)
     first = [next(one for one in read if one.label == str(digit)) for digit in range(EACH)]
     wrong = sorted((one for one in read if one.predicted != one.label), key=lambda one: -one.probability)[:EACH]
-    right.suptitle(
-        f"{SHOWN.label}: the first of each digit; below, its surest mistakes (what it is > taken for)", fontsize=10
-    )
-    for axes, one in zip(right.subplots(4, EACH // 2).flat, [*first, *wrong], strict=False):
-        axes.imshow(one.image, cmap="gray_r")
-        mistaken = one.predicted != one.label
-        axes.set_title(
-            f"{one.label} > {one.predicted}" if mistaken else one.predicted,
-            fontsize=9,
-            color="firebrick" if mistaken else "black",
-            pad=2,
-        )
-    for axes in right.axes:
-        axes.set_axis_off()
+    above, below = right.subfigures(2, 1)
+    above.suptitle(f"{SHOWN.label} reads the first of each digit", fontsize=11)
+    below.suptitle("its surest mistakes: what it is → what it read", fontsize=11)
+    for part, row in ((above, first), (below, wrong)):
+        for axes, one in zip(part.subplots(2, EACH // 2).flat, row, strict=False):
+            axes.imshow(one.image, cmap="gray_r")
+            mistaken = one.predicted != one.label
+            said = f"{one.label} → {one.predicted}" if mistaken else one.predicted
+            axes.set_title(said, fontsize=10, color="firebrick" if mistaken else "black", pad=2)
+        for axes in part.axes:
+            axes.set_axis_off()
     figure.savefig(path)
 
 

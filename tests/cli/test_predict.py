@@ -5,7 +5,7 @@ import pytest
 
 from doratune.cli import main
 from inference.classifiers import train_on_images, train_on_texts
-from train.tiny import save_rows
+from train.tiny import save_encoder, save_image_folder, save_rows, save_vision_model
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +154,16 @@ def test_what_cannot_work_is_one_message(texts, arguments, complaints, capsys):
     assert said.out == ""
     for part in complaints:
         assert part in said.err
+
+
+@pytest.mark.parametrize("make", [save_vision_model, save_encoder])
+def test_a_model_without_a_head_is_no_classifier(make, tmp_path, capsys):
+    make(tmp_path / "model")
+    save_rows(tmp_path / "rows.jsonl", [{"text": "a"}])
+    capsys.readouterr()
+    files = save_image_folder(tmp_path / "photos", 2) if make is save_vision_model else tmp_path / "rows.jsonl"
+    assert predict(tmp_path / "model", files) == 1
+    assert "not a classifier" in capsys.readouterr().err
 
 
 def test_generate_sends_classifiers_to_predict(texts, tmp_path, capsys):

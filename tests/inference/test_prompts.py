@@ -38,6 +38,8 @@ def test_rows_of_a_table(tmp_path):
     assert open_chat.as_json() == {"messages": [USER]}
     assert once.as_json() == {"prompt": "once"}
     assert (once.shown(), open_chat.shown()) == ("once", "hello")
+    found = write(tmp_path / "p.jsonl", {"conversations": [{"from": "human", "value": "hello"}]}, {"question": "once"})
+    assert read_prompts(found) == [open_chat, once], "columns and roles as in training"
     (tmp_path / "p.csv").write_text("prompt,more\nonce,1\n")
     assert read_prompts(tmp_path / "p.csv") == [Prompt("once")]
 
@@ -47,7 +49,7 @@ def test_every_bad_line_is_listed(tmp_path):
         tmp_path / "p.jsonl",
         "{",
         "[]",
-        {"question": "?"},
+        {"foo": "?"},
         {"prompt": 3},
         {"messages": []},
         {"messages": [ASSISTANT]},
@@ -63,12 +65,12 @@ def test_every_bad_line_is_listed(tmp_path):
         (
             "is not JSON",
             "expected an object",
-            "expected a column prompt or messages, found question",
-            "expected a text as prompt, found 3",
+            "expected a column prompt or messages, found foo",
+            "prompt: expected text, found 3",
             "expected a list",
             "none that is to be answered",
             "role must be one of",
-            "expected role and content",
+            "(user) has no content",
         ),
         1,
     ):

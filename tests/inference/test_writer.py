@@ -55,6 +55,11 @@ def test_a_batch_writes_what_single_prompts_do(writer):
     assert together == [writer.write([prompt], SHORT, "one")[0] for prompt in prompts]
 
 
+def test_no_more_is_written_than_the_context_holds(writer):
+    long = Prompt("x" * 120)  # of 128 tokens
+    assert writer.write([long, Prompt("x")], Sampling(max_tokens=10**6), "one")[0].tokens <= 8
+
+
 def test_merged_writes_the_same(sources):
     one = Sources(sources.base, {"one": sources.adapters["one"]})
     merged = Writer.load(one, merged=True)
@@ -117,7 +122,7 @@ def test_nothing_of_a_failure_stays(writer, monkeypatch):
 def test_a_model_that_does_not_write(sources, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text("{}")
-    with pytest.raises(dt.AdapterError, match="could not be loaded"):
+    with pytest.raises(dt.AdapterError, match="holds no tokenizer"):
         Writer.load(Sources(str(tmp_path / "empty"), {}))
 
 

@@ -1,8 +1,10 @@
 """A run that is killed goes on from its last whole checkpoint and ends as if nothing had happened, bit for bit."""
 
 import os
+import random
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -91,27 +93,65 @@ MOMENTS = {
 }
 
 
+def started(folder, output, before=lambda: None, **values):
+    """A run in a process of its own, without importing everything again."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            before()
+            train(config(folder, output, **values), Console(quiet=True))
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+
+def same(folder, output):
+    """Whether two runs have left the same adapter and measured the same."""
+    one, other = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (folder, output))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    metrics = [
+        [(r["step"], r.get("loss"), r.get("eval_loss")) for r in read_metrics(run / "metrics.jsonl")]
+        for run in (folder, output)
+    ]
+    assert metrics[0] == metrics[1]
+
+
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: moment.__name__)
 def test_killed_and_resumed(whole, tmp_path, moment, monkeypatch):
     keep = 1 if moment is while_an_old_checkpoint_is_deleted else 2
-    child = os.fork()
-    if child == 0:  # a process of its own, without importing everything again
-        try:
-            moment(monkeypatch)
-            train(config(whole, tmp_path / "run", keep=keep), Console(quiet=True))
-        finally:
-            os._exit(1)
+    child = started(whole, tmp_path / "run", lambda: moment(monkeypatch), keep=keep)
     _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL, "the run was to be killed"
     last = last_checkpoint(tmp_path / "run" / "checkpoints")
     assert (last and int(last.name.rpartition("-")[2])) == MOMENTS[moment]
     result = train(config(whole, tmp_path / "run", keep=keep, resume=True), Console(quiet=True))
     assert result.steps == 6
-    one, other = (load_file(folder / "run" / "adapter" / "adapter_model.safetensors") for folder in (whole, tmp_path))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[key], other[key]) for key in one)
-    metrics = [
-        [(r["step"], r.get("loss"), r.get("eval_loss")) for r in read_metrics(folder / "run" / "metrics.jsonl")]
-        for folder in (whole, tmp_path)
-    ]
-    assert metrics[0] == metrics[1]
+    same(whole / "run", tmp_path / "run")
+
+
+def test_killed_at_ten_random_moments_of_one_run(tmp_path):
+    """Each time the run goes on from where it was killed; where it has ended meanwhile, another begins."""
+    options = {"steps": 12, "keep": 1, "save_every": 1, "eval_every": 4}
+    save_model(tmp_path / "model")
+    write_text(tmp_path / "text.txt")
+    start = time.monotonic()
+    train(config(tmp_path, tmp_path / "whole", **options), Console(quiet=True))
+    took = time.monotonic() - start
+    choose, killed, run = random.Random(0), 0, 0
+    while killed < 10:
+        output = tmp_path / f"run-{run}"
+        child = started(tmp_path, output, resume=(output / "recipe.toml").is_file(), **options)
+        time.sleep(choose.uniform(0.1, 0.9) * took)
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        killed += os.WIFSIGNALED(status)
+        if not os.WIFSIGNALED(status):
+            assert os.waitstatus_to_exitcode(status) == 0, "it was not killed, and failed"
+            same(tmp_path / "whole", output)
+            run += 1
+    output = tmp_path / f"run-{run}"
+    train(config(tmp_path, output, resume=(output / "recipe.toml").is_file(), **options), Console(quiet=True))
+    same(tmp_path / "whole", output)

@@ -35,6 +35,9 @@ def test_a_broken_folder_is_named(tmp_path):
         load_model(str(tmp_path))
     with pytest.raises(dt.AdapterError, match="no such folder"):
         load_tokenizer(str(tmp_path / "absent"))
+    (tmp_path / "tokenizer.json").unlink(), (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(dt.AdapterError, match="holds no tokenizer"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_dtypes():

@@ -1,5 +1,7 @@
+import dataclasses
 import io
 import json
+import shlex
 import shutil
 
 import pytest
@@ -151,6 +153,9 @@ def test_the_table_and_the_commands(assets, tmp_path):
     for part in ("doratune merge", "doratune.load_adapter", "PeftModel.from_pretrained"):
         assert part in commands
     assert json.loads((tmp_path / "a" / "results.json").read_text())["peak_memory"] > 2**20
+    use = dataclasses.replace(result, prompt='a "king"').next_steps().splitlines()[1]
+    assert shlex.split(use) == ["doratune", "generate", result.adapter, "--prompt", 'a "king"']
+    assert "adapter --chat\n" in dataclasses.replace(result, chat=True).next_steps()
 
 
 def test_a_terminal_gets_a_bar_with_everything(assets, tmp_path):
@@ -172,8 +177,8 @@ def test_what_is_sent_elsewhere_is_handed_to_the_trainer(assets, tmp_path, monke
 
     monkeypatch.setattr(transformers, "TrainingArguments", note)
     monkeypatch.setattr("doratune.train.config.installed", lambda _: True)
-    train(config(assets, tmp_path / "a", steps=1, report_to=("tensorboard",)))
-    assert asked == [["tensorboard"]]
+    train(config(assets, tmp_path / "a", steps=1, report_to=("wandb", "trackio")))
+    assert asked == [["wandb", "trackio"]]
 
 
 def test_classifiers_are_inspected_and_merged_like_others(tmp_path, capsys):
@@ -193,3 +198,19 @@ def test_classifiers_are_inspected_and_merged_like_others(tmp_path, capsys):
     capsys.readouterr()
     merged = AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "merged")
     assert merged.config.id2label == {0: "blue", 1: "red"}
+
+
+def test_metrics_go_to_tensorboard_too(assets, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(config(assets, tmp_path / "run", report_to=("tensorboard",), eval_every=3))
+    found = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    found.Reload()
+    assert {"train/loss", "train/learning_rate", "eval/loss"} <= set(found.Tags()["scalars"])
+    assert [point.step for point in found.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [point.step for point in found.Scalars("eval/loss")] == [0, 3, 6]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    losses = [record["loss"] for record in records if "loss" in record]
+    assert [point.value for point in found.Scalars("train/loss")] == pytest.approx(losses)

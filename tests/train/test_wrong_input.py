@@ -80,6 +80,12 @@ CASES = {
     "folder without classes": ("vit", lambda folder: folder, IMAGES, "has no subfolders; expected one for each class"),
     "unknown arrays": ("vit", archive(foo=np.zeros(3)), IMAGES, "has the arrays foo; expected x_train"),
     "missing image": ("vit", rows({"image": "none.png", "label": "a"}), IMAGES, "x.jsonl:1: no such image"),
+    "images smaller than a patch": (
+        "vit",
+        lambda folder: save_image_folder(folder, 4),
+        [*IMAGES, "--image-size", "2"],
+        "2 x 2 pixels do not fill a patch of the model",
+    ),
     "text as images": ("vit", GOOD, IMAGES, "is not a folder, an .npz archive or a table"),
     "rank below 0": ("lm", GOOD, ["--rank", "-1"], "rank must be a whole number of at least 0"),
     "LoRA without rank": ("lm", GOOD, ["--method", "lora", "--rank", "0"], "method 'lora' has none"),
@@ -91,6 +97,11 @@ CASES = {
     ),
     "nothing to resume": ("lm", GOOD, ["--resume"], "holds no checkpoint to resume from"),
     "no such recipe": ("lm", GOOD, ["--recipe", "doral"], "recipe 'doral' is no file, and no shipped recipe"),
+    "streaming without an end": ("lm", GOOD, ["--streaming", "--epochs", "2"], "streaming needs steps"),
+    "output that cannot be made": ("lm", GOOD, ["--output", "/dev/null/run"], "output /dev/null/run cannot be made"),
+    "output is a file": ("lm", GOOD, ["--output", __file__], "is a file; name a folder"),
+    "held-out file missing": ("lm", GOOD, ["--eval-data", "none.txt"], "eval_data none.txt: no such file"),
+    "blocks longer than the text": ("lm", GOOD, ["--max-length", "100000"], "the text is too short"),
     "reporter not installed": ("lm", GOOD, ["--report-to", "wandb"], "wandb is not installed"),
 }
 
@@ -102,7 +113,7 @@ def test_one_clear_message(models, tmp_path, capsys, name):
     (tmp_path / "data").mkdir()
     data = str(make(tmp_path / "data"))
     command = ["train", "--model", model, "--data", data, "--output", str(tmp_path / "run"), "--max-length", "16"]
-    if "--steps" not in flags:
+    if not {"--steps", "--streaming"} & set(flags):
         command += ["--steps", "1"]
     assert main([*command, *flags]) == 1
     captured = capsys.readouterr()

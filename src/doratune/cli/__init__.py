@@ -29,7 +29,7 @@ RUNNERS: dict[type, Any] = {
 
 @dataclass
 class Program:
-    """DoRA fine-tuning: train adapters on language models, look at them, merge them."""
+    """DoRA fine-tuning: train adapters on language and vision models, use them, look at them, merge them."""
 
     command: (
         Annotated[train.TrainConfig, tyro.conf.subcommand("train")]

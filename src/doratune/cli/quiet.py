@@ -15,3 +15,4 @@ def quiet_libraries() -> None:
     notes.disable_progress_bar()
     datasets = require("datasets")
     datasets.disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # of all attempts to reach it, the last is told

@@ -141,8 +141,9 @@ class Predictor:
         if (folder / CONFIG).is_file():
             load_adapter(model, folder)
         labels = about.labels or tuple(str(label) for _, label in sorted((model.config.id2label or {}).items()))
-        if len(labels) < 2:
-            raise AdapterError(f"{found.base} is a {type(model).__name__} with {len(labels)} output, not a classifier")
+        kind = type(model).__name__
+        if "Classification" not in kind or len(labels) < 2:
+            raise AdapterError(f"{found.base} is a {kind} with {len(labels)} labels, not a classifier")
         model = to_device(model)
         if found.takes_images:
             return cls(model, _image_processor(found), labels, forward=dict(about.forward))

@@ -9,7 +9,9 @@ from typing import Any
 
 from doratune.errors import AdapterError
 from doratune.inference.lines import lines_of
-from doratune.train.tokens import ROLES
+from doratune.train.columns import GUESSES
+from doratune.train.gather import BadRow
+from doratune.train.tokens import string, turns_of
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Prompt:
     """Text to be continued, or the messages of a chat to be answered."""
 
     text: str = ""
-    messages: tuple[dict[str, str], ...] | None = None
+    messages: tuple[dict[str, Any], ...] | None = None
 
     def render(self, tokenizer: Any) -> str:
         """The text that the model gets.
@@ -40,10 +42,10 @@ class Prompt:
 
     def shown(self) -> str:
         """What a reader wants to see of it: the text, or the last message."""
-        return self.text if self.messages is None else self.messages[-1]["content"]
+        return self.text if self.messages is None else str(self.messages[-1].get("content"))
 
 
-def chat(text: str, system: str | None = None, before: Sequence[dict[str, str]] = ()) -> Prompt:
+def chat(text: str, system: str | None = None, before: Sequence[dict[str, Any]] = ()) -> Prompt:
     """One user message, after a system message and what was said before."""
     first = [] if system is None else [{"role": "system", "content": system}]
     return Prompt(messages=(*first, *before, {"role": "user", "content": text}))
@@ -52,9 +54,9 @@ def chat(text: str, system: str | None = None, before: Sequence[dict[str, str]] 
 def read_prompts(path: Path, as_chat: bool = False, system: str | None = None) -> list[Prompt]:
     """Read a file of prompts.
 
-    Tables (.jsonl, .json, .csv, .tsv, .parquet) have a column ``prompt`` or ``messages``; an answer at the end of the
-    messages is left out, because the model is to write it. Any other file is text with a prompt a line; empty lines are
-    passed over.
+    Tables (.jsonl, .json, .csv, .tsv, .parquet) have a column for prompts or messages, found as in training; an answer
+    at the end of the messages is left out, because the model is to write it. Any other file is text with a prompt a
+    line; empty lines are passed over.
 
     Args:
         path: the file.
@@ -72,7 +74,7 @@ def read_prompts(path: Path, as_chat: bool = False, system: str | None = None) -
         problem = row.problem
         try:
             prompt = None if problem else _prompt(row.values)
-        except ValueError as error:
+        except BadRow as error:
             problem = str(error)
         if problem:
             problems.append(f"{row.where}: {problem}")
@@ -86,26 +88,22 @@ def read_prompts(path: Path, as_chat: bool = False, system: str | None = None) -
 
 
 def _prompt(values: Mapping[str, Any]) -> Prompt:
-    if "messages" in values:
-        return Prompt(messages=_asked(values["messages"]))
-    text = next((values[name] for name in ("prompt", "text") if name in values), None)
+    messages, text = _column(values, "messages"), _column(values, "prompt", "text")
+    if messages is not None:
+        return Prompt(messages=_asked(values[messages]))
     if text is None:
-        raise ValueError(f"expected a column prompt or messages, found {', '.join(values) or 'none'}")
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"expected a text as prompt, found {text!r}")
-    return Prompt(text)
+        raise BadRow(f"expected a column prompt or messages, found {', '.join(map(str, values)) or 'none'}")
+    return Prompt(string(values[text], text))
 
 
-def _asked(messages: Any) -> tuple[dict[str, str], ...]:
+def _column(values: Mapping[str, Any], *roles: str) -> str | None:
+    return next((name for role in roles for name in GUESSES[role] if name in values), None)
+
+
+def _asked(messages: Any) -> tuple[dict[str, Any], ...]:
     """The messages up to the user's last one."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise ValueError("messages: expected a list of them")
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
-            raise ValueError(f"message {number}: expected role and content, found {message!r}")
-        if message.get("role") not in ROLES:
-            raise ValueError(f"message {number}: role must be one of {', '.join(ROLES)}; found {message.get('role')!r}")
-    asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    turns = turns_of(messages)
+    asked = turns[:-1] if turns[-1]["role"] == "assistant" else turns
     if not asked or asked[-1]["role"] == "assistant":
-        raise ValueError("messages: found none that is to be answered")
-    return tuple({"role": message["role"], "content": message["content"]} for message in asked)
+        raise BadRow("messages: found none that is to be answered")
+    return tuple(asked)

@@ -12,7 +12,7 @@ class Sampling:
     """How the next token is chosen."""
 
     max_tokens: int = 200
-    """Tokens to write at most."""
+    """Tokens to write at most; no more than the model's context holds."""
     temperature: float = 0.0
     """0: always the likeliest token; higher: more variety."""
     top_p: float = 1.0
@@ -36,11 +36,15 @@ class Sampling:
             if not 0 <= getattr(self, name) < float("inf"):
                 yield f"{name} must be at least 0; found {getattr(self, name)}"
 
-    def options(self) -> dict[str, Any]:
-        """As transformers' ``generate`` wants it; what a model's own settings say about sampling is overridden."""
+    def options(self, room: int | None = None) -> dict[str, Any]:
+        """As transformers' ``generate`` wants it; what a model's own settings say about sampling is overridden.
+
+        Args:
+            room: tokens that the model's context has left; None: without end.
+        """
         sample = self.temperature > 0
         return {
-            "max_new_tokens": self.max_tokens,
+            "max_new_tokens": self.max_tokens if room is None else min(self.max_tokens, room),
             "do_sample": sample,
             "temperature": self.temperature if sample else None,
             "top_p": self.top_p if sample else None,

@@ -107,14 +107,14 @@ class Writer:
             self.tokenizer(text, add_special_tokens=prompt.messages is None)["input_ids"]
             for text, prompt in zip(texts, prompts, strict=True)
         ]
-        self._check_lengths(rows)
+        room = self._room(rows)
         batch = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.model.device)
         require("transformers").set_seed(sampling.seed)
         ends = self._ends()
         with torch.no_grad(), self.using(adapter), explaining_memory(_LESS):
             written = self.model.generate(
                 **batch,
-                **sampling.options(),
+                **sampling.options(room),
                 eos_token_id=ends or None,
                 pad_token_id=self.tokenizer.pad_token_id,
                 streamer=streamer,
@@ -141,7 +141,8 @@ class Writer:
         known = found if isinstance(found, list) else [found]
         return sorted({token for token in (*known, self.tokenizer.eos_token_id) if token is not None})
 
-    def _check_lengths(self, rows: list[list[int]]) -> None:
+    def _room(self, rows: list[list[int]]) -> int | None:
+        """Tokens that the model's context has left after the longest prompt; None: it is not known."""
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         problems = []
         for number, ids in enumerate(rows, 1):
@@ -151,6 +152,7 @@ class Writer:
                 problems.append(f"prompt {number} has {len(ids)} tokens, the model's context is {context}; shorten it")
         if problems:
             raise AdapterError.of("prompts", problems)
+        return context - max(map(len, rows)) if context else None
 
 
 def label(adapter: str | None) -> str:

@@ -12,7 +12,7 @@ from doratune.summary import Summary, summary
 from doratune.train.config import TrainConfig
 from doratune.train.models import load_classifier, load_model
 from doratune.train.optimizer import OPTIMIZERS, SCHEDULES, keep_float32, train_only
-from doratune.train.output import CHECKPOINTS, METRICS
+from doratune.train.output import CHECKPOINTS, METRICS, TENSORBOARD
 from doratune.train.tasks.batches import Padded
 from doratune.train.tasks.prepared import Prepared
 
@@ -59,6 +59,7 @@ def precision(config: TrainConfig, dtype: torch.dtype, mixed: bool) -> str:
 def make_trainer(config: TrainConfig, model: Any, prepared: Prepared, dtype: torch.dtype, mixed: bool) -> Any:
     """transformers' Trainer for this run."""
     from transformers import PrinterCallback, TrainingArguments
+    from transformers.integrations import TensorBoardCallback
 
     from doratune.train import labels
     from doratune.train.callbacks import MetricsFile, NewEpoch
@@ -116,6 +117,9 @@ def make_trainer(config: TrainConfig, model: Any, prepared: Prepared, dtype: tor
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):  # the measurement before training would go to another folder
+            callback.logging_dir = str(config.output / TENSORBOARD)
     return trainer
 
 

@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 else:
     TrainerCallback = require("transformers").TrainerCallback
 
-_UNITS = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
-"""Of the Trainer's last message: reported in results.json in our own way."""
+_UNITS = (
+    *("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"),
+    "eval_model_preparation_time",
+)
+"""Of the Trainer's messages: reported in results.json in our own way, or of no use."""
 EXPLODED = 10.0
 """A loss this far above that before training has left everything behind that can be learnt back."""
 
@@ -99,6 +102,7 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the bar, at the step a resumed run goes on from."""
         self.start, self.before, self.first = time.monotonic(), seen(self.unit, args, state), state.global_step
+        self.measuring = 0.0
         self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step, told="")
         self.bar.start()
 
@@ -106,9 +110,13 @@ class Progress(TrainerCallback):
         """Advance."""
         self.bar.update(self.task, completed=state.global_step, told=self._told(args, state))
 
+    def speed(self, args: Any, state: Any) -> float:
+        """Units a second; the time that held-out data took does not count."""
+        elapsed = time.monotonic() - self.start - self.measuring
+        return (seen(self.unit, args, state) - self.before) / max(elapsed, 1e-9)
+
     def _told(self, args: Any, state: Any) -> str:
-        elapsed = time.monotonic() - self.start
-        speed = (seen(self.unit, args, state) - self.before) / max(elapsed, 1e-9)
+        speed = self.speed(args, state)
         memory = peak_memory(args.device) / 2**30
         parts = [f"loss {self.loss}", *self.held_out, f"{speed:,.{0 if speed >= 100 else 1}f} {self.unit}/s"]
         return "  ".join([*parts, f"{memory:.1f} GiB"])
@@ -116,6 +124,7 @@ class Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Take over the newest values."""
         self.held_out = _held_out(logs or {}) or self.held_out
+        self.measuring += (logs or {}).get("eval_runtime", 0.0)
         if "loss" not in (logs or {}):
             return
         self.loss = f"{(logs or {})['loss']:.3f}"

@@ -27,6 +27,8 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and deviation of red, green and blue, as most vision models but the first ViT were pretrained with."""
 TRAINED_WHOLE = (*HEAD_NAMES, r".*\.pooler", "pre_classifier")
 """Modules of classifiers that a base's files may lack: names, or regular expressions of paths."""
+TOKENIZER_FILES = ("*token*", "vocab*", "*.model", "*.gguf")
+"""Without any of these a folder has no tokenizer."""
 CLASSIFIERS = ("text-classification", "image-classification", "SEQ_CLS")
 
 
@@ -171,6 +173,10 @@ def load_tokenizer(name: str) -> Any:
     _raise_problem(name)
     options = {"local_files_only": True} if Path(name).expanduser().is_dir() else {}
     source = str(Path(name).expanduser()) if options else name
+    if options and not any(any(Path(source).glob(pattern)) for pattern in TOKENIZER_FILES):
+        raise AdapterError(
+            f"{name} holds no tokenizer (tokenizer.json, tokenizer_config.json): is it a language model?"
+        )
     try:
         return transformers.AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:

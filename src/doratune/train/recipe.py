@@ -40,7 +40,7 @@ def find_recipe(name: str) -> Path:
         AdapterError: if there is neither, listing the shipped ones.
     """
     path = Path(name).expanduser()
-    if path.exists() or path.suffix == ".toml" or "/" in name:
+    if path.is_file() or path.suffix == ".toml" or "/" in name:
         return path
     if name in shipped():
         return SHIPPED / f"{name}.toml"

@@ -49,11 +49,11 @@ class TrainResult:
     """To train on; None for a stream."""
     held_out_examples: int
     seconds: float
-    """Time of the training loop in this process; a resumed run counts its own part only."""
+    """Of the training loop in this process, measurements included; a resumed run counts its own part only."""
     unit: str
     """What speed is counted in: tokens, texts or images."""
     speed: float
-    """Units per second."""
+    """Units per second of training, without the time that held-out data took."""
     peak_memory: int
     """Of this process: resident memory, or GPU memory where there is one."""
     device: str
@@ -61,6 +61,8 @@ class TrainResult:
     labels: tuple[str, ...] = ()
     accuracy_before: float | None = None
     accuracy_after: float | None = None
+    chat: bool = False
+    """Whether it was trained on chats, in the model's chat template."""
     prompt: str | None = None
     sample_before: str | None = None
     sample_after: str | None = None
@@ -128,8 +130,9 @@ class TrainResult:
         folder, model, merged = (
             shlex.quote(str(path)) for path in (self.adapter, self.model, Path(self.adapter).parent / "merged")
         )
+        prompt = shlex.quote(self.prompt) if self.prompt else '"Once upon a time"'
         use = {
-            "text-generation": f'doratune generate {folder} --prompt "{self.prompt or "..."}"',
+            "text-generation": f"doratune generate {folder} {'--chat' if self.chat else f'--prompt {prompt}'}",
             "text-classification": f"doratune predict {folder} texts.csv --out predictions.csv",
             "image-classification": f"doratune predict {folder} images/ --out predictions.csv",
         }

@@ -19,6 +19,7 @@ from doratune.train.information import Information
 from doratune.train.models import choose_dtype, model_problem
 from doratune.train.output import CHECKPOINTS, CURVES, METRICS, RECIPE
 from doratune.train.results import TrainResult, peak_memory, read_metrics
+from doratune.train.sources import path_of
 from doratune.train.tasks import task_of
 from doratune.train.tasks.prepared import Prepared
 
@@ -48,18 +49,20 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     dtype = choose_dtype(config.dtype, not config.is_adapter)
+    if far := [name for name in (config.model, *config.data, *config.eval_data) if not path_of(name).exists()]:
+        say(f"not here, so looked for on the hub: {', '.join(far)}")
     prepared = task_of(config.task).prepare(config, say)
     mixed = autocast(config, dtype)
     say(precision(config, dtype, mixed))
     transformers.set_seed(config.seed)  # of a new head
     model, about = make_model(config, prepared, dtype)
-    config.output.mkdir(parents=True, exist_ok=True)
+    _make_folder(config.output)
     _note_recipe(config, say)
     trainer = make_trainer(config, model, prepared, dtype, mixed)
     with explained(config, config.output / CHECKPOINTS):
         before = trainer.evaluate()
         sample_before = _sample(config, model, prepared)
-        seconds, done = _fit(config, trainer, prepared, console, before)
+        seconds, speed = _fit(config, trainer, prepared, console, before)
         after = _last_measured(trainer)
         sample_after = _sample(config, model, prepared)
         folder = _save(config, model, prepared)
@@ -83,11 +86,12 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
             held_out_examples=len(prepared.held_out),
             seconds=seconds,
             unit=prepared.unit,
-            speed=done / seconds,
+            speed=speed,
             peak_memory=peak_memory(model.device),
             device=str(model.device),
             dtype=str(dtype).removeprefix("torch."),
             labels=prepared.labels,
+            chat=config.as_chat or "messages" in prepared.columns,
             prompt=config.prompt,
             sample_before=sample_before,
             sample_after=sample_after,
@@ -118,6 +122,13 @@ def check(config: TrainConfig) -> None:
         raise AdapterError.of("these options cannot work", found)
 
 
+def _make_folder(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AdapterError(f"output {output} cannot be made: {error.strerror or error}; name another folder") from error
+
+
 def _note_recipe(config: TrainConfig, say: Any) -> None:
     """Write the options beside the results; of a resumed run, say what is different now."""
     path = config.output / RECIPE
@@ -133,9 +144,9 @@ def _note_recipe(config: TrainConfig, say: Any) -> None:
 
 def _fit(
     config: TrainConfig, trainer: Any, prepared: Prepared, console: Console, before: dict[str, float]
-) -> tuple[float, int]:
-    """Run the loop; seconds, and units trained on, of this process."""
-    from doratune.train.callbacks import Progress, seen
+) -> tuple[float, float]:
+    """Run the loop; seconds, and units a second, of this process."""
+    from doratune.train.callbacks import Progress
     from doratune.train.interruption import Interruption
 
     progress, interruption = Progress(console, prepared.unit, before), Interruption(console)
@@ -145,6 +156,7 @@ def _fit(
     folder = config.output / CHECKPOINTS
     try:
         trainer.train(resume_from_checkpoint=config.resume and last_checkpoint(folder) is not None)
+        speed = progress.speed(trainer.args, trainer.state)
         if interruption.asked and trainer.state.global_step < trainer.state.max_steps:
             raise KeyboardInterrupt
     except KeyboardInterrupt:
@@ -154,7 +166,7 @@ def _fit(
     finally:
         progress.close()
         interruption.close()
-    return time.perf_counter() - start, seen(prepared.unit, trainer.args, trainer.state) - progress.before
+    return time.perf_counter() - start, speed
 
 
 def _last_measured(trainer: Any) -> dict[str, float]:

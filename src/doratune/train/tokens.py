@@ -114,7 +114,19 @@ def marked_template(tokenizer: Any) -> str | None:
 
 
 def conversation(messages: Any) -> list[dict[str, Any]]:
-    """Messages as ``role`` and ``content``.
+    """A chat to learn from: messages as ``role`` and ``content``.
+
+    Raises:
+        BadRow: saying which message is wrong, or if the assistant says nothing.
+    """
+    turns = turns_of(messages)
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise BadRow("no message of the assistant: there is nothing to learn")
+    return turns
+
+
+def turns_of(messages: Any) -> list[dict[str, Any]]:
+    """Messages as ``role`` and ``content``, whoever speaks.
 
     Raises:
         BadRow: saying which message is wrong.
@@ -133,8 +145,6 @@ def conversation(messages: Any) -> list[dict[str, Any]]:
         if not turn.get("content") and not turn.get("tool_calls"):
             raise BadRow(f"message {number} ({turn['role']}) has no content")
         turns.append(turn)
-    if not any(turn["role"] == "assistant" for turn in turns):
-        raise BadRow("no message of the assistant: there is nothing to learn")
     return turns
 
 

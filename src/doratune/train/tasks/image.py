@@ -182,6 +182,11 @@ def _forward_options(config: TrainConfig, size: tuple[int, int]) -> dict[str, An
     kind = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(own), None)
     if kind is None:
         raise AdapterError(f"model {config.model}: transformers has no image classifier for {type(own).__name__}")
+    patch = getattr(own, "patch_size", 1)
+    if min(size) < (patch if isinstance(patch, int) else max(patch)):
+        raise AdapterError(
+            f"images of {size[0]} x {size[1]} pixels do not fill a patch of the model, which has {patch}"
+        )
     takes = "interpolate_pos_encoding" in inspect.signature(kind.forward).parameters
     if pretrained == size or not takes:
         return {}

@@ -1,0 +1,29 @@
+import io
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from doratune.train import callbacks
+from doratune.train.callbacks import Progress
+
+
+def test_speed_leaves_out_the_time_that_held_out_data_took(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: clock[0])
+    args = SimpleNamespace(
+        train_batch_size=4, gradient_accumulation_steps=2, world_size=1, device=SimpleNamespace(type="cpu")
+    )
+    state = SimpleNamespace(global_step=10, max_steps=20)  # a resumed run
+    screen = io.StringIO()
+    bar = Progress(Console(file=screen, width=200), "images", {"eval_loss": 2.0, "eval_accuracy": 0.25})
+    bar.on_train_begin(args, state, None)
+    clock[0], state.global_step = 5.0, 15
+    bar.on_log(args, state, None, {"loss": 1.5})
+    assert "loss 1.500  held-out 2.000  accuracy 25.0%  8.0 images/s" in screen.getvalue()
+    assert "5 s left" in screen.getvalue()
+    clock[0] = 25.0
+    bar.on_log(args, state, None, {"eval_loss": 1.0, "eval_runtime": 20.0})
+    assert bar.speed(args, state) == pytest.approx(8.0)
+    assert bar.held_out == ["held-out 1.000"]
+    bar.on_train_end(args, state, None)
