@@ -34,7 +34,8 @@ def draw_curves(
     axes = figure.subplots(1, 1 + len(measured), squeeze=False)[0]
     for index, (label, records) in enumerate(runs.items()):
         # Runs that do the same lie on each other: the first line is the widest, so that each shows beside the next.
-        look: dict[str, Any] = {"color": f"C{index}", "linewidth": max(1.2, 5 - 1.7 * index), "label": label}
+        width = max(1.2, 5 - 1.7 * index) if len(runs) > 1 else 2
+        look: dict[str, Any] = {"color": f"C{index}", "linewidth": width, "label": label}
         steps, losses = _points(records, "loss")
         axes[0].plot(steps, losses, color=look["color"], alpha=0.2, linewidth=0.8)
         axes[0].plot(steps, _smooth(losses), **look)

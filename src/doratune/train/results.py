@@ -112,7 +112,7 @@ class TrainResult:
         if self.magnitude and self.direction:
             share = f"{self.extra_over_lora:.2%} of LoRA's, {self.extra_over_model:.4%} of the model's"
             rows.append(("of these magnitudes", f"{self.magnitude:,} ({share})"))
-        count = "a stream" if self.examples is None else f"{self.examples:,}"
+        count = "a stream of" if self.examples is None else f"{self.examples:,}"
         rows.append(("data", f"{count} {self.example}, {self.held_out_examples:,} held out"))
         rows.append(("held-out loss", f"{self.loss_before:.4f} -> {self.loss_after:.4f}"))
         if self.accuracy_before is not None and self.accuracy_after is not None:
