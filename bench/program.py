@@ -62,7 +62,8 @@ class Program:
                     turn: turn(replace(config, output=folder / f"run-{pair}")) for turn in turns[:: 1 - pair % 2 * 2]
                 }
                 ratios.append(found[self._program] / found[self._bare])
-            print(f"doratune train takes {median(ratios):.3f} of the bare Trainer's time ({sorted(ratios)})")
+            each = ", ".join(f"{ratio:.2f}" for ratio in sorted(ratios))
+            print(f"doratune train takes {median(ratios):.3f} of the bare Trainer's time ({each})")
             self._watch(replace(config, output=folder / "long", steps=self.long))
 
     def _save_assets(self, folder: Path) -> None:
