@@ -1,6 +1,6 @@
 """Reports: sections of text, plots and tables as one HTML page that needs no network, with its files beside it.
 
-``Page`` holds sections (``page.section(heading, text)``), a section holds plots, tables and texts (``section.add``), and
+``Page`` holds sections (``page.section``), a section holds plots, tables and texts (``section.add``), and
 ``page.write(folder, numbers)`` writes all of them.
 """
 
