@@ -4,8 +4,8 @@ import json
 import pytest
 
 import doratune as dt
-from doratune.study.page import Column, Page, Plot, Table, Text
-from doratune.study.plots import Tip, new_figure, ordered_colours, style
+from doratune.study.page import Column, Heading, Page, Plot, Table, Text
+from doratune.study.plots import Tip, new_figure, ordered_colours, style, themed_svg
 from study.browser import browser, opened  # noqa: F401
 
 
@@ -25,7 +25,7 @@ def example():
     columns = [Column("name"), Column("value", ".2f", "what it is"), Column("count", ",d")]
     rows = [["b 10", 2.0, 1], ["b 9", -10.0, 30], ["<a>", float("nan"), None], ["c", 0.5, 4000]]
     table = Table("values", columns, rows, "Some values", searchable=True, groups=["layer-0", "layer-1", "", "layer-2"])
-    page.section("Tables").add(table, Text("Left out", ["one: <why>", "two"]), Text("A last word."))
+    page.section("Tables").add(Heading("Values"), table, Text("Left out", ["one: <why>", "two"]), Text("A last word."))
     return page
 
 
@@ -59,7 +59,7 @@ def test_tips_have_to_fit_their_marks():
         figure, axes = new_figure()
         axes.scatter([1, 2], [1, 2], gid="marks")
     with pytest.raises(ValueError, match="zip"):
-        _ = Plot("p", figure, tips={"marks": [Tip("only one")]}).svg
+        themed_svg(figure, "p", {"marks": [Tip("only one")]}, {})
 
 
 @pytest.mark.parametrize("width", [1280, 390])
@@ -113,6 +113,6 @@ def test_a_mark_tells_what_it_is_and_lights_its_group(tmp_path, opened):  # noqa
     found.page.mouse.move(2, 2)
     assert tip.is_hidden()
     assert found.page.locator(".lit").count() == 0
-    found.page.locator('[data-plot="plot-1"] [data-tip="alone"]').hover()
+    found.page.locator('[data-plot="plot-1"] [data-tip]:not([data-group])').hover()
     assert tip.inner_text() == "alone"
     assert found.complaints == []

@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,11 +95,6 @@ class Plot:
 
     kind = "plot"
 
-    @cached_property
-    def svg(self) -> str:
-        """The figure for the page, in the page's colours."""
-        return themed_svg(self.figure, self.name, self.tips)
-
 
 @dataclass(frozen=True)
 class Text:
@@ -112,7 +106,16 @@ class Text:
     kind = "text"
 
 
-Item = Plot | Table | Text
+@dataclass(frozen=True)
+class Heading:
+    """Between the items of a section."""
+
+    text: str
+
+    kind = "heading"
+
+
+Item = Plot | Table | Text | Heading
 
 
 @dataclass
@@ -171,7 +174,11 @@ class Page:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        text: str = environment.get_template("page.html.j2").render(page=self)
+        tips: dict[
+            str, int
+        ] = {}  # many marks, in several plots, are the same weight: each text stands in the page once
+        svgs = {plot.name: themed_svg(plot.figure, plot.name, plot.tips, tips) for plot in self._plots()}
+        text: str = environment.get_template("page.html.j2").render(page=self, svgs=svgs, tips=list(tips))
         return text
 
     def write(self, folder: Path, numbers: Any) -> Path:
@@ -192,14 +199,17 @@ class Page:
             raise AdapterError(problem)
         html = self.html()
         with writing(folder, "the report") as staging:
+            for plot in self._plots():
+                save_figure(plot.figure, staging, plot.name)
             for item in self._items():
-                if isinstance(item, Plot):
-                    save_figure(item.figure, staging, item.name)
-                elif isinstance(item, Table):
+                if isinstance(item, Table):
                     item.write_csv(staging)
             (staging / NUMBERS).write_text(json.dumps(without_nan(numbers), indent=1) + "\n", encoding="utf-8")
             (staging / NAME).write_text(html, encoding="utf-8")
         return folder / NAME
+
+    def _plots(self) -> Iterable[Plot]:
+        return (item for item in self._items() if isinstance(item, Plot))
 
     def _items(self) -> Iterable[Item]:
         return (item for section in self.sections for item in section.items)

@@ -111,8 +111,15 @@ def save_figure(figure: Figure, folder: Path, name: str) -> None:
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
 
 
-def themed_svg(figure: Figure, name: str, tips: Tips) -> str:
-    """The figure as an ``<svg>`` for a page: its theme's colours, as wide as there is room, tips on its marks."""
+def themed_svg(figure: Figure, name: str, tips: Tips, texts: dict[str, int]) -> str:
+    """The figure as an ``<svg>`` for a page: its theme's colours, as wide as there is room, tips on its marks.
+
+    Args:
+        figure: made inside ``style()``.
+        name: what its ids begin with.
+        tips: on its marks.
+        texts: numbers of all tips' texts, to which new ones are added; marks refer to them.
+    """
     buffer = io.StringIO()
     with style():
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -126,7 +133,7 @@ def themed_svg(figure: Figure, name: str, tips: Tips) -> str:
     by_id = {element.get("id"): element for element in root.iter()}
     for gid, marks in tips.items():
         for element, tip in zip(_marks(by_id[gid]), marks, strict=True):
-            element.set("data-tip", tip.text)
+            element.set("data-tip", str(texts.setdefault(tip.text, len(texts))))
             if tip.group:
                 element.set("data-group", tip.group)
     ElementTree.register_namespace("", _SVG)

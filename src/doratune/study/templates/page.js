@@ -38,6 +38,7 @@
 
   // Marks in plots: what they are, and the same layer wherever it is drawn.
   const tip = document.getElementById("tip");
+  const texts = JSON.parse(document.getElementById("tips").textContent);
   const groups = new Map();
   for (const element of document.querySelectorAll("[data-group]")) {
     const name = element.dataset.group;
@@ -62,7 +63,7 @@
     light(mark?.dataset.group ?? null);
     tip.hidden = !mark?.dataset.tip;
     if (tip.hidden) return;
-    tip.textContent = mark.dataset.tip;
+    tip.textContent = texts[mark.dataset.tip];
     const at = mark.getBoundingClientRect(), size = tip.getBoundingClientRect();
     const left = at.left + at.width / 2 - size.width / 2;
     tip.style.left = `${Math.max(6, Math.min(left, innerWidth - size.width - 6))}px`;
