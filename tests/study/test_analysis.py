@@ -161,8 +161,7 @@ def test_an_adapter_and_its_merged_checkpoint_are_the_same(on_disk, name):
         assert one.spectrum.similarities == pytest.approx(other.spectrum.similarities, abs=1e-3)
         assert one.spectrum.effective_rank == pytest.approx(other.spectrum.effective_rank, rel=1e-2)
     for kind, c in adapter.correlations().items():
-        expected = None if name == "magnitude" else pytest.approx(c.value, abs=1e-3)  # whose rows do not turn
-        assert merged.correlations()[kind].value == expected
+        assert merged.correlations()[kind].value == (None if c.value is None else pytest.approx(c.value, abs=1e-3))
     assert (adapter.method, merged.method) == ("lora" if name == "lora" else "dora", "full")
 
 
@@ -189,7 +188,7 @@ def test_shards_are_read_one_weight_at_a_time(tmp_path):
     for one, other in zip(sharded.runs[0].points, whole.runs[0].points, strict=True):
         assert one.path == other.path
         assert one.change.direction == pytest.approx(other.change.direction, rel=1e-9)
-    assert seen[0] == (f"model.layers.0.{KINDS[0]}", 0)
+    assert seen[0] == (f"model.layers.0.{KINDS[1]}", 0)
     assert seen[-1] == ("", 1.0)
     assert [share for _, share in seen] == sorted(share for _, share in seen)
 

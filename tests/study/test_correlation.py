@@ -46,6 +46,7 @@ def test_perfect_lines_have_no_width():
 def test_what_cannot_be_said_is_not():
     assert correlate([1, 1, 1], [1, 2, 3], "abc").value is None
     assert correlate([1, 2], [1, 2], "ab").sign == "not defined"
+    assert correlate([1, 2, 3], [0.125, 0.125 + 1e-16, 0.125 + 3e-16], "abc").value is None, "rounding"
     few = correlate([1, 2, 3, 4], [1, 2, 3, 5], [0, 0, 1, 2])
     assert few.value > 0.9
     assert (few.low, few.sign) == (None, "too few layers to tell")
@@ -82,4 +83,5 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says():
 def test_within_groups():
     values = within_groups([1, 3, 100, 300, 7], "aabbc")
     assert values == pytest.approx([-1, 1, -1, 1, 0])
+    assert within_groups([0.1, 0.1 + 1e-17, 0.1 + 5e-17], "aaa") == [0, 0, 0]
     assert FEWEST_LAYERS > 2

@@ -18,6 +18,7 @@ from doratune.study.names import align, layer_of, module_names, natural, short_k
 from doratune.study.runs import Snapshot, snapshots
 from doratune.study.spectrum import LARGEST, BaseSpectrum
 from doratune.study.stored import StoredWeights, Weights
+from doratune.study.stored_adapter import StoredAdapter
 
 Spectra = Literal["last", "all", "none"]
 Watch = Callable[[str, float], None]
@@ -27,6 +28,7 @@ PAPER = {"full fine-tuning": -0.62, "LoRA": 0.83, "DoRA": -0.31}
 """Correlations of delta D with delta M in the paper (section 3.2 and 4.2): VL-BART, query and value, 6 layers, 4
 checkpoints."""
 OVERALL = "all kinds"
+UNCHANGED = "not adapted: unchanged"
 ROUNDING = 3e-7
 """Lengths that changed by less, relatively, and angles that are smaller, are float32's rounding: they count as 0, or
 noise would be correlated."""
@@ -43,6 +45,8 @@ class Point:
     checkpoint: int
     """Index among the run's."""
     change: Decomposition
+    own_path: str = ""
+    """What the checkpoint calls the weight."""
 
 
 @dataclass
@@ -74,6 +78,12 @@ class Run:
         for name, reason in self.left_out.items():
             found.setdefault(reason, []).append(name)
         return found
+
+    @property
+    def troubling(self) -> set[str]:
+        """Reasons for which weights were left out that one would have wanted to compare."""
+        harmless = (UNCHANGED, "tied", "a vector", "trained whole, but a vector", "a bare")
+        return {reason for reason in self.left_out.values() if not reason.startswith(harmless)}
 
     def last(self) -> list[Point]:
         """Every weight at the last checkpoint."""
@@ -170,7 +180,7 @@ class _Series:
     def _fit(self, one: Snapshot, checkpoint: Weights, base: StoredWeights) -> dict[str, str]:
         """Of each of the base's weights that can be compared, the path in the checkpoint."""
         names = align(base.shapes, checkpoint.shapes)
-        if len(names) < len(checkpoint.shapes) and not isinstance(checkpoint, StoredWeights):
+        if isinstance(checkpoint, StoredAdapter) and checkpoint.adapted - set(names.values()):
             # An adapter names modules; transformers keeps the weights of some models under names of old.
             modern = module_names(base.source, base.shapes)
             renamed = align(modern, checkpoint.shapes)
@@ -189,7 +199,7 @@ class _Series:
                 f"the other {_some(checkpoint.shapes)}" + "".join(f"; {k}: {v}" for k, v in self.run.left_out.items())
             )
         whole = isinstance(checkpoint, StoredWeights)
-        absent = f"not in {one.name}" if whole else "not adapted: unchanged"
+        absent = f"not in {one.name}" if whole else UNCHANGED
         self.run.left_out |= {path: absent for path in base.shapes if path not in names}
         taken = set(names.values())
         self.run.left_out |= {own: "not in the base" for own in checkpoint.shapes if own not in taken}
@@ -209,7 +219,7 @@ class _Series:
                 self.run.left_out[f"spectrum of {path}"] = f"more than {LARGEST:,} numbers"
             with ExitStack() as stack:
                 change = moved(weight, stack.enter_context(checkpoint.open(paths[path], weight)), base)
-            self.run.points.append(Point(path, kind, layer_of(path)[0], index, change))
+            self.run.points.append(Point(path, kind, layer_of(path)[0], index, change, paths[path]))
 
 
 def _shape(shape: Sequence[int]) -> str:

@@ -37,7 +37,7 @@ def page_of(analysis: Analysis, command: str = "") -> Page:
     found = {run.label: run.correlations() for run in runs}
     page = Page(
         title="How training moved the weights",
-        lead=" ".join(sentence(run, _main(found[run.label])) for run in runs),
+        lead="\n".join(sentence(run, _main(found[run.label])) for run in runs),
         facts=_facts(analysis),
         findings=[_finding(run, _main(found[run.label])) for run in runs],
         footer=f"doratune {doratune.__version__}" + (f" · {command}" if command else ""),
@@ -74,27 +74,33 @@ def _facts(analysis: Analysis) -> list[tuple[str, str]]:
     for run in analysis.runs:
         steps = run.checkpoints[0] if len(run.checkpoints) == 1 else f"{len(run.checkpoints)} checkpoints"
         weights = len({point.path for point in run.points})
-        facts.append((run.label, f"{plots.METHODS.get(run.method, run.method)}, {steps}, {weights} weights"))
+        method = plots.METHODS.get(run.method, run.method)
+        told = [*([] if method == run.label else [method]), steps, f"{weights} weights"]
+        facts.append((run.label, ", ".join(told)))
     return facts
 
 
 def _finding(run: Run, c: Correlation) -> tuple[str, str, str]:
     paper = PAPER.get(plots.METHODS.get(run.method, ""))
     beside = [plots.interval(c), f"paper {plots.number(paper)}" if paper is not None else ""]
-    return f"{run.label}: correlation", plots.number(c.value), " · ".join(part for part in beside if part)
+    return f"{run.label}: r", plots.number(c.value), "\n".join(part for part in beside if part)
 
 
 def _pattern(page: Page, runs: Sequence[Run], found: dict[str, dict[str, Correlation]]) -> None:
-    section = page.section("Magnitude against direction", PATTERN)
+    layers = [point.layer or "" for run in runs for point in run.changed]
+    told = f" Colour is the checkpoint, shape the layer: {plots.shapes_told(layers)}." if layers else ""
+    section = page.section("Magnitude against direction", PATTERN + told)
     if any(found.values()):
         section.add(plots.correlations(runs, found))
         section.add(_correlations(runs, found))
     kinds = list(dict.fromkeys(kind for run in runs for kind in run.kinds))
     for index, kind in enumerate(kinds):
-        section.add(Heading(kind))
+        if len(runs) > 1:
+            section.add(Heading(kind))
         for number, run in enumerate(runs):
             if kind in run.kinds:
-                section.add(plots.scatter(run, kind, found[run.label][kind], f"scatter-{index}-{number}", run.label))
+                title = run.label if len(runs) > 1 else kind
+                section.add(plots.scatter(run, kind, found[run.label][kind], f"scatter-{index}-{number}", title))
 
 
 def _correlations(runs: Sequence[Run], found: dict[str, dict[str, Correlation]]) -> Table:

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 METHODS = {"full": "full fine-tuning", "lora": "LoRA", "dora": "DoRA"}
 """What a run's method is called in the paper."""
+RANKS = (*range(1, 9), *range(10, 17, 2), *range(20, 33, 4), *range(40, 65, 8))
+"""Singular values that are drawn; the numbers beside the page hold all."""
+LEAST = 1e-3
+"""Shares of the largest singular value below which nothing is drawn."""
 SHOWN_SHAPES = 12
 """Layers up to which each has a shape of its own; more share one with their neighbours."""
 
@@ -35,8 +39,18 @@ SHOWN_SHAPES = 12
 def shapes_of(layers: Sequence[str]) -> dict[str, str]:
     """A marker for each layer, top to bottom of the model."""
     ordered = sorted(dict.fromkeys(layers), key=natural)
-    count = min(SHOWN_SHAPES, len(ordered)) if len(ordered) <= SHOWN_SHAPES else 6
-    return {layer: MARKERS[index * count // len(ordered)] for index, layer in enumerate(ordered)}
+    count, markers = min(SHOWN_SHAPES, len(ordered)), list(MARKERS)
+    return {layer: markers[index * count // len(ordered)] for index, layer in enumerate(ordered)}
+
+
+def shapes_told(layers: Sequence[str]) -> str:
+    """Which shape is which layer, in words."""
+    found: dict[str, list[str]] = {}
+    for layer, marker in shapes_of(layers).items():
+        found.setdefault(marker, []).append(layer.rpartition(".")[2])
+    return ", ".join(
+        f"{MARKERS[marker]} {own[0]}" + (f" to {own[-1]}" if own[1:] else "") for marker, own in found.items()
+    )
 
 
 def scatter(run: Run, kind: str, correlation: Correlation, name: str, title: str) -> Plot:
@@ -44,7 +58,7 @@ def scatter(run: Run, kind: str, correlation: Correlation, name: str, title: str
     with style():
         figure, axes = new_figure(4.0, 3.5)
         tips = _draw_scatter(axes, run, kind, correlation)
-        axes.set_title(f"{title}   r = {number(correlation.value)}")
+        axes.set_title(f"{title}, r = {number(correlation.value)}")
         if len(run.checkpoints) > 1:
             legend_outside(figure, axes)
     return Plot(name, figure, _caption(correlation), tips)
@@ -60,7 +74,7 @@ def panels(runs: Sequence[Run], kinds: Sequence[str], title: str = "") -> Figure
             for axes, run in zip(axes_of_kind, runs, strict=True):
                 correlation = run.correlation(kind)
                 _draw_scatter(axes, run, kind, correlation)
-                axes.set_title(f"{run.label}, {kind}   r = {number(correlation.value)} {interval(correlation)}")
+                axes.set_title(f"{run.label}, {kind}\nr = {number(correlation.value)} {interval(correlation)}")
         legend_outside(figure, grid[0][-1])
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=11)
@@ -97,7 +111,7 @@ def correlations(runs: Sequence[Run], found: Mapping[str, Mapping[str, Correlati
     rows = [(kind, run) for kind in kinds for run in runs if kind in found[run.label]]
     tips: dict[str, list[Tip]] = {}
     with style():
-        figure, axes = new_figure(8.4, 1.2 + 0.24 * len(rows) + 0.12 * len(kinds))
+        figure, axes = new_figure(5.8, 1.2 + 0.2 * len(rows) + 0.1 * len(kinds))
         y, ticks = 0.0, []
         for kind in kinds:
             start = y
@@ -151,7 +165,7 @@ def over_depth(run: Run, name: str, title: str, quantity: str, log: bool = True)
             shown = [(p, value) for p, value in zip(own, values, strict=True) if value is not None]
             if not shown:
                 continue
-            colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index // len(COLOURS) % len(MARKERS)]
+            colour, marker = COLOURS[index % len(COLOURS)], list(MARKERS)[index // len(COLOURS) % len(MARKERS)]
             x, y = [at[p.layer or ""] for p, _ in shown], [value for _, value in shown]
             axes.plot(x, y, color=colour, linewidth=1, alpha=0.6)
             gid = f"kind-{index}"
@@ -160,6 +174,9 @@ def over_depth(run: Run, name: str, title: str, quantity: str, log: bool = True)
             tips[gid] = [Tip(_told(run, p), p.layer or "") for p, _ in shown]
         if log and tips:
             axes.set_yscale("log")
+        elif quantity == "intruders":
+            axes.set_ylim(-0.3, max(4, axes.get_ylim()[1]) + 0.3)
+            axes.yaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("layer")
         axes.set_title(title)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -178,14 +195,14 @@ def spectra(run: Run, name: str, title: str) -> Plot:
                 continue
             colour = kinds.setdefault(point.kind, COLOURS[len(kinds) % len(COLOURS)])
             values = [v / point.change.spectrum.values[0] for v in point.change.spectrum.values]
-            shown = [max(v, 1e-4) for v in values if v > 1e-7]
+            shown = [(n, values[n - 1]) for n in RANKS if n <= len(values) and values[n - 1] > LEAST]
             gid = f"weight-{len(tips)}"
-            axes.plot(range(1, 1 + len(shown)), shown, color=colour, linewidth=0.9, alpha=0.55, gid=gid)
+            axes.plot(*zip(*shown, strict=True), color=colour, linewidth=0.9, alpha=0.55, gid=gid)
             tips[gid] = [Tip(_told(run, point), point.layer)]
         for kind, colour in kinds.items():
             axes.plot([], [], color=colour, label=kind)
         axes.set_yscale("log")
-        axes.set_ylim(1e-3, 1.4)
+        axes.set_ylim(LEAST, 1.4)
         axes.set_xlabel("singular value")
         axes.set_ylabel("share of the largest")
         axes.set_title(title)

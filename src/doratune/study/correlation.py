@@ -6,7 +6,6 @@ same observation many. Whole layers are drawn instead, each with all its points.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,8 @@ SEED = 0
 FEWEST_LAYERS = 4
 """With fewer layers there is no interval: there would be next to nothing to draw."""
 FEWEST_POINTS = 3
+SAME = 1e-9
+"""Values whose relative differences are below this are the same."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def correlate(x: Sequence[float], y: Sequence[float], layers: Sequence[object]) 
     names = {layer: index for index, layer in enumerate(dict.fromkeys(layers))}
     a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     count = len(a)
-    if count < FEWEST_POINTS or np.ptp(a) == 0 or np.ptp(b) == 0:
+    if count < FEWEST_POINTS or not (_varies(a) and _varies(b)):
         return Correlation(None, None, None, None, None, count, len(names))
     # In units of their deviations from the mean, so that sums of squares lose nothing.
     u, v = (a - a.mean()) / a.std(), (b - b.mean()) / b.std()
@@ -94,7 +95,11 @@ def within_groups(values: Sequence[float], groups: Sequence[object]) -> list[flo
     result = np.zeros_like(array)
     for group in dict.fromkeys(groups):
         own = np.array([other == group for other in groups])
-        deviation = array[own].std()
-        if deviation > 0:
-            result[own] = (array[own] - array[own].mean()) / deviation
-    return [value if math.isfinite(value) else 0.0 for value in result.tolist()]
+        if _varies(array[own]):
+            result[own] = (array[own] - array[own].mean()) / array[own].std()
+    return result.tolist()
+
+
+def _varies(values: np.ndarray) -> bool:
+    """Whether values differ by more than the rounding of the sums that they are."""
+    return bool(np.ptp(values) > SAME * np.abs(values).max())

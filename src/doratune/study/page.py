@@ -160,8 +160,11 @@ class Page:
         self.sections.append(Section(heading, text))
         return self.sections[-1]
 
-    def html(self) -> str:
+    def html(self, files: bool = True) -> str:
         """The page.
+
+        Args:
+            files: link to those that ``write`` puts beside it; False: the page is to stand alone.
 
         Raises:
             AdapterError: if jinja2 is not installed.
@@ -178,7 +181,7 @@ class Page:
             str, int
         ] = {}  # many marks, in several plots, are the same weight: each text stands in the page once
         svgs = {plot.name: themed_svg(plot.figure, plot.name, plot.tips, tips) for plot in self._plots()}
-        text: str = environment.get_template("page.html.j2").render(page=self, svgs=svgs, tips=list(tips))
+        text: str = environment.get_template("page.html.j2").render(page=self, svgs=svgs, tips=list(tips), files=files)
         return text
 
     def write(self, folder: Path, numbers: Any) -> Path:

@@ -22,7 +22,21 @@ _THEMED = {INK: "var(--ink)", MUTED: "var(--muted)", FAINT: "var(--faint)", PAPE
 COLOURS = ("#3a7fc8", "#d9772b", "#2d9c78", "#9a68cc", "#cf4d63", "#82868f")
 """Of things that have no order: told apart by most eyes, on white and on black."""
 _ORDERED = ("#4a79d6", "#8b65cb", "#cf5699", "#e4704d", "#dfa030")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
+MARKERS = {
+    "o": "●",
+    "s": "■",
+    "^": "▲",
+    "D": "◆",
+    "v": "▼",
+    "P": "✚",
+    "X": "✖",
+    "<": "◀",
+    ">": "▶",
+    "p": "⬟",
+    "h": "⬢",
+    "*": "★",
+}
+"""matplotlib's shapes, as text has them."""
 
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 
@@ -97,11 +111,19 @@ def ordered_colours(count: int) -> list[str]:
     return [colours.to_hex(ramp(i / max(1, count - 1))) for i in range(count)]
 
 
-def legend_outside(figure: Figure, axes: Axes, columns: int = 4) -> None:
+def legend_outside(figure: Figure, axes: Axes, columns: int = 5) -> None:
     """Put the legend below the axes, where it hides nothing."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(handles)))
+        figure.legend(
+            handles,
+            labels,
+            loc="outside lower center",
+            ncols=min(columns, len(handles)),
+            handlelength=1,
+            handletextpad=0.4,
+            columnspacing=1.0,
+        )
 
 
 def save_figure(figure: Figure, folder: Path, name: str) -> None:
@@ -141,6 +163,7 @@ def themed_svg(figure: Figure, name: str, tips: Tips, texts: dict[str, int]) -> 
     text = ElementTree.tostring(root, encoding="unicode")
     for colour, variable in _THEMED.items():
         text = text.replace(colour, variable)
+    text = re.sub(r"(\d\.\d\d)\d+", r"\g<1>", text)  # hundredths of a point are enough, and half the size
     # Several figures share a page: what one refers to by id has to be its own.
     return re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", text)
 

@@ -42,6 +42,11 @@ class StoredAdapter:
         self._whole: dict[str, str] = {}
         self._sort()
 
+    @property
+    def adapted(self) -> set[str]:
+        """Paths of the layers with A and B; others in ``shapes`` are held whole."""
+        return set(self._parts)
+
     def _sort(self) -> None:
         sizes = header(self.file)
         for key, (_, shape) in sizes.items():
