@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "examples"))
 
 from assets import AssetError, digits, vit_small  # noqa: E402
-from doratune.study.analysis import Run, analyze  # noqa: E402
+from doratune.study.analysis import OVERALL, Run, analyze  # noqa: E402
 from doratune.study.analysis_page import page_of  # noqa: E402
 from doratune.study.analysis_plots import METHODS, interval, number, panels  # noqa: E402
 from doratune.train.results import TrainResult  # noqa: E402
@@ -77,9 +77,15 @@ def main(options: Options) -> None:
             method: [{kind: asdict(c) for kind, c in run.correlations().items()} for run in runs]
             for method, runs in found.items()
         },
+        "over_layers_at_the_last_checkpoint": {
+            method: [
+                {kind or OVERALL: asdict(run.correlation(kind, options.checkpoints - 1)) for kind in [*run.kinds, None]}
+                for run in runs
+            ]
+            for method, runs in found.items()
+        },
     }
     (options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (options.output / "results.md").write_text(table(found))
     print(table(found))
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from doratune.study.adapter_file import FileReport
     from doratune.study.decompose import Decomposition
 
-CHANGES = ("dM", "relative", "dD", "eff. rank", "new")
+CHANGES = ("dM/|w|", "dD", "eff.", "new")
 
 
 @dataclass
@@ -95,8 +95,8 @@ def _table(report: FileReport, moved: dict[str, Decomposition]) -> Table:
         table.add_row(*row)
     if moved:
         table.caption = (
-            "dM: mean |m' - m|, and relative to the mean row norm; dD: mean (1 - cos); "
-            "eff. rank: of the change; new: intruder dimensions"
+            "dM/|w|: mean |m' - m| per mean row norm; dD: mean (1 - cos); "
+            "eff.: effective rank of the change; new: intruder dimensions"
         )
     return table
 
@@ -106,7 +106,7 @@ def _cells(change: Decomposition | None) -> list[str]:
         return ["-"] * len(CHANGES)
     spectrum = change.spectrum
     ranks = [f"{spectrum.effective_rank:.1f}", str(spectrum.intruders)] if spectrum else ["-", "-"]
-    return [f"{change.magnitude:.1e}", f"{change.relative_magnitude:.2%}", f"{change.direction:.1e}", *ranks]
+    return [f"{change.relative_magnitude:.2%}", f"{change.direction:.1e}", *ranks]
 
 
 def _common_beginning(paths: list[str]) -> str:

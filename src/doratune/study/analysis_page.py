@@ -16,8 +16,9 @@ from doratune.study.spectrum import COMPARED, EXACT, LOOKED_AT, SIMILAR
 PATTERN = (
     "Each mark is one weight at one checkpoint. ΔM is how much the lengths of its rows changed, mean |m′ − m|; ΔD is "
     "how much their directions changed, mean (1 − cos). A positive correlation means that weights change both or "
-    "neither; a negative one that those which turn more are stretched less. Intervals are bootstrapped over layers, "
-    "because checkpoints of one run are not independent. Rest the mouse on a mark: its layer lights up everywhere."
+    "neither; a negative one that those which turn more are stretched less. Both grow while a model "
+    "trains, which pulls r up where checkpoints are pooled, as they are here and in the paper. Intervals are "
+    "bootstrapped over layers, because checkpoints of one run are not independent. Rest the mouse on a mark: its layer lights up everywhere."
 )
 DEPTH = "At the last checkpoint of each run, layer by layer."
 SPECTRUM = (
@@ -39,7 +40,7 @@ def page_of(analysis: Analysis, command: str = "") -> Page:
         title="How training moved the weights",
         lead="\n".join(sentence(run, _main(found[run.label])) for run in runs),
         facts=_facts(analysis),
-        findings=[_finding(run, _main(found[run.label])) for run in runs],
+        findings=[_finding(run, _main(found[run.label])) for run in runs if run.changed],
         footer=f"doratune {doratune.__version__}" + (f" · {command}" if command else ""),
     )
     _pattern(page, runs, found)
@@ -82,7 +83,12 @@ def _facts(analysis: Analysis) -> list[tuple[str, str]]:
 
 def _finding(run: Run, c: Correlation) -> tuple[str, str, str]:
     paper = PAPER.get(plots.METHODS.get(run.method, ""))
-    beside = [plots.interval(c), f"paper {plots.number(paper)}" if paper is not None else ""]
+    end = run.correlation(None if len(run.kinds) > 1 else run.kinds[0], len(run.checkpoints) - 1)
+    beside = [
+        plots.interval(c),
+        f"last checkpoint alone {plots.number(end.value)}" if len(run.checkpoints) > 1 else "",
+        f"paper {plots.number(paper)}" if paper is not None else "",
+    ]
     return f"{run.label}: r", plots.number(c.value), "\n".join(part for part in beside if part)
 
 
