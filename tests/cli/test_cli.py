@@ -88,7 +88,7 @@ def test_train_then_inspect_then_merge(assets, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "dD" in printed
     assert "1.self_attn.q_proj" in printed
-    assert "effective rank" in printed
+    assert "eff.: effective" in printed
     assert "14 adapted layers" in printed
     assert main(["merge", str(adapter), "--output", str(tmp_path / "merged"), "--verify", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -16,9 +16,10 @@ from doratune.study.spectrum import COMPARED, EXACT, LOOKED_AT, SIMILAR
 PATTERN = (
     "Each mark is one weight at one checkpoint. ΔM is how much the lengths of its rows changed, mean |m′ − m|; ΔD is "
     "how much their directions changed, mean (1 − cos). A positive correlation means that weights change both or "
-    "neither; a negative one that those which turn more are stretched less. Both grow while a model "
-    "trains, which pulls r up where checkpoints are pooled, as they are here and in the paper. Intervals are "
-    "bootstrapped over layers, because checkpoints of one run are not independent. Rest the mouse on a mark: its layer lights up everywhere."
+    "neither; a negative one that those which turn more are stretched less. Both grow while a model trains, which "
+    "pulls r up where checkpoints are pooled, as they are here and in the paper. Intervals are bootstrapped over "
+    "layers, because checkpoints of one run are not independent. Rest the mouse on a mark: its layer lights up "
+    "everywhere."
 )
 DEPTH = "At the last checkpoint of each run, layer by layer."
 SPECTRUM = (
