@@ -71,7 +71,7 @@ def test_the_page_in_a_browser(report, opened, width, theme):  # noqa: F811
 def test_weights_sort_and_marks_tell(report, opened):  # noqa: F811
     found = opened(report / "report.html")
     found.sort("weights", 5)
-    values = [float(text) for text in found.column("weights", 5)]
+    values = [float(text.replace("−", "-")) for text in found.column("weights", 5)]
     assert values == sorted(values, reverse=True)
     assert "layers.5" in found.column("weights", 1)[0]
     found.page.locator('[data-table="weights"] input').fill("against q_proj")
