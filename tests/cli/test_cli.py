@@ -88,6 +88,7 @@ def test_train_then_inspect_then_merge(assets, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "dD" in printed
     assert "1.self_attn.q_proj" in printed
+    assert "eff.: effective" in printed
     assert "14 adapted layers" in printed
     assert main(["merge", str(adapter), "--output", str(tmp_path / "merged"), "--verify", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -143,6 +144,8 @@ def test_inspect_json(adapter, assets, capsys):
     found = json.loads(capsys.readouterr().out)
     assert len(found["layers"]) == 14
     assert found["layers"][0]["change"]["magnitude"] > 0
+    assert 0 < found["layers"][0]["change"]["spectrum"]["effective_rank"] <= 32
+    assert found["not_compared"] == {}
     assert found["config"]["rank"] == 4
 
 

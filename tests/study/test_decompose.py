@@ -66,7 +66,7 @@ def test_small_changes_of_bf16_weights_are_seen():
 def test_tiles_give_the_same(monkeypatch):
     state, after = llama(0).state_dict(), llama(1).state_dict()
     whole = decompose(state, after)
-    monkeypatch.setattr(sys.modules["doratune.study.decompose"], "TILE", 16 * 3)  # the function has its name
+    monkeypatch.setattr(sys.modules["doratune.study.matrix"], "TILE", 16 * 3)
     tiled = decompose(state, after)
     for path, found in whole.items():
         assert tiled[path].direction == pytest.approx(found.direction, rel=1e-9)

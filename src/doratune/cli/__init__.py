@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from doratune.cli import bench, generate, inspect, merge, predict, train
+from doratune.cli import analyze, bench, generate, inspect, merge, predict, train
 from doratune.errors import AdapterError
 
 RUNNERS: dict[type, Any] = {
@@ -22,6 +22,7 @@ RUNNERS: dict[type, Any] = {
     predict.Predict: predict.run,
     merge.Merge: merge.run,
     inspect.Inspect: inspect.run,
+    analyze.Analyze: analyze.run,
     bench.Bench: bench.run,
 }
 """What each command's options are handed to; it returns the exit code."""
@@ -37,6 +38,7 @@ class Program:
         | Annotated[predict.Predict, tyro.conf.subcommand("predict")]
         | Annotated[merge.Merge, tyro.conf.subcommand("merge")]
         | Annotated[inspect.Inspect, tyro.conf.subcommand("inspect")]
+        | Annotated[analyze.Analyze, tyro.conf.subcommand("analyze")]
         | Annotated[bench.Bench, tyro.conf.subcommand("bench")]
     )
     debug: bool = False

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from doratune.study.adapter_file import FileReport
     from doratune.study.decompose import Decomposition
 
-CHANGES = ("dM", "relative", "dD")
+CHANGES = ("dM/|w|", "dD", "eff.", "new")
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Inspect:
     adapter: tyro.conf.Positional[Path]
     """Folder of the adapter, as written by doratune or PEFT."""
     base: str | None = None
-    """Base model, a folder or hub name: adds how far magnitudes and directions moved, layer by layer."""
+    """Base model, a folder or hub name: adds what the adapter does to each layer, as `doratune analyze` has it."""
     json: bool = False
     """Print everything as JSON."""
 
@@ -41,24 +41,25 @@ def run(options: Inspect) -> int:
     from doratune.study.adapter_file import inspect_adapter
 
     report = inspect_adapter(options.adapter)
-    moved = _moved(report, options.base) if options.base and not report.broken else {}
+    moved: dict[str, Decomposition] = {}
+    unfit: dict[str, str] = {}
+    if options.base and not report.broken:
+        moved, unfit = _moved(options.adapter, options.base)
     if options.json:
-        print(json.dumps(_as_json(report, moved)))
+        print(json.dumps({**_as_json(report, moved), "not_compared": unfit}))
     else:
-        _print(Console(), report, moved)
+        _print(Console(), report, moved, [f"{path}: {reason}" for path, reason in unfit.items()])
     return 1 if report.broken else 0
 
 
-def _moved(report: FileReport, base: str) -> dict[str, Decomposition]:
-    from doratune.checkpoint import load_adapter
-    from doratune.cli.quiet import quiet_libraries
-    from doratune.study.decompose import adapter_change
-    from doratune.train.models import load_base
+def _moved(adapter: Path, base: str) -> tuple[dict[str, Decomposition], dict[str, str]]:
+    """By the adapter's own paths what it does to the base, and what could not be compared, with the reason."""
+    from doratune.study.analysis import analyze
+    from doratune.study.runs import base_folder
 
-    quiet_libraries()
-    model = load_base(Path(report.folder), base)
-    load_adapter(model, report.folder)
-    return adapter_change(model)
+    run = analyze(base_folder(base), {"adapter": adapter}).runs[0]
+    moved = {point.own_path: point.change for point in run.points}
+    return moved, {path: reason for path, reason in run.left_out.items() if reason in run.troubling}
 
 
 def _as_json(report: FileReport, moved: dict[str, Decomposition]) -> dict[str, Any]:
@@ -90,12 +91,22 @@ def _table(report: FileReport, moved: dict[str, Decomposition]) -> Table:
         if dora:
             row.append("missing" if layer.m_smallest is None else f"{layer.m_smallest:.3g}..{layer.m_largest:.3g}")
         if moved:
-            change = moved[layer.path]
-            row += [f"{change.magnitude:.1e}", f"{change.relative_magnitude:.2%}", f"{change.direction:.1e}"]
+            row += _cells(moved.get(layer.path))
         table.add_row(*row)
     if moved:
-        table.caption = "dM: mean |m' - m|, and relative to the mean row norm; dD: mean (1 - cos)"
+        table.caption = (
+            "dM/|w|: mean |m' - m| per mean row norm; dD: mean (1 - cos); "
+            "eff.: effective rank of the change; new: intruder dimensions"
+        )
     return table
+
+
+def _cells(change: Decomposition | None) -> list[str]:
+    if change is None:
+        return ["-"] * len(CHANGES)
+    spectrum = change.spectrum
+    ranks = [f"{spectrum.effective_rank:.1f}", str(spectrum.intruders)] if spectrum else ["-", "-"]
+    return [f"{change.relative_magnitude:.2%}", f"{change.direction:.1e}", *ranks]
 
 
 def _common_beginning(paths: list[str]) -> str:
@@ -106,7 +117,7 @@ def _common_beginning(paths: list[str]) -> str:
     return "".join(f"{parts[0]}." for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, columns))
 
 
-def _print(out: Console, report: FileReport, moved: dict[str, Decomposition]) -> None:
+def _print(out: Console, report: FileReport, moved: dict[str, Decomposition], unfit: list[str]) -> None:
     config = report.config
     plain = functools.partial(out.print, markup=False, highlight=False, soft_wrap=True)  # paths may hold anything
     plain(f"{report.folder}: {report.method}, rank {config.rank}, alpha {config.alpha:g}")
@@ -117,7 +128,8 @@ def _print(out: Console, report: FileReport, moved: dict[str, Decomposition]) ->
     )
     if report.layers:
         out.print(_table(report, moved))
-    for heading, lines in (("broken", report.broken), ("suspicious", report.suspicious)):
+    found = (("broken", report.broken), ("suspicious", report.suspicious), ("not compared with the base", unfit))
+    for heading, lines in found:
         if lines:
             out.print(f"[bold]{heading}[/bold] ({len(lines)}):")
             for line in lines[:20]:

@@ -3,11 +3,16 @@
 For a weight with rows ``w`` before and ``w'`` after::
 
     delta M = mean over rows of | |w'| - |w| |         delta D = mean over rows of (1 - cos(w', w))
+
+and the change itself splits without remainder::
+
+    |w' - w|^2 = (|w'| - |w|)^2 + 2 |w'| |w| (1 - cos(w', w))
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +21,11 @@ from torch import Tensor, nn
 from doratune.errors import AdapterError
 from doratune.layers import AdaptedLayer, AdapterHolder, kind_of
 from doratune.layers.weights import WeightRows
+from doratune.study.matrix import Matrix, adapted
+from doratune.study.spectrum import LARGEST, BaseSpectrum, Spectrum
 from doratune.targets import adapted_layers, plain_modules, saved_modules, unwrap
 
 Source = nn.Module | Mapping[str, Tensor]
-
-TILE = 1 << 17
-"""Numbers that are looked at at a time."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +39,18 @@ class Decomposition:
     relative_magnitude: float
     """delta M per mean row norm before."""
     rows: int
-
-
-@dataclass(frozen=True)
-class _Weight:
-    """One weight, ``[out, in]``, read a few rows at a time in float64."""
-
-    shape: tuple[int, int]
-    rows: Callable[[slice], Tensor]
+    size: float
+    """Size of the change, in the Frobenius norm."""
+    relative_size: float
+    """Size of the change per size of the weight before."""
+    magnitude_share: float
+    """Share of the squared size that is due to the rows' lengths; the rest is due to their directions."""
+    spectrum: Spectrum | None = None
+    """Of the change, where it was asked for."""
 
 
 @torch.no_grad()
-def decompose(before: Source, after: Source) -> dict[str, Decomposition]:
+def decompose(before: Source, after: Source, spectra: bool = False) -> dict[str, Decomposition]:
     """Magnitude and direction change of every weight that two models have in common.
 
     Args:
@@ -54,6 +58,7 @@ def decompose(before: Source, after: Source) -> dict[str, Decomposition]:
             ``decompose(base, adapted)`` needs no merging. Weights of linear layers, embeddings and convolutions of a
             model are taken as an adapter would see them; in a state dict every weight of two or more dimensions counts,
             and its first dimension is the rows.
+        spectra: look at the singular values of each change as well, which takes longer.
 
     Returns:
         For each weight's path (without ".weight") how far it moved. Sums are float64, a few rows at a time.
@@ -74,11 +79,11 @@ def decompose(before: Source, after: Source) -> dict[str, Decomposition]:
     ]
     if problems:
         raise AdapterError.of("decompose: shapes differ", problems)
-    return {path: _moved(old[path], new[path]) for path in common}
+    return {path: _measure(old[path], new[path], spectra) for path in common}
 
 
 @torch.no_grad()
-def adapter_change(model: nn.Module) -> dict[str, Decomposition]:
+def adapter_change(model: nn.Module, spectra: bool = False) -> dict[str, Decomposition]:
     """How far the active adapter moves each layer that it adapts, from the base weight in the same model.
 
     Raises:
@@ -88,51 +93,68 @@ def adapter_change(model: nn.Module) -> dict[str, Decomposition]:
     if not layers:
         raise AdapterError("adapter_change: no adapter is active on the model")
     return {
-        path: _moved(_of_rows(layer.kind.rows(layer.base_layer)), _of_layer(layer)) for path, layer in layers.items()
+        path: _measure(_of_rows(layer.kind.rows(layer.base_layer)), _of_layer(layer), spectra)
+        for path, layer in layers.items()
     }
 
 
-def _moved(old: _Weight, new: _Weight) -> Decomposition:
-    magnitude = direction = norm = 0.0
-    for rows in _few_rows(*old.shape):
+def _measure(old: Matrix, new: Matrix, spectra: bool) -> Decomposition:
+    return moved(old, new, BaseSpectrum(old) if spectra and has_spectrum(old) else None)
+
+
+def has_spectrum(weight: Matrix) -> bool:
+    """Whether a weight is small enough for its spectrum, and more than a single row or column."""
+    rows, columns = weight.shape
+    return min(rows, columns) > 1 and rows * columns <= LARGEST
+
+
+def moved(old: Matrix, new: Matrix, base: BaseSpectrum | None = None) -> Decomposition:
+    """Compare a weight before and after, with its spectrum where that of the base is given."""
+    magnitude = direction = norm = by_magnitude = by_direction = before = 0.0
+    for rows in old.slices():
         w, v = old.rows(rows), new.rows(rows)
         m, n = w.norm(dim=1), v.norm(dim=1)
         product = m * n
+        longer = (n - m).square()
+        turned = ((v - w).square().sum(1) - longer).clamp(min=0)  # 2 |w'| |w| (1 - cos): exact for small angles, too
         # Of two rows that are both zero none has turned; a row that came from zero or went there points nowhere.
-        cosine = torch.where(product > 0, (w * v).sum(1) / product.where(product > 0, 1.0), (m == n).to(m.dtype))
+        angle = torch.where(product > 0, turned / (2 * product).where(product > 0, 1.0), (m != n).to(m.dtype))
         magnitude += float((n - m).abs().sum())
-        direction += float((1 - cosine.clamp(-1, 1)).sum())
+        direction += float(angle.clamp(max=2).sum())
         norm += float(m.sum())
-    count = old.shape[0]
-    return Decomposition(magnitude / count, direction / count, magnitude / norm if norm else 0.0, count)
+        by_magnitude += float(longer.sum())
+        by_direction += float(turned.sum())
+        before += float(m.square().sum())
+    count, change = old.shape[0], by_magnitude + by_direction
+    return Decomposition(
+        magnitude=magnitude / count,
+        direction=direction / count,
+        relative_magnitude=magnitude / norm if norm else 0.0,
+        rows=count,
+        size=math.sqrt(change),
+        relative_size=math.sqrt(change / before) if before else 0.0,
+        magnitude_share=by_magnitude / change if change else 0.0,
+        spectrum=base.of(new) if base is not None and change else None,
+    )
 
 
-def _few_rows(rows: int, columns: int) -> Iterator[slice]:
-    """Slices of rows that stay in a core's cache through the dozen passes over them."""
-    step = max(1, TILE // max(1, columns))
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
-
-
-def _weights(source: Source, which: str) -> dict[str, _Weight]:
+def _weights(source: Source, which: str) -> dict[str, Matrix]:
     if isinstance(source, nn.Module):
-        return _of_model(source)
+        return weights_of(source)
     if any(".base_layer." in key for key in source):
         raise AdapterError(f"decompose: {which} is the state dict of a model with adapters; give the model itself")
     return {
-        key.removesuffix(".weight"): _of_matrix(tensor.detach().flatten(1))
+        key.removesuffix(".weight"): Matrix.of(tensor.detach().flatten(1))
         for key, tensor in source.items()
         if tensor.ndim > 1 and tensor.is_floating_point()
     }
 
 
-def _of_matrix(matrix: Tensor) -> _Weight:
-    return _Weight((matrix.shape[0], matrix.shape[1]), lambda rows: matrix[rows].double())
-
-
-def _of_model(model: nn.Module) -> dict[str, _Weight]:
+def weights_of(model: nn.Module) -> dict[str, Matrix]:
+    """The weights of a model as adapters see them, its active adapter counted in; read when rows are asked for."""
     root = unwrap(model)
     held: dict[str, AdapterHolder] = {**adapted_layers(root), **saved_modules(root)}
-    found: dict[str, _Weight] = {}
+    found: dict[str, Matrix] = {}
     for path, module in plain_modules(root).items():
         holder = _holder(held, path)
         if isinstance(holder, AdaptedLayer):
@@ -157,7 +179,7 @@ def _chosen(holder: AdapterHolder | None, path: str, module: nn.Module) -> nn.Mo
     return chosen.get_submodule(inner)
 
 
-def _of_rows(weight: WeightRows) -> _Weight:
+def _of_rows(weight: WeightRows) -> Matrix:
     def read(rows: slice) -> Tensor:
         parts = []
         for outer, tile in weight.tiles():
@@ -166,32 +188,26 @@ def _of_rows(weight: WeightRows) -> _Weight:
                 parts.append(tile[start - outer.start : stop - outer.start].double())
         return torch.cat(parts)
 
-    return _Weight(weight.shape, read)
+    return Matrix(weight.shape, read)
 
 
-def _of_layer(layer: AdaptedLayer) -> _Weight:
-    """``W' = m (W + s B A) / n`` of the active adapter, in float64 rather than as merging would round it."""
+def _of_layer(layer: AdaptedLayer) -> Matrix:
+    """``W'`` of the active adapter."""
     weight = _of_rows(layer.kind.rows(layer.base_layer))
     name = layer.active
     if name is None or not layer.enabled:
         return weight
-    adapter = layer.adapters[name]
-
-    def read(rows: slice) -> Tensor:
-        base = weight.rows(rows)
-        moved = base
-        if name in layer.lora_A:
-            moved = base + adapter.scale * (layer.lora_B[name][rows].double() @ layer.lora_A[name].double())
-        if name not in layer.magnitude:
-            return moved
-        m, n = layer.magnitude[name][rows].double(), moved.norm(dim=1)
-        plain = (m == 0) & (base.norm(dim=1) == 0)
-        g = torch.where(plain, 1.0, m / n.where(n > 0, 1.0))
-        return g[:, None] * moved
-
-    return _Weight(weight.shape, read)
+    low_rank = name in layer.lora_A
+    return adapted(
+        weight,
+        layer.lora_A[name].detach() if low_rank else None,
+        layer.lora_B[name].detach() if low_rank else None,
+        layer.magnitude[name].detach() if name in layer.magnitude else None,
+        layer.adapters[name].scale,
+        zero_m_is_plain=True,
+    )
 
 
-def _some(weights: Mapping[str, _Weight]) -> str:
+def _some(weights: Mapping[str, Matrix]) -> str:
     names = list(weights)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "none"

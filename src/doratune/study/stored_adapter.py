@@ -1,0 +1,83 @@
+"""An adapter's file as changed weights of its base, read one layer at a time, without building the model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from doratune.contents import KEY, METADATA, PREFIX
+from doratune.errors import AdapterError
+from doratune.files import WEIGHTS, read_config
+from doratune.peft_config import from_peft, with_own_options
+from doratune.study.adapter_file import inspect_adapter
+from doratune.study.matrix import Matrix, adapted
+from doratune.study.stored import flat, header, read_metadata, read_tensor
+
+_A = ("lora_A.weight", "lora_embedding_A")
+_B = ("lora_B.weight", "lora_embedding_B")
+_M = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
+
+
+class StoredAdapter:
+    """What an adapter's folder makes of each weight that it adapts, or holds whole.
+
+    Raises:
+        AdapterError: if it cannot be read, or listing what is broken in it, as ``doratune inspect`` does.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        report = inspect_adapter(folder)
+        if report.broken:
+            raise AdapterError.of(f"{folder / WEIGHTS} cannot be used", report.broken)
+        self.file = folder / WEIGHTS
+        own = json.loads(read_metadata(self.file).get(METADATA, "{}"))
+        options = from_peft(read_config(folder), str(folder)).config
+        self.config = with_own_options(options, own)
+        self.method = self.config.method
+        self.shapes: dict[str, tuple[int, int]] = {}
+        self.left_out: dict[str, str] = {}
+        self._parts: dict[str, dict[str, str]] = {}
+        self._whole: dict[str, str] = {}
+        self._sort()
+
+    @property
+    def adapted(self) -> set[str]:
+        """Paths of the layers with A and B; others in ``shapes`` are held whole."""
+        return set(self._parts)
+
+    def _sort(self) -> None:
+        sizes = header(self.file)
+        for key, (_, shape) in sizes.items():
+            inner = key.removeprefix(PREFIX)
+            match = KEY.fullmatch(inner)
+            if match and match["part"].startswith("lora"):
+                self._parts.setdefault(match["path"], {})[inner.removeprefix(match["path"] + ".")] = key
+            elif inner.endswith(".weight") and len(shape) > 1 and not inner.endswith("base_layer.weight"):
+                path = inner.removesuffix(".weight")
+                self._whole[path] = key
+                self.shapes[path] = flat(shape)
+            else:
+                self.left_out[inner] = "trained whole, but a vector: it has no rows that could turn"
+        for path, parts in self._parts.items():
+            A, B = sizes[_one(parts, _A)][1], sizes[_one(parts, _B)][1]
+            self.shapes[path] = (B[0], flat(A)[1])
+
+    @contextlib.contextmanager
+    def open(self, path: str, base: Matrix) -> Iterator[Matrix]:
+        """``W'`` of one layer."""
+        if path in self._whole:
+            yield Matrix.of(read_tensor(self.file, self._whole[path]).flatten(1))
+            return
+        parts = self._parts[path]
+        A, B = (read_tensor(self.file, _one(parts, names)).flatten(1) for names in (_A, _B))
+        m = next((read_tensor(self.file, parts[name]).flatten() for name in _M if name in parts), None)
+        if self.config.rank_of(path) == 0:  # the file holds stand-ins
+            yield adapted(base, None, None, m, 0.0)
+        else:
+            yield adapted(base, A, B, m, self.config.scale_of(path))
+
+
+def _one(parts: dict[str, str], names: tuple[str, ...]) -> str:
+    return next(parts[name] for name in names if name in parts)
