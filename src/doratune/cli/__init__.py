@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from doratune.cli import bench, generate, inspect, merge, predict, train
+from doratune.cli import bench, compare, generate, inspect, merge, predict, train
 from doratune.errors import AdapterError
 
 RUNNERS: dict[type, Any] = {
@@ -23,6 +23,7 @@ RUNNERS: dict[type, Any] = {
     merge.Merge: merge.run,
     inspect.Inspect: inspect.run,
     bench.Bench: bench.run,
+    compare.Compare: compare.run,
 }
 """What each command's options are handed to; it returns the exit code."""
 
@@ -37,6 +38,7 @@ class Program:
         | Annotated[predict.Predict, tyro.conf.subcommand("predict")]
         | Annotated[merge.Merge, tyro.conf.subcommand("merge")]
         | Annotated[inspect.Inspect, tyro.conf.subcommand("inspect")]
+        | Annotated[compare.Compare, tyro.conf.subcommand("compare")]
         | Annotated[bench.Bench, tyro.conf.subcommand("bench")]
     )
     debug: bool = False

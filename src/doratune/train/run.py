@@ -61,6 +61,7 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
         sample_before = _sample(config, model, prepared)
         seconds, done = _fit(config, trainer, prepared, console, before)
         after = _last_measured(trainer)
+        test = {} if prepared.test is None else trainer.evaluate(prepared.test, metric_key_prefix="test")
         sample_after = _sample(config, model, prepared)
         folder = _save(config, model, prepared)
         _draw(config, prepared)
@@ -78,6 +79,9 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
             loss_after=after["eval_loss"],
             accuracy_before=before.get("eval_accuracy"),
             accuracy_after=after.get("eval_accuracy"),
+            test_examples=0 if prepared.test is None else len(prepared.test),
+            test_loss=test.get("test_loss"),
+            test_accuracy=test.get("test_accuracy"),
             example=prepared.example,
             examples=prepared.examples,
             held_out_examples=len(prepared.held_out),
