@@ -1,0 +1,231 @@
+"""Reports: sections of text, plots and tables as one HTML page that needs no network, with its files beside it.
+
+``Page`` holds sections (``page.section``), a section holds plots, tables and texts (``section.add``), and
+``page.write(folder, numbers)`` writes all of them.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from doratune.errors import AdapterError
+from doratune.extras import require
+from doratune.files import writing
+from doratune.study.plots import save_figure, themed_svg
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from doratune.study.plots import Tips
+
+NAME = "report.html"
+NUMBERS = "numbers.json"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table."""
+
+    name: str
+    format: str = ""
+    """Of numbers, as in ``format(value, ".2f")``; "" for text. Numbers are aligned right and sorted as such."""
+    hint: str = ""
+    """Shown when the mouse rests on the heading."""
+
+    @property
+    def is_number(self) -> bool:
+        """Whether values are numbers."""
+        return bool(self.format)
+
+    def show(self, value: Any) -> str:
+        """A value as text; nothing and NaN as a dash."""
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return "–"
+        return format(value, self.format).replace("-", "−") if self.is_number else str(value)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that sorts; the page's folder gets its numbers unrounded as ``NAME.csv``."""
+
+    name: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Any]]
+    caption: str = ""
+    searchable: bool = False
+    """Give it a box in which rows are looked for."""
+    groups: Sequence[str] | None = None
+    """For each row, whose marks in plots it belongs to: they light up together."""
+
+    kind = "table"
+
+    def cells(self) -> list[list[tuple[str, str]]]:
+        """Text of each cell, and what it is sorted by: "" where there is no value."""
+        return [
+            [(column.show(value), _sort_key(value)) for column, value in zip(self.columns, row, strict=True)]
+            for row in self.rows
+        ]
+
+    def write_csv(self, folder: Path) -> None:
+        """Write ``NAME.csv``."""
+        with (folder / f"{self.name}.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow([column.name for column in self.columns])
+            writer.writerows([["" if value is None else value for value in row] for row in self.rows])
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A matplotlib figure; the page's folder gets ``NAME.png`` and ``NAME.svg``."""
+
+    name: str
+    figure: Figure
+    caption: str = ""
+    tips: Tips = field(default_factory=dict)
+    """What is shown on hover, for each mark of the artists with a gid."""
+    wide: bool = False
+    """Across the whole page; others share a row."""
+
+    kind = "plot"
+
+    @cached_property
+    def svg(self) -> str:
+        """The figure for the page, in the page's colours."""
+        return themed_svg(self.figure, self.name, self.tips)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph, or a list of lines behind a heading that opens it."""
+
+    text: str
+    lines: Sequence[str] = ()
+
+    kind = "text"
+
+
+Item = Plot | Table | Text
+
+
+@dataclass
+class Section:
+    """A heading, an introduction, and what follows."""
+
+    heading: str
+    text: str = ""
+    items: list[Item] = field(default_factory=list)
+
+    def add(self, *items: Item) -> None:
+        """Put plots, tables and texts after each other; neighbouring plots share rows."""
+        self.items.extend(items)
+
+    @property
+    def anchor(self) -> str:
+        """For links to it."""
+        return "".join(letter if letter.isalnum() else "-" for letter in self.heading.lower())
+
+    @property
+    def blocks(self) -> list[tuple[str, list[Item]]]:
+        """Items, neighbouring ones of a kind together."""
+        return [(kind, list(group)) for kind, group in groupby(self.items, key=lambda item: item.kind)]
+
+
+@dataclass
+class Page:
+    """A report."""
+
+    title: str
+    lead: str = ""
+    """What was found, in a sentence or two."""
+    facts: Sequence[tuple[str, str]] = ()
+    """What was looked at: names and values, under the title."""
+    findings: Sequence[tuple[str, str, str]] = ()
+    """The few numbers that matter: a label, a value, and what belongs beside it."""
+    sections: list[Section] = field(default_factory=list)
+    footer: str = ""
+
+    def section(self, heading: str, text: str = "") -> Section:
+        """Begin a section."""
+        self.sections.append(Section(heading, text))
+        return self.sections[-1]
+
+    def html(self) -> str:
+        """The page.
+
+        Raises:
+            AdapterError: if jinja2 is not installed.
+        """
+        jinja2 = require("jinja2", "study")
+        environment = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+            autoescape=True,
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        text: str = environment.get_template("page.html.j2").render(page=self)
+        return text
+
+    def write(self, folder: Path, numbers: Any) -> Path:
+        """Write ``report.html``, a PNG and an SVG of each plot, a CSV of each table and ``numbers.json``.
+
+        Args:
+            folder: what an earlier report left there is replaced.
+            numbers: everything the page is made of, as JSON has it; NaN becomes null.
+
+        Returns:
+            The page.
+
+        Raises:
+            AdapterError: if the folder holds something else than a report, or cannot be written.
+        """
+        problem = folder_problem(folder)
+        if problem:
+            raise AdapterError(problem)
+        html = self.html()
+        with writing(folder, "the report") as staging:
+            for item in self._items():
+                if isinstance(item, Plot):
+                    save_figure(item.figure, staging, item.name)
+                elif isinstance(item, Table):
+                    item.write_csv(staging)
+            (staging / NUMBERS).write_text(json.dumps(without_nan(numbers), indent=1) + "\n", encoding="utf-8")
+            (staging / NAME).write_text(html, encoding="utf-8")
+        return folder / NAME
+
+    def _items(self) -> Iterable[Item]:
+        return (item for section in self.sections for item in section.items)
+
+
+def folder_problem(folder: Path) -> str | None:
+    """Why a report cannot go to a folder, as far as one can see before it is made, or None."""
+    if folder.exists() and not folder.is_dir():
+        return f"output {folder} is a file; name a folder"
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / NAME).is_file():
+        return f"output {folder} is not empty and holds no report that could be replaced; name another folder"
+    return None
+
+
+def without_nan(value: Any) -> Any:
+    """The same with None for numbers that JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(inner) for inner in value]
+    return value
+
+
+def _sort_key(value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return repr(value) if isinstance(value, int | float) else str(value)

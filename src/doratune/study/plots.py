@@ -1,0 +1,150 @@
+"""How plots look, and how one figure becomes a PNG, an SVG and a part of a page that is light or dark."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from xml.etree import ElementTree
+
+from doratune.extras import require
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, MUTED, FAINT, PAPER = "#1b1f27", "#5d6573", "#d5d9e0", "#fdfdfc"
+"""Text and axes, what stands back, grid lines, and the ground; in a page they follow its theme."""
+_THEMED = {INK: "var(--ink)", MUTED: "var(--muted)", FAINT: "var(--faint)", PAPER: "var(--paper)"}
+COLOURS = ("#3a7fc8", "#d9772b", "#2d9c78", "#9a68cc", "#cf4d63", "#82868f")
+"""Of things that have no order: told apart by most eyes, on white and on black."""
+_ORDERED = ("#4a79d6", "#8b65cb", "#cf5699", "#e4704d", "#dfa030")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
+
+_SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
+
+
+class Tip(NamedTuple):
+    """What is shown when the mouse rests on a mark."""
+
+    text: str
+    group: str = ""
+    """Marks of one group, in all plots of a page, light up together."""
+
+
+Tips = Mapping[str, Sequence[Tip]]
+"""By an artist's gid: one for each of its marks, in their order."""
+
+_STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.facecolor": "none",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.formatter.limits": (-3, 4),
+    "axes.formatter.use_mathtext": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "figure.facecolor": PAPER,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "doratune",
+    "svg.id": None,
+}
+
+
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """Figures made inside look like the project's.
+
+    Raises:
+        AdapterError: if matplotlib is not installed.
+    """
+    matplotlib = require("matplotlib", "study")
+    known = {key: value for key, value in _STYLE.items() if key in matplotlib.rcParams}
+    with matplotlib.rc_context(known):
+        yield
+
+
+def new_figure(width: float = 4.0, height: float = 3.1, **subplots: Any) -> tuple[Figure, Any]:
+    """A figure of so many inches and its axes; without pyplot, so nothing has to be closed."""
+    figure = require("matplotlib.figure", "study").Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(**subplots)
+
+
+def ordered_colours(count: int) -> list[str]:
+    """Colours for steps of time: blue, purple, red, amber, equally readable on white and black."""
+    colours = require("matplotlib.colors", "study")
+    ramp = colours.LinearSegmentedColormap.from_list("steps", _ORDERED)
+    return [colours.to_hex(ramp(i / max(1, count - 1))) for i in range(count)]
+
+
+def legend_outside(figure: Figure, axes: Axes, columns: int = 4) -> None:
+    """Put the legend below the axes, where it hides nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(handles)))
+
+
+def save_figure(figure: Figure, folder: Path, name: str) -> None:
+    """Write ``NAME.png`` at 200 dots an inch and ``NAME.svg``."""
+    with style():
+        figure.savefig(folder / f"{name}.png", dpi=200)
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+
+
+def themed_svg(figure: Figure, name: str, tips: Tips) -> str:
+    """The figure as an ``<svg>`` for a page: its theme's colours, as wide as there is room, tips on its marks."""
+    buffer = io.StringIO()
+    with style():
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    root = ElementTree.fromstring(buffer.getvalue())
+    for key in ("width", "height"):
+        root.attrib.pop(key, None)
+    for metadata in root.findall(f"{{{_SVG}}}metadata"):
+        root.remove(metadata)
+    root.set("role", "img")
+    root.set("aria-label", name)
+    by_id = {element.get("id"): element for element in root.iter()}
+    for gid, marks in tips.items():
+        for element, tip in zip(_marks(by_id[gid]), marks, strict=True):
+            element.set("data-tip", tip.text)
+            if tip.group:
+                element.set("data-group", tip.group)
+    ElementTree.register_namespace("", _SVG)
+    ElementTree.register_namespace("xlink", _XLINK)
+    text = ElementTree.tostring(root, encoding="unicode")
+    for colour, variable in _THEMED.items():
+        text = text.replace(colour, variable)
+    # Several figures share a page: what one refers to by id has to be its own.
+    return re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", text)
+
+
+def _marks(element: ElementTree.Element) -> list[ElementTree.Element]:
+    """What is drawn of an artist, without the shapes that are only defined."""
+    found = []
+    for child in element:
+        if child.tag == f"{{{_SVG}}}defs":
+            continue
+        if child.tag in (f"{{{_SVG}}}use", f"{{{_SVG}}}path"):
+            found.append(child)
+        found.extend(_marks(child))
+    return found
