@@ -165,9 +165,10 @@ def _print(findings: Findings, page: Path) -> None:
 
     out = Console()
     unit = findings.unit
-    level = f"{findings.comparison.grid.confidence:.0%}".replace("%", " %")
+    level = sentences.percent(findings.comparison.grid.confidence)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("", "rate", f"test {unit}", f"{level} interval", "seeds", "trained", "ms/step", "MiB"):
+    score_name = "test %" if unit == "points" else "test loss"
+    for name in ("", "rate", score_name, f"{level} interval", "seeds", "ms/step", "MiB"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for one in findings.standings:
         score = one.score
@@ -177,7 +178,6 @@ def _print(findings: Findings, page: Path) -> None:
             "-" if score is None else sentences.number(score.mean, unit),
             "-" if score is None else f"{sentences.number(score.low, unit)} to {sentences.number(score.high, unit)}",
             str(len(one.scores)),
-            f"{one.sizes.get('trained', 0):,}",
             f"{1e3 * one.step_seconds:,.0f}",
             f"{one.peak_memory / 2**20:,.0f}",
         )

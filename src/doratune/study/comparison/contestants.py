@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
+
+from doratune.train.config import TrainMethod
 
 RANKED = {"lora": "LoRA", "dora": "DoRA"}
 UNRANKED = {"magnitude": "magnitudes only", "full": "full fine-tuning", "head": "head only"}
@@ -16,7 +19,7 @@ FORMS = "'lora r', 'dora r', 'dora r/2', 'dora 8', " + ", ".join(map(repr, UNRAN
 class Contestant:
     """A method at a rank; the rank is None where the method has none."""
 
-    method: str
+    method: TrainMethod
     rank: int | None = None
 
     @property
@@ -59,9 +62,9 @@ def contestant(method: str, rank: int) -> Contestant:
     """The method of a recipe at one of its ranks; ``r/2`` is at least 1."""
     found = PATTERN.fullmatch(method)
     if found is None:
-        return Contestant(method)
+        return Contestant(cast(TrainMethod, method))
     name, fixed, divisor = found.groups()
-    return Contestant(name, int(fixed) if fixed else max(1, rank // int(divisor or 1)))
+    return Contestant(cast(TrainMethod, name), int(fixed) if fixed else max(1, rank // int(divisor or 1)))
 
 
 def contestants(methods: Iterable[str], ranks: Sequence[int]) -> list[Contestant]:

@@ -81,10 +81,16 @@ class Findings:
     rank_spreads: Sequence[RankSpread]
     rank_difference: Difference | None
     """DoRA's spread over the ranks minus LoRA's, seed by seed."""
+    outcomes: Sequence[Outcome]
+    """Every run."""
     test_examples: int
-    runs: int
     device: str
     problems: Sequence[str]
+
+    @property
+    def runs(self) -> int:
+        """How many there are."""
+        return len(self.outcomes)
 
     @property
     def unit(self) -> str:
@@ -97,7 +103,7 @@ class Findings:
         return 1 if self.comparison.by_accuracy else -1
 
     def as_json(self) -> dict[str, Any]:
-        """All numbers, with the runs they come from left to the study."""
+        """All numbers; those of single runs are a table's."""
         return {
             "task": self.comparison.train.task,
             "model": self.comparison.train.model,
@@ -153,7 +159,7 @@ def find(comparison: Comparison, outcomes: Sequence[Outcome]) -> Findings:
         spreads,
         rank_difference,
         test_examples=results[0]["test_examples"] if results else 0,
-        runs=sum(trial in done for trial in wanted),
+        outcomes=[done[trial] for trial in wanted if trial in done],
         device=results[0]["device"] if results else "",
         problems=problems,
     )

@@ -21,8 +21,6 @@ from doratune.train.config import TrainConfig
 if TYPE_CHECKING:
     from doratune.train.results import TrainResult
 
-PRELOADED = ("transformers.trainer", "datasets", "doratune.train.run", "doratune.train.trainer", "matplotlib.figure")
-
 
 class KilledError(RuntimeError):
     """The process of a run ended without a result: killed, or out of memory."""
@@ -41,7 +39,7 @@ def train_apart(config: TrainConfig, worker: int = 0, workers: int = 1) -> Train
         KilledError: if the process was killed.
     """
     try:
-        with ProcessPoolExecutor(1, mp_context=_context()) as pool:
+        with ProcessPoolExecutor(1, mp_context=_context(), initializer=_watch_the_worker) as pool:
             return pool.submit(_train, config, worker, max(1, len(_cores()) // workers)).result()
     except BrokenProcessPool as error:
         raise KilledError("the training process was killed; out of memory?") from error
@@ -55,7 +53,7 @@ def _context() -> Any:
     if sys.platform == "win32" or torch.version.cuda is not None:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
+    context.set_forkserver_preload(["doratune.study.comparison.preload"])
     return context
 
 
@@ -64,7 +62,6 @@ def _cores() -> Any:
 
 
 def _train(config: TrainConfig, worker: int, threads: int) -> TrainResult:
-    threading.Thread(target=_end_with_the_worker, daemon=True).start()
     import torch
 
     from doratune.cli.quiet import quiet_libraries
@@ -85,6 +82,10 @@ def visible_gpu(visible: str | None, count: int, worker: int) -> str | None:
         return None
     names = [name.strip() for name in visible.split(",")] if visible else [str(i) for i in range(count)]
     return names[worker % len(names)]
+
+
+def _watch_the_worker() -> None:
+    threading.Thread(target=_end_with_the_worker, daemon=True).start()
 
 
 def _end_with_the_worker() -> None:

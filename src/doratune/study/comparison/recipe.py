@@ -143,7 +143,9 @@ def load(name: str, seeds: int | None = None) -> Comparison:
     if found:
         raise AdapterError.of(f"recipe {path}", found)
     train = TrainConfig(**{"model": "", "data": (), "save_every": None, **run})
-    comparison = Comparison(train, dataclasses.replace(Grid(**grid), **({} if seeds is None else {"seeds": seeds})))
+    if seeds is not None:
+        grid["seeds"] = seeds
+    comparison = Comparison(train, Grid(**grid))
     found = [*comparison.grid.problems(), *_of_the_run(train)]
     if found:
         raise AdapterError.of(f"recipe {path}", found)
@@ -178,8 +180,8 @@ def fingerprint(path: Path) -> str:
     """What a file, or a folder's files, hold; for folders by names and sizes."""
     digest = hashlib.sha256()
     if path.is_file():
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
+        with path.open("rb") as opened:
+            while block := opened.read(1 << 20):
                 digest.update(block)
     else:
         for file in sorted(path.rglob("*")):

@@ -14,6 +14,11 @@ def number(value: float, unit: str, signed: bool = False) -> str:
     return format(value, ("+" if signed else "") + (".2f" if unit == "points" else ".4f")).replace("-", "−")
 
 
+def percent(share: float, digits: int = 0) -> str:
+    """A share in percent."""
+    return f"{100 * share:.{digits}f}\u00a0%"
+
+
 def interval(found: Difference, unit: str) -> str:
     """Both ends of an interval."""
     return f"{number(found.low, unit, signed=True)} to {number(found.high, unit, signed=True)}"
@@ -23,23 +28,32 @@ def about_gap(findings: Findings, gap: Gap) -> str:
     """Whether a difference was found, how large, and what could have been seen."""
     d, unit = gap.difference, findings.unit
     other, base = gap.pair.other.name, gap.pair.base.name
-    level = f"{gap.confidence:.0%}".replace("%", " %")
+    level = percent(gap.confidence)
     if gap.together > 1:
         level += f" for all {gap.together} differences together"
     measured = f"{number(d.mean, unit, signed=True)} {unit} ({level}: {interval(d, unit)}; {d.count} seeds)"
     if d.low == d.high:
-        return (
-            f"{other} and {base}: every one of {d.count} pairs differs by {number(d.mean, unit, signed=True)} {unit}."
-        )
-    seen = f"{d.count} seeds could have seen {number(d.detectable, unit)} with a chance of {POWER:.0%}".replace(
-        "%", " %"
-    )
+        return f"{other} minus {base}: {number(d.mean, unit, signed=True)} {unit} in every one of {d.count} pairs."
+    seen = f"{d.count} seeds could have seen {number(d.detectable, unit)} with a chance of {percent(POWER)}"
     if d.is_found:
         what = "better" if d.mean * findings.sign > 0 else "worse"
         return f"{other} is {what} than {base} here: {measured}; {seen}."
     return (
         f"No difference between {other} and {base} was found: {measured}. One larger than "
         f"{number(d.largest, unit)} {unit} is unlikely; {seen}."
+    )
+
+
+def verdict(findings: Findings, gap: Gap) -> str:
+    """The same in short."""
+    d, unit = gap.difference, findings.unit
+    other, base = gap.pair.other.name, gap.pair.base.name
+    if d.is_found:
+        what = "better" if d.mean * findings.sign > 0 else "worse"
+        return f"{other} is {what} than {base} here by {number(abs(d.mean), unit)} {unit} ({interval(d, unit)})."
+    return (
+        f"No difference between {other} and {base} was found; one larger than {number(d.largest, unit)} {unit} is "
+        "unlikely."
     )
 
 
@@ -97,17 +111,15 @@ def about_cost(findings: Findings) -> Iterator[str]:
         if one.sizes.get("magnitude") and one.sizes.get("direction"):
             yield (
                 f"{one.contestant.name} has {one.sizes['magnitude']:,} magnitudes besides "
-                f"{one.sizes['direction']:,} parameters of A and B: {one.extra_over_lora:.2%} more than LoRA of that rank, "
-                f"{one.extra_over_model:.3%} of the model".replace("%", " %")
-                + "."
+                f"{one.sizes['direction']:,} parameters of A and B: {percent(one.extra_over_lora, 2)} more than LoRA "
+                f"of that rank, {percent(one.extra_over_model, 3)} of the model."
             )
 
 
 def lead(findings: Findings) -> str:
     """The differences, for the top of the page."""
-    told = [about_gap(findings, gap) for gap in findings.gaps if gap.pair.is_claim] or [
-        about_gap(findings, gap) for gap in findings.gaps
-    ]
+    shown = [gap for gap in findings.gaps if gap.pair.is_claim] or findings.gaps
+    told = [verdict(findings, gap) for gap in shown]
     if len(told) > 3:
         told = [_summary(findings)]
     return " ".join(told) or "There are too few runs for a difference."

@@ -89,5 +89,7 @@ def detectable(gaps: Sequence[float], confidence: float, power: float = POWER) -
 
 
 def _error(values: Sequence[float]) -> float:
-    """Standard error of the mean."""
+    """Standard error of the mean; 0 where values differ by rounding only."""
+    if np.ptp(values) <= 1e-12 * np.max(np.abs(values)):
+        return 0.0
     return float(np.std(values, ddof=1)) / math.sqrt(len(values))

@@ -63,7 +63,7 @@ def sweep(comparison: Comparison) -> list[Trial]:
     ]
 
 
-def tests(comparison: Comparison, chosen: Mapping[str, Chosen]) -> list[Trial]:
+def scoring(comparison: Comparison, chosen: Mapping[str, Chosen]) -> list[Trial]:
     """Every contestant that has a learning rate with many seeds, none of which chose the rate; seed by seed."""
     first = comparison.grid.sweep_seeds
     return [
@@ -120,4 +120,4 @@ def _worth(runs: Sequence[Outcome | None], by_accuracy: bool) -> tuple[float, fl
 def grid(comparison: Comparison, outcomes: Sequence[Outcome]) -> list[Trial]:
     """The runs that can be done now: the sweep, and once it is over the tests, too."""
     chosen = choose(comparison, outcomes)
-    return [*sweep(comparison), *([] if chosen is None else tests(comparison, chosen))]
+    return [*sweep(comparison), *([] if chosen is None else scoring(comparison, chosen))]

@@ -64,7 +64,8 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
         others = gather(rows(config.eval_data, config.eval_split), reader.use, config, say)
     else:
         examples, others = set_aside(examples, config.eval_fraction, lambda e: names.index(e.label))
-    classes.refuse_unknown({example.label for example in (*others, *test)}, names)
+    for option, part in (("eval_data", others), ("test_data", test)):
+        classes.refuse_unknown({example.label for example in part}, names, option)
     if not others:
         raise AdapterError("one row is too little: at least one to train on and one to measure on are needed")
     train_set, held_out, tested = (

@@ -62,7 +62,8 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
         say("the archive brings its own images to measure on")
     else:
         found, others = set_aside(found, config.eval_fraction, lambda one: names.index(one.label or ""))
-    classes.refuse_unknown({one.label or "" for one in (*others, *test)}, names)
+    for option, part in (("eval_data", others), ("test_data", test)):
+        classes.refuse_unknown({one.label or "" for one in part}, names, option)
     if not others:
         raise AdapterError("one image is too little: at least one to train on and one to measure on are needed")
     forward = _forward_options(config, size)

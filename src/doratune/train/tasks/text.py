@@ -80,9 +80,8 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
             "needed; give more data, or a larger max_length"
         )
     if blocks:
-        train, held_out, test = (
-            _pack(part, config.max_length) if len(part) else part for part in (train, held_out, test)
-        )
+        parts = (train, held_out, test)
+        train, held_out, test = (_pack(part, config.max_length) if len(part) else part for part in parts)
     what = f"packed blocks of up to {config.max_length} tokens" if blocks else "examples"
     told = f", {len(test)} to test on" if len(test) else ""
     say(f"{len(train)} {what} to train on, {len(held_out)} held out{told}")
