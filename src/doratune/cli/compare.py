@@ -74,6 +74,7 @@ def run(options: Compare) -> int:
     from doratune.study.comparison.report import write_report
     from doratune.study.comparison.run import run_all
     from doratune.study.comparison.storage import database, open_study
+    from doratune.study.page import without_nan
 
     options.output.mkdir(parents=True, exist_ok=True)
     url = options.storage or database(options.output / "study.db")
@@ -88,7 +89,7 @@ def run(options: Compare) -> int:
     findings = find(comparison, outcomes)
     page = write_report(findings, options.output / "report")
     if options.json:
-        print(json.dumps(json.loads((page.parent / "numbers.json").read_text(encoding="utf-8"))))
+        print(json.dumps(without_nan(findings.as_json())))
     else:
         _print(findings, page)
     return 0
@@ -96,16 +97,15 @@ def run(options: Compare) -> int:
 
 def _of_runs(comparison: Comparison, output: Path) -> Iterator[str]:
     """What can be found wrong with the runs before any is started."""
-    from doratune.train.config import listed
-    from doratune.train.run import check
+    from doratune.study.comparison.run import RUNS
+    from doratune.train.run import problems
 
+    said = set()
     for one in comparison.contestants:
-        config = comparison.config(one, comparison.grid.rates(one)[0], 0, output / "runs" / one.key)
-        try:
-            check(config)
-        except AdapterError as error:
-            yield from (f"{one.name}: {line.partition(': ')[2] or line}" for line in listed(error))
-            return  # the others have the same
+        for problem in problems(comparison.config(one, comparison.grid.rates(one)[0], 0, output / RUNS / one.key)):
+            if problem not in said:  # most are the same for all
+                said.add(problem)
+                yield problem
 
 
 class _Progress:

@@ -106,6 +106,13 @@ def check(config: TrainConfig) -> None:
     Raises:
         AdapterError: listing every problem.
     """
+    found = problems(config)
+    if found:
+        raise AdapterError.of("these options cannot work", found)
+
+
+def problems(config: TrainConfig) -> list[str]:
+    """What can be found wrong before anything large is loaded."""
     found = [*config.problems(), *task_of(config.task).problems(config)]
     problem = model_problem(config.model) if config.model else None
     if problem:
@@ -118,8 +125,7 @@ def check(config: TrainConfig) -> None:
         found.append(f"output {output} holds no checkpoint to resume from")
     elif not config.resume and output.is_dir() and any(output.iterdir()):
         found.append(f"output {output} is not empty; name another folder, or go on with what is there: --resume")
-    if found:
-        raise AdapterError.of("these options cannot work", found)
+    return found
 
 
 def _note_recipe(config: TrainConfig, say: Any) -> None:

@@ -6,7 +6,9 @@ import platform
 from pathlib import Path
 
 from doratune.study.comparison import figures, sentences
+from doratune.study.comparison.contestants import RANKED, UNRANKED
 from doratune.study.comparison.findings import Findings, Standing
+from doratune.study.comparison.recipe import Comparison
 from doratune.study.page import Column, Page, Plot, Section, Table, Text
 from doratune.train.recipe import version
 
@@ -30,8 +32,7 @@ def make_page(findings: Findings) -> Page:
     train, grid = findings.comparison.train, findings.comparison.grid
     steps = f"{train.steps} steps" if train.steps else f"{train.epochs:g} epochs"
     page = Page(
-        title=f"Compared: {', '.join(one.name for one in findings.comparison.contestants[:4])}"
-        + (" …" if len(findings.comparison.contestants) > 4 else ""),
+        title=f"Compared: {_names(findings.comparison)}",
         lead=sentences.lead(findings),
         facts=[
             ("task", train.task),
@@ -56,8 +57,18 @@ def make_page(findings: Findings) -> Page:
     _costs(page.section("Parameters, time and memory"), findings)
     page.section("Runs").add(_runs(findings))
     if findings.problems:
-        page.section("Runs that diverged").add(Text(f"{len(findings.problems)} runs", findings.problems))
+        page.section("Runs that diverged").add(Text("Which, and why", findings.problems))
     return page
+
+
+def _names(comparison: Comparison) -> str:
+    """Everybody, or of many the methods and their ranks."""
+    everybody = comparison.contestants
+    if len(everybody) <= 4:
+        return ", ".join(one.name for one in everybody)
+    methods = dict.fromkeys({**RANKED, **UNRANKED}[one.method] for one in everybody)
+    ranks = [one.rank for one in everybody if one.rank is not None]
+    return ", ".join(methods) + (f" at ranks {min(ranks)} to {max(ranks)}" if ranks else "")
 
 
 def _cards(findings: Findings) -> list[tuple[str, str, str]]:
@@ -148,7 +159,6 @@ def _costs(section: Section, findings: Findings) -> None:
     columns = [
         Column("method"),
         Column("trained", ",d"),
-        Column("of the model, %", ".3f"),
         Column("magnitudes", ",d"),
         Column("on LoRA, %", ".2f", "what magnitudes add to A and B"),
         Column("on the model, %", ".3f", "what magnitudes add to the base"),
@@ -186,7 +196,6 @@ def _cost(one: Standing) -> list[object]:
     return [
         one.contestant.name,
         sizes["trained"],
-        100 * sizes["trained"] / sizes["base"],
         sizes["magnitude"] or None,
         100 * one.extra_over_lora if adapter else None,
         100 * one.extra_over_model if sizes["magnitude"] else None,

@@ -126,11 +126,11 @@ def lead(findings: Findings) -> str:
 
 
 def _summary(findings: Findings) -> str:
-    claims = [gap for gap in findings.gaps if gap.pair.is_claim]
+    claims = [gap for gap in findings.gaps if gap.pair.is_claim] or findings.gaps
     found = [gap for gap in claims if gap.difference.is_found]
     better = sum(gap.difference.mean * findings.sign > 0 for gap in found)
-    return (
-        f"Of {len(claims)} differences {len(found)} were found: {better} times the other method is better than the "
-        f"first, {len(found) - better} times worse; the largest difference that any interval leaves possible is "
-        f"{number(max(gap.difference.largest for gap in claims), findings.unit)} {findings.unit}."
-    )
+    what = f"{len(found)} of {len(claims)} differences were found, {better} of them for the better"
+    if not found:
+        what = f"None of {len(claims)} differences was found"
+    largest = number(max(gap.difference.largest for gap in claims), findings.unit)
+    return f"{what}; the largest that any interval leaves possible is {largest} {findings.unit}."
