@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -29,12 +29,12 @@ class Compare:
     on as many machines as share its storage, and with more --seeds adds to it. Writes a report.
     """
 
-    recipe: tyro.conf.Positional[str]
+    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
     """TOML file: options of doratune train, and a table [compare] with methods, ranks, learning_rates, seeds."""
     output: Path = Path("runs/compare")
     """Folder for the study and its report."""
     workers: int = 1
-    """Training runs at a time; each GPU has its own."""
+    """Training runs at a time; of several GPUs each has its own."""
     seeds: int | None = None
     """Runs of each method with its chosen learning rate; none: as the recipe says."""
     storage: str | None = None

@@ -149,3 +149,10 @@ def test_a_storage_that_cannot_be_used(tmp_path, of, monkeypatch):
     monkeypatch.setattr(storage, "TRIES", 1)
     with pytest.raises(dt.AdapterError, match=r"storage sqlite:///.*absent.* cannot be used"):
         storage.open_study(storage.database(tmp_path / "absent" / "study.db"), "compare", of)
+
+
+def test_passwords_are_not_told(of, monkeypatch):
+    monkeypatch.setattr(storage, "TRIES", 1)
+    with pytest.raises(dt.AdapterError, match=r"storage nosuch://me:\*\*\*@host/x cannot be used") as caught:
+        storage.open_study("nosuch://me:secret@host/x", "compare", of)
+    assert "secret" not in str(caught.value)

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import threading
+import warnings
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -64,8 +65,6 @@ class Worker:
 
     def _fail_stale(self) -> None:
         optuna = require("optuna")
-        import warnings
-
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             optuna.storages.fail_stale_trials(self.study)

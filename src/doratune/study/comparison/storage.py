@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 import warnings
 from collections.abc import Iterable, Mapping
@@ -16,7 +17,7 @@ from doratune.study.comparison.trials import Outcome, Trial
 
 HEARTBEAT, GRACE = 10, 60
 """Seconds between signs of life of a running trial, and without one until its worker counts as killed."""
-TRIES = 10
+TRIES = 6
 """To create the tables: two workers that do so at the same moment get in each other's way."""
 RECIPE, RESULT, PROBLEM, KILLED = "recipe", "result", "problem", "killed"
 """Attributes of the study and of its trials."""
@@ -51,16 +52,16 @@ def open_study(url: str, name: str, comparison: Comparison, heartbeat: int = HEA
         except Exception as error:  # of SQLAlchemy, of the database's driver, or that the driver is missing
             if attempt == TRIES or isinstance(error, ImportError):
                 said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise AdapterError(f"storage {url} cannot be used: {said}") from error
+                raise AdapterError(f"storage {_without_password(url)} cannot be used: {said}") from error
             time.sleep(0.2 * attempt)
     mine = comparison.identity()
     theirs = study.user_attrs.get(RECIPE)
     if theirs is None:
         study.set_user_attr(RECIPE, mine)
     elif theirs != mine:
+        what = f"study {name!r} in {_without_password(url)} is of another recipe"
         raise AdapterError.of(
-            f"study {name!r} in {url} is of another recipe: name another --output or --study, or undo the change",
-            _differences(theirs, mine),
+            f"{what}: name another --output or --study, or undo the change", _differences(theirs, mine)
         )
     return study
 
@@ -70,6 +71,10 @@ def _storage(optuna: Any, url: str, heartbeat: int, grace: int) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of heartbeats
         return optuna.storages.RDBStorage(url, engine_kwargs=options, heartbeat_interval=heartbeat, grace_period=grace)
+
+
+def _without_password(url: str) -> str:
+    return re.sub(r"(://[^/@:]+):[^@]*@", r"\1:***@", url)
 
 
 def _differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
