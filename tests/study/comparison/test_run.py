@@ -145,6 +145,20 @@ def test_a_run_whose_worker_shows_no_life_is_taken_over(tmp_path, of, trained):
     assert len(trained) == len(set(trained)) == size(of)
 
 
+def test_a_worker_that_slept_too_long_goes_on_with_the_next(tmp_path, of, trained):
+    study = opened(tmp_path, of)()
+
+    def fail(config):
+        if len(trained) == 2:  # as another worker does that has seen no sign of life
+            states = optuna.trial.TrialState
+            [mine] = study.get_trials(states=(states.RUNNING,))
+            study._storage.set_trial_state_values(mine._trial_id, states.FAIL)
+
+    trained.fail = fail
+    assert len(run_all(of, opened(tmp_path, of), tmp_path)) == size(of)
+    assert len(trained) == 1 + size(of)
+
+
 def test_a_storage_that_cannot_be_used(tmp_path, of, monkeypatch):
     monkeypatch.setattr(storage, "TRIES", 1)
     with pytest.raises(dt.AdapterError, match=r"storage sqlite:///.*absent.* cannot be used"):

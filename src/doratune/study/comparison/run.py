@@ -59,9 +59,17 @@ class Worker:
             if trials.choose(self.comparison, over) is not None and {o.trial for o in over} >= set(wanted):
                 return
             if self.study.get_trials(deepcopy=False, states=(states.WAITING,)):
-                self.study.optimize(self._objective, n_trials=1, catch=(KilledError,))
+                self._do_one()
             else:
                 self.stopped.wait(POLL)
+
+    def _do_one(self) -> None:
+        try:
+            self.study.optimize(self._objective, n_trials=1, catch=(KilledError,))
+        except ValueError as error:
+            # The machine slept, others took the run over, and Optuna does not take its result any more.
+            if not str(error).startswith("Cannot tell a"):
+                raise
 
     def _fail_stale(self) -> None:
         optuna = require("optuna")

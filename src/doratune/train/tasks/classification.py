@@ -31,8 +31,7 @@ class Example:
 def problems(config: TrainConfig) -> Iterator[str]:
     """What is wrong with the sources, found before anything is loaded."""
     for option in ("data", "eval_data", "test_data"):
-        names = getattr(config, option)
-        for name in names:
+        for name in getattr(config, option):
             path = path_of(name)
             problem = problem_of(name)
             if not problem and path.is_file() and path.suffix.lower() not in TABLES:

@@ -31,8 +31,7 @@ HELD_OUT = 100
 def problems(config: TrainConfig) -> Iterator[str]:
     """What is wrong with the sources, found before anything is loaded."""
     for option in ("data", "eval_data", "test_data"):
-        names = getattr(config, option)
-        for name in names:
+        for name in getattr(config, option):
             problem = problem_of(name)
             if problem:
                 yield f"{option} {name}{':' if problem.startswith('no ') else ''} {problem}"
