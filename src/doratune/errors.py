@@ -18,3 +18,7 @@ class AdapterError(ValueError):
         if len(lines) == 1:
             return cls(f"{heading}: {lines[0]}")
         return cls("\n".join([f"{heading} ({len(lines)} problems):", *(f"  - {line}" for line in lines)]))
+
+
+class DivergedError(AdapterError):
+    """Training has left everything behind that can be learnt back: too high a learning rate, as a rule."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from doratune.cli import analyze, bench, generate, inspect, merge, predict, train
+from doratune.cli import analyze, bench, compare, generate, inspect, merge, predict, train
 from doratune.errors import AdapterError
 
 RUNNERS: dict[type, Any] = {
@@ -24,6 +24,7 @@ RUNNERS: dict[type, Any] = {
     inspect.Inspect: inspect.run,
     analyze.Analyze: analyze.run,
     bench.Bench: bench.run,
+    compare.Compare: compare.run,
 }
 """What each command's options are handed to; it returns the exit code."""
 
@@ -39,6 +40,7 @@ class Program:
         | Annotated[merge.Merge, tyro.conf.subcommand("merge")]
         | Annotated[inspect.Inspect, tyro.conf.subcommand("inspect")]
         | Annotated[analyze.Analyze, tyro.conf.subcommand("analyze")]
+        | Annotated[compare.Compare, tyro.conf.subcommand("compare")]
         | Annotated[bench.Bench, tyro.conf.subcommand("bench")]
     )
     debug: bool = False

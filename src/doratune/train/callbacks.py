@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from doratune.errors import AdapterError
+from doratune.errors import DivergedError
 from doratune.extras import require
 from doratune.train.files import write_whole
 from doratune.train.results import peak_memory, read_metrics
@@ -48,19 +48,19 @@ class MetricsFile(TrainerCallback):
         """Append a line.
 
         Raises:
-            AdapterError: if the loss is not finite, or far above that before training: no later step can mend that.
+            DivergedError: if the loss is not finite, or far above that before training: no later step can mend that.
         """
         values = {key: value for key, value in (logs or {}).items() if key not in _UNITS}
         if not state.is_world_process_zero or "train_loss" in values:
             return
         loss = values.get("loss", values.get("eval_loss", 0.0))
         if not math.isfinite(loss):
-            raise AdapterError(self._hopeless(f"the loss is {loss}", state.global_step))
+            raise DivergedError(self._hopeless(f"the loss is {loss}", state.global_step))
         if state.global_step == 0:
             self.before = loss
         elif self.before is not None and loss > self.before + EXPLODED:
             told = f"the loss has risen from {self.before:.2f} to {loss:.2f}"
-            raise AdapterError(self._hopeless(told, state.global_step))
+            raise DivergedError(self._hopeless(told, state.global_step))
         key = (state.global_step, "loss" in values)
         if key in self.written:  # measured again, before a resumed run or at its end
             return

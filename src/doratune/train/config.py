@@ -77,6 +77,12 @@ class TrainConfig:
     """Which split to train on, of data sets that have several (hub, save_to_disk)."""
     eval_split: str = "test"
     """Which split to measure on, of eval data that have several."""
+    test_data: tuple[str, ...] = ()
+    """What is measured once, after training: for numbers to report, where eval data served to choose something."""
+    test_fraction: float = 0.0
+    """Share of the data set aside for that if there is no test data; always the same, whatever the seed."""
+    test_split: str = "test"
+    """Which split that is, of test data that have several."""
     text_column: str | None = None
     """Column of the text; none: guessed from the names, and said. The same holds for the other columns."""
     prompt_column: str | None = None
@@ -201,6 +207,8 @@ class TrainConfig:
         yield from _numbers(self)
         if not self.eval_data and not 0 < self.eval_fraction < 1:
             yield f"eval_fraction must lie between 0 and 1; found {self.eval_fraction!r}"
+        if not 0 <= self.test_fraction < 1:
+            yield f"test_fraction must be at least 0 and below 1; found {self.test_fraction!r}"
         yield from _combinations(self)
         yield from _libraries(self)
         try:
@@ -231,6 +239,8 @@ def _combinations(c: TrainConfig) -> Iterator[str]:
         yield f"streaming serves text-generation; found task {c.task} (images are read while training anyway)"
     if c.streaming and c.steps is None:
         yield "streaming needs steps: the length of the data is not known beforehand"
+    if c.streaming and c.test_fraction and not c.test_data:
+        yield "streaming cannot set a test_fraction aside; name test_data"
     if c.quantize and not c.is_adapter:
         yield f"quantize freezes the base; method {c.method} trains it: use dora, lora or magnitude"
     if c.prompt is not None and c.task != "text-generation":

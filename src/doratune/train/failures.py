@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from doratune.errors import AdapterError
+from doratune.errors import AdapterError, DivergedError
 from doratune.train.checkpoints import last_checkpoint
 from doratune.train.config import TrainConfig
 
@@ -33,7 +33,8 @@ def explained(config: TrainConfig, checkpoints: Path) -> Iterator[None]:
         cause = str(error) if isinstance(error, AdapterError) else _cause(error, config)
         if cause is None:
             raise
-        raise AdapterError(f"{cause}\n{kept(config, checkpoints)}") from error
+        kind = DivergedError if isinstance(error, DivergedError) else AdapterError
+        raise kind(f"{cause}\n{kept(config, checkpoints)}") from error
 
 
 def kept(config: TrainConfig, checkpoints: Path) -> str:

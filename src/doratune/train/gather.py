@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -69,6 +69,22 @@ def usable(row: Row, use: Callable[[Row], _T]) -> _T:
     if row.problem:
         raise BadRow(row.problem)
     return use(row)
+
+
+def set_aside(
+    found: Sequence[_T], fraction: float, group: Callable[[_T], int] | None = None
+) -> tuple[list[_T], list[_T]]:
+    """Split examples into those to train on and those to measure on, the same way every time.
+
+    Args:
+        found: the examples.
+        fraction: to set aside; at least one where there are two, none for 0.
+        group: class of an example: every class is split in the same proportion.
+    """
+    if not fraction:
+        return list(found), []
+    kept, held = hold_out(len(found), fraction, None if group is None else map(group, found))
+    return [found[i] for i in kept], [found[i] for i in held]
 
 
 def hold_out(count: int, fraction: float, groups: Iterable[int] | None = None) -> tuple[list[int], list[int]]:

@@ -48,7 +48,7 @@ def ordered(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def refuse_unknown(names: Collection[str], known: Collection[str]) -> None:
+def refuse_unknown(names: Collection[str], known: Collection[str], option: str = "eval_data") -> None:
     """Data to measure on have to have the classes of the data to train on.
 
     Raises:
@@ -57,7 +57,7 @@ def refuse_unknown(names: Collection[str], known: Collection[str]) -> None:
     others = sorted(set(names) - set(known))
     if others:
         raise AdapterError(
-            f"eval_data has classes that the data to train on lack: {', '.join(others[:10])}; known are "
+            f"{option} has classes that the data to train on lack: {', '.join(others[:10])}; known are "
             f"{', '.join(list(known)[:10])}"
         )
 

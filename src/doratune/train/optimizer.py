@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from doratune.errors import AdapterError
+from doratune.errors import AdapterError, DivergedError
 from doratune.model import trainable_parameters
 from doratune.targets import adapted_layers, unwrap
 
@@ -84,11 +84,11 @@ def refuse_broken_weights(model: nn.Module, step: int) -> None:
     """No checkpoint of weights that hold NaN or infinity: it would take the place of a good one.
 
     Raises:
-        AdapterError: naming the first such weights.
+        DivergedError: naming the first such weights.
     """
     bad = [name for name, p in trainable_parameters(model).items() if not torch.isfinite(p.detach()).all()]
     if bad:
-        raise AdapterError(
+        raise DivergedError(
             f"{len(bad)} weights are NaN or infinite at step {step}, such as {bad[0]}: training cannot recover. Try a "
             "lower learning_rate, a longer warmup, or dtype float32"
         )

@@ -56,14 +56,32 @@ def load_recipe(path: Path) -> dict[str, Any]:
     Raises:
         AdapterError: if the file cannot be read or is not TOML, or listing every unknown key and wrong type.
     """
+    return from_toml(read_toml(path), path)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a recipe says, unchecked.
+
+    Raises:
+        AdapterError: if the file cannot be read or is not TOML.
+    """
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise AdapterError(f"recipe {path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:  # not UTF-8, or not TOML
         raise AdapterError(f"recipe {path} is not TOML: {error}") from error
+    return found
+
+
+def from_toml(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Arguments for ``TrainConfig`` from what a recipe says.
+
+    Raises:
+        AdapterError: listing every unknown key and wrong type.
+    """
     problems: list[str] = []
-    table = raw.pop("adapter", {})
+    table = raw.get("adapter", {})
     if not isinstance(table, dict):
         problems.append(f"adapter: expected a table, found {table!r}")
         table = {}
@@ -74,7 +92,8 @@ def load_recipe(path: Path) -> dict[str, Any]:
         del run_types[name]
     run: dict[str, Any] = {}
     adapter: dict[str, Any] = {}
-    entries = [*((key, value, False) for key, value in raw.items()), *((k, v, True) for k, v in table.items())]
+    own = ((key, value, False) for key, value in raw.items() if key != "adapter")
+    entries = [*own, *((k, v, True) for k, v in table.items())]
     for key, value, inside in entries:
         name = key.replace("-", "_")
         home, hints = (adapter, adapter_types) if inside or name not in run_types else (run, run_types)
@@ -88,7 +107,7 @@ def load_recipe(path: Path) -> dict[str, Any]:
         elif not fits(value, hints[name]):
             problems.append(f"{key}: expected {describe(hints[name])}, found {value!r}")
         else:
-            home[name] = _converted(value, hints[name])
+            home[name] = converted(value, hints[name])
     if problems:
         raise AdapterError.of(f"recipe {path}", problems)
     if adapter:
@@ -135,7 +154,7 @@ def describe(hint: Any) -> str:
     return names.get(hint, "string")
 
 
-def _converted(value: Any, hint: Any) -> Any:
+def converted(value: Any, hint: Any) -> Any:
     """TOML's lists and strings as the tuples and paths that the fields hold."""
     if value == NOTHING and type(None) in get_args(hint):
         return None

@@ -63,6 +63,10 @@ class TrainResult:
     accuracy_after: float | None = None
     chat: bool = False
     """Whether it was trained on chats, in the model's chat template."""
+    test_examples: int = 0
+    """Measured once, after training; loss and accuracy are None if there are none."""
+    test_loss: float | None = None
+    test_accuracy: float | None = None
     prompt: str | None = None
     sample_before: str | None = None
     sample_after: str | None = None
@@ -119,6 +123,9 @@ class TrainResult:
             rows.append(("held-out accuracy", f"{self.accuracy_before:.2%} -> {self.accuracy_after:.2%}"))
         else:
             rows.append(("held-out perplexity", f"{self.perplexity_before:.2f} -> {self.perplexity_after:.2f}"))
+        if self.test_loss is not None:
+            right = "" if self.test_accuracy is None else f", accuracy {self.test_accuracy:.2%}"
+            rows.append(("test loss", f"{self.test_loss:.4f}{right} on {self.test_examples:,} {self.example}"))
         return [
             *rows,
             ("training time", f"{self.seconds:.1f} s, {self.speed:,.{0 if self.speed >= 100 else 1}f} {self.unit}/s"),

@@ -64,6 +64,7 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
         sample_before = _sample(config, model, prepared)
         seconds, speed = _fit(config, trainer, prepared, console, before)
         after = _last_measured(trainer)
+        test = {} if prepared.test is None else trainer.evaluate(prepared.test, metric_key_prefix="test")
         sample_after = _sample(config, model, prepared)
         folder = _save(config, model, prepared)
         _draw(config, prepared)
@@ -81,6 +82,9 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
             loss_after=after["eval_loss"],
             accuracy_before=before.get("eval_accuracy"),
             accuracy_after=after.get("eval_accuracy"),
+            test_examples=0 if prepared.test is None else len(prepared.test),
+            test_loss=test.get("test_loss"),
+            test_accuracy=test.get("test_accuracy"),
             example=prepared.example,
             examples=prepared.examples,
             held_out_examples=len(prepared.held_out),
@@ -106,6 +110,13 @@ def check(config: TrainConfig) -> None:
     Raises:
         AdapterError: listing every problem.
     """
+    found = problems(config)
+    if found:
+        raise AdapterError.of("these options cannot work", found)
+
+
+def problems(config: TrainConfig) -> list[str]:
+    """What can be found wrong before anything large is loaded."""
     found = [*config.problems(), *task_of(config.task).problems(config)]
     problem = model_problem(config.model) if config.model else None
     if problem:
@@ -118,8 +129,7 @@ def check(config: TrainConfig) -> None:
         found.append(f"output {output} holds no checkpoint to resume from")
     elif not config.resume and output.is_dir() and any(output.iterdir()):
         found.append(f"output {output} is not empty; name another folder, or go on with what is there: --resume")
-    if found:
-        raise AdapterError.of("these options cannot work", found)
+    return found
 
 
 def _make_folder(output: Path) -> None:

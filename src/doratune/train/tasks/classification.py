@@ -13,7 +13,7 @@ from doratune.extras import require
 from doratune.train import labels as classes
 from doratune.train.columns import choose, described
 from doratune.train.config import TrainConfig
-from doratune.train.gather import BadRow, Say, gather, hold_out, rows
+from doratune.train.gather import BadRow, Say, gather, rows, set_aside
 from doratune.train.models import load_tokenizer
 from doratune.train.sources import TABLES, Row, path_of, problem_of
 from doratune.train.tasks.prepared import Prepared
@@ -30,8 +30,8 @@ class Example:
 
 def problems(config: TrainConfig) -> Iterator[str]:
     """What is wrong with the sources, found before anything is loaded."""
-    for option, names in (("data", config.data), ("eval_data", config.eval_data)):
-        for name in names:
+    for option in ("data", "eval_data", "test_data"):
+        for name in getattr(config, option):
             path = path_of(name)
             problem = problem_of(name)
             if not problem and path.is_file() and path.suffix.lower() not in TABLES:
@@ -55,16 +55,23 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
     reader = _Reader(columns)
     examples = gather(rows(config.data, config.split), reader.use, config, say)
     names = classes.ordered(example.label for example in examples)
+    if config.test_data:
+        test = gather(rows(config.test_data, config.test_split), reader.use, config, say)
+    else:
+        examples, test = set_aside(examples, config.test_fraction, lambda e: names.index(e.label))
     if config.eval_data:
         others = gather(rows(config.eval_data, config.eval_split), reader.use, config, say)
-        classes.refuse_unknown({example.label for example in others}, names)
     else:
-        train, held = hold_out(len(examples), config.eval_fraction, [names.index(e.label) for e in examples])
-        examples, others = [examples[i] for i in train], [examples[i] for i in held]
+        examples, others = set_aside(examples, config.eval_fraction, lambda e: names.index(e.label))
+    for option, part in (("eval_data", others), ("test_data", test)):
+        classes.refuse_unknown({example.label for example in part}, names, option)
     if not others:
         raise AdapterError("one row is too little: at least one to train on and one to measure on are needed")
-    train_set, held_out = (_encoded(part, names, tokenizer, config.max_length, say) for part in (examples, others))
-    say(f"{len(examples)} texts in {len(names)} classes to train on, {len(others)} held out")
+    train_set, held_out, tested = (
+        _encoded(part, names, tokenizer, config.max_length, say) if part else None for part in (examples, others, test)
+    )
+    told = f", {len(test)} to test on" if test else ""
+    say(f"{len(examples)} texts in {len(names)} classes to train on, {len(others)} held out{told}")
     return Prepared(
         train_set,
         held_out,
@@ -74,6 +81,7 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
         example="texts",
         labels=names,
         columns=columns,
+        test=tested,
     )
 
 

@@ -18,7 +18,7 @@ from doratune.train import labels as classes
 from doratune.train.augmentation import augmented
 from doratune.train.columns import described
 from doratune.train.config import TrainConfig
-from doratune.train.gather import BadRow, Say, gather, hold_out
+from doratune.train.gather import BadRow, Say, gather, set_aside
 from doratune.train.images import Picture, picture, pictures
 from doratune.train.models import load_config, load_image_processor
 from doratune.train.sources import Row
@@ -30,8 +30,8 @@ OPENED = 20_000
 
 def problems(config: TrainConfig) -> Iterator[str]:
     """What is wrong with the sources, found before anything is loaded."""
-    for option, names in (("data", config.data), ("eval_data", config.eval_data)):
-        for name in names:
+    for option in ("data", "eval_data", "test_data"):
+        for name in getattr(config, option):
             problem = images.problem_of(name)
             if problem:
                 yield f"{option} {name}{':' if problem.startswith('no ') else ''} {problem}"
@@ -50,20 +50,25 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
     if columns:
         say(f"columns: {described(columns, config)}")
     names = classes.ordered(one.label or "" for one in found)
+    if config.test_data:
+        test = _gathered(config.test_data, config, config.test_split, "test", say, {})
+    else:
+        found, test = set_aside(found, config.test_fraction, lambda one: names.index(one.label or ""))
     if config.eval_data:
         others = _gathered(config.eval_data, config, config.eval_split, "test", say, {})
     elif all(images.has_test_part(name) for name in config.data):
         others = _gathered(config.data, config, config.eval_split, "test", say, {})
         say("the archive brings its own images to measure on")
     else:
-        train, held = hold_out(len(found), config.eval_fraction, [names.index(one.label or "") for one in found])
-        found, others = [found[i] for i in train], [found[i] for i in held]
-    classes.refuse_unknown({one.label or "" for one in others}, names)
+        found, others = set_aside(found, config.eval_fraction, lambda one: names.index(one.label or ""))
+    for option, part in (("eval_data", others), ("test_data", test)):
+        classes.refuse_unknown({one.label or "" for one in part}, names, option)
     if not others:
         raise AdapterError("one image is too little: at least one to train on and one to measure on are needed")
     forward = _forward_options(config, size)
+    told = f", {len(test)} to test on" if test else ""
     say(
-        f"{len(found)} images in {len(names)} classes to train on, {len(others)} held out; "
+        f"{len(found)} images in {len(names)} classes to train on, {len(others)} held out{told}; "
         f"{size[0]} x {size[1]} pixels" + (", position embeddings interpolated" if forward else "")
     )
     return Prepared(
@@ -77,6 +82,7 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
         columns=columns,
         image_size=size,
         forward=forward,
+        test=Images(test, names, processor) if test else None,
     )
 
 

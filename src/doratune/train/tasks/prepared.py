@@ -27,6 +27,8 @@ class Prepared:
     image_size: tuple[int, int] | None = None
     forward: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the model's forward besides its inputs."""
+    test: Any = None
+    """What is measured once, after training; None: nothing."""
     epoch_tokens: int | None = None
     """Tokens that one epoch trains on, where they are known."""
 

@@ -13,7 +13,7 @@ from doratune.extras import require
 from doratune.train import tokens
 from doratune.train.columns import described, roles_of_text
 from doratune.train.config import TrainConfig
-from doratune.train.gather import BadRow, Say, gather, hold_out, rows, usable
+from doratune.train.gather import BadRow, Say, gather, hold_out, rows, set_aside, usable
 from doratune.train.models import load_tokenizer
 from doratune.train.sources import Row, problem_of
 from doratune.train.tasks.batches import Packed, Padded, collate_blocks
@@ -30,8 +30,8 @@ HELD_OUT = 100
 
 def problems(config: TrainConfig) -> Iterator[str]:
     """What is wrong with the sources, found before anything is loaded."""
-    for option, names in (("data", config.data), ("eval_data", config.eval_data)):
-        for name in names:
+    for option in ("data", "eval_data", "test_data"):
+        for name in getattr(config, option):
             problem = problem_of(name)
             if problem:
                 yield f"{option} {name}{':' if problem.startswith('no ') else ''} {problem}"
@@ -47,25 +47,31 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
     reader = Reader(config, tokenizer, say)
     blocks = reader.documents if config.packing is None else config.packing
     if config.streaming:
-        train, held_out = _stream(config, reader, blocks, say)
-        return _prepared(config, reader, train, held_out, blocks and reader.documents, False)
-    examples = gather(reader.rows(config.data, config.split), reader.use, config, say)
-    others = (
-        gather(reader.rows(config.eval_data, config.eval_split), reader.use, config, say) if config.eval_data else None
+        train, held_out, test = _stream(config, reader, blocks, say)
+        return _prepared(config, reader, train, held_out, test, blocks and reader.documents, False)
+    examples, others, tested = (
+        gather(reader.rows(names, split), reader.use, config, say) if names else None
+        for names, split in (
+            (config.data, config.split),
+            (config.eval_data, config.eval_split),
+            (config.test_data, config.test_split),
+        )
     )
     if blocks and reader.documents:
-        train, held_out, unused = _blocks(examples, others, config)
+        train, held_out, test, unused = _blocks(examples or [], others, tested, config)
+        told = f", {len(test)} to test on" if test else ""
         say(
-            f"{len(train)} blocks of {config.max_length} tokens to train on, {len(held_out)} held out; "
+            f"{len(train)} blocks of {config.max_length} tokens to train on, {len(held_out)} held out{told}; "
             f"{unused} tokens at the end fill no block"
         )
-        return _prepared(config, reader, train, held_out, True, False)
+        return _prepared(config, reader, train, held_out, test, True, False)
+    if tested is None:
+        examples, tested = set_aside(examples or [], config.test_fraction)
     if others is None:
-        train_indices, held_indices = hold_out(len(examples), config.eval_fraction)
-        examples, others = [examples[i] for i in train_indices], [examples[i] for i in held_indices]
-    train, held_out = (
-        _rows(fitted(part, config.max_length, say, what), config)
-        for part, what in ((examples, "to train on"), (others, "held out"))
+        examples, others = set_aside(examples or [], config.eval_fraction)
+    train, held_out, test = (
+        _rows(fitted(part or [], config.max_length, say, what), config)
+        for part, what in ((examples, "to train on"), (others, "held out"), (tested, "to test on"))
     )
     if not len(train) or not len(held_out):
         raise AdapterError(
@@ -73,10 +79,12 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
             "needed; give more data, or a larger max_length"
         )
     if blocks:
-        train, held_out = _pack(train, config.max_length), _pack(held_out, config.max_length)
+        parts = (train, held_out, test)
+        train, held_out, test = (_pack(part, config.max_length) if len(part) else part for part in parts)
     what = f"packed blocks of up to {config.max_length} tokens" if blocks else "examples"
-    say(f"{len(train)} {what} to train on, {len(held_out)} held out")
-    return _prepared(config, reader, train, held_out, False, blocks)
+    told = f", {len(test)} to test on" if len(test) else ""
+    say(f"{len(train)} {what} to train on, {len(held_out)} held out{told}")
+    return _prepared(config, reader, train, held_out, test, False, blocks)
 
 
 class Reader:
@@ -148,9 +156,17 @@ def fitted(examples: Sequence[Tokens], length: int, say: Say, what: str) -> list
     return kept
 
 
-def _blocks(examples: list[Tokens], others: list[Tokens] | None, config: TrainConfig) -> tuple[Any, Any, int]:
+def _blocks(
+    examples: list[Tokens], others: list[Tokens] | None, tested: list[Tokens] | None, config: TrainConfig
+) -> tuple[Any, Any, Any, int]:
     length = config.max_length
     train, unused = _joined(examples, length)
+    test = None
+    if tested is not None:
+        test, _ = _joined(tested, length)
+    elif config.test_fraction:
+        train_indices, test_indices = hold_out(len(train), config.test_fraction)
+        train, test = train.select(train_indices), train.select(test_indices)
     if others is not None:
         held_out, _ = _joined(others, length)
     else:
@@ -161,7 +177,7 @@ def _blocks(examples: list[Tokens], others: list[Tokens] | None, config: TrainCo
             f"the text is too short: it fills {len(train)} blocks of {length} tokens to train on and "
             f"{len(held_out)} to measure on, at least one of each is needed; give more text or a smaller max_length"
         )
-    return train, held_out, unused
+    return train, held_out, test, unused
 
 
 def _joined(examples: list[Tokens], length: int) -> tuple[Any, int]:
@@ -193,7 +209,7 @@ def _pack(examples: Any, length: int) -> Any:
     return require("trl").pack_dataset(examples, length, "bfd")
 
 
-def _stream(config: TrainConfig, reader: Reader, blocks: bool, say: Say) -> tuple[Any, Any]:
+def _stream(config: TrainConfig, reader: Reader, blocks: bool, say: Say) -> tuple[Any, Any, Any]:
     """Data read while training; the first rows are checked, the others as they come."""
     if blocks and not reader.documents:
         raise AdapterError("streaming does not pack prompts and chats; leave out packing")
@@ -217,7 +233,9 @@ def _stream(config: TrainConfig, reader: Reader, blocks: bool, say: Say) -> tupl
         say(f"the first {len(held_out)} examples of the stream are held out")
     if not held_out or next(iter(stream), None) is None:
         raise AdapterError(f"the stream holds too little text: nothing is left after {len(held_out)} held-out examples")
-    return stream.shuffle(seed=config.seed, buffer_size=WINDOW), datasets.Dataset.from_list(held_out)
+    test = list(make(list(config.test_data), config.test_split)) if config.test_data else []
+    shuffled = stream.shuffle(seed=config.seed, buffer_size=WINDOW)
+    return shuffled, datasets.Dataset.from_list(held_out), datasets.Dataset.from_list(test)
 
 
 Maker = Callable[[list[str], str], Iterator[dict[str, list[int]]]]
@@ -254,7 +272,9 @@ def _usable(reader: Reader, config: TrainConfig, names: list[str], split: str) -
                 raise AdapterError(f"{row.where}: {error} (--skip-bad goes on without such rows)") from error
 
 
-def _prepared(config: TrainConfig, reader: Reader, train: Any, held_out: Any, blocks: bool, packed: bool) -> Prepared:
+def _prepared(
+    config: TrainConfig, reader: Reader, train: Any, held_out: Any, test: Any, blocks: bool, packed: bool
+) -> Prepared:
     tokenizer = reader.tokenizer
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     collate: Callable[[list[Any]], dict[str, Any]]
@@ -270,4 +290,5 @@ def _prepared(config: TrainConfig, reader: Reader, train: Any, held_out: Any, bl
         unit="tokens",
         example=f"blocks of {config.max_length} tokens" if blocks else "packed blocks" if packed else "examples",
         columns=reader.columns,
+        test=test if test is not None and len(test) else None,
     )

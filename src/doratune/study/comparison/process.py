@@ -1,0 +1,96 @@
+"""One training run in a process of its own.
+
+So its peak memory is its own, a run that is killed for memory takes no worker with it, and none inherits anything from
+the one before. A server process that has imported the libraries makes each by forking, which takes a moment and not
+seconds; with CUDA, which does not survive a fork, each is started anew.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import sys
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TYPE_CHECKING, Any
+
+from doratune.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from doratune.train.results import TrainResult
+
+
+class KilledError(RuntimeError):
+    """The process of a run ended without a result: killed, or out of memory."""
+
+
+def train_apart(config: TrainConfig, worker: int = 0, workers: int = 1) -> TrainResult:
+    """Train in a new process; nothing but the result is kept.
+
+    Args:
+        config: of the run.
+        worker: which of the workers of this machine asks; it says which GPU is used.
+        workers: how many share the machine's cores.
+
+    Raises:
+        AdapterError: as ``doratune.train.train`` does.
+        KilledError: if the process was killed.
+    """
+    try:
+        with ProcessPoolExecutor(1, mp_context=_context(), initializer=_watch_the_worker) as pool:
+            return pool.submit(_train, config, worker, max(1, len(_cores()) // workers)).result()
+    except BrokenProcessPool as error:
+        raise KilledError("the training process was killed; out of memory?") from error
+    finally:
+        shutil.rmtree(config.output, ignore_errors=True)
+
+
+def _context() -> Any:
+    import torch
+
+    if sys.platform == "win32" or torch.version.cuda is not None:
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["doratune.study.comparison.preload"])
+    return context
+
+
+def _cores() -> Any:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+
+
+def _train(config: TrainConfig, worker: int, threads: int) -> TrainResult:
+    import torch
+
+    from doratune.cli.quiet import quiet_libraries
+    from doratune.train.run import train
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads)
+    visible = visible_gpu(os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count(), worker)
+    if visible is not None:  # of several, or else the Trainer would spread each run over all
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    quiet_libraries()
+    return train(config)
+
+
+def visible_gpu(visible: str | None, count: int, worker: int) -> str | None:
+    """Which GPU a worker may see, as ``CUDA_VISIBLE_DEVICES``; None where there is no choice."""
+    if count < 2:
+        return None
+    names = [name.strip() for name in visible.split(",")] if visible else [str(i) for i in range(count)]
+    return names[worker % len(names)]
+
+
+def _watch_the_worker() -> None:
+    threading.Thread(target=_end_with_the_worker, daemon=True).start()
+
+
+def _end_with_the_worker() -> None:
+    """A run whose worker was killed must not go on: another worker does it again."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

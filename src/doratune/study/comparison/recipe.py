@@ -1,0 +1,199 @@
+"""The recipe of a comparison: one of ``doratune train``, with a table [compare] that says what is compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from doratune.errors import AdapterError
+from doratune.study.comparison.contestants import Contestant, Pair, contestants, pairs, problem_of
+from doratune.train.config import AdapterOptions, TrainConfig, listed
+from doratune.train.recipe import converted, describe, entries, find_recipe, fits, from_toml, read_toml
+from doratune.train.sources import path_of
+
+NOT_COMPARED = ("output", "resume", "seed", "learning_rate", "method", "rank", "alpha", "log_every", "workers")
+"""Options of a run that a comparison sets itself, or that change no result."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is compared; the table [compare] of a recipe."""
+
+    methods: Sequence[str] = ("lora r", "dora r", "dora r/2")
+    """The first is what the others are compared with. With a rank (r, r/2, a number): lora, dora; without: magnitude,
+    full, head."""
+    ranks: Sequence[int] = ()
+    """Values of r; none: the adapter's rank. alpha / rank stays that of the adapter."""
+    learning_rates: Sequence[float] = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
+    """Each method is tried with each, and goes on with the best."""
+    learning_rates_of: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Other learning rates for some methods: lora, dora, magnitude, full, head."""
+    sweep_seeds: int = 2
+    """Runs of each learning rate, measured on the evaluation data."""
+    seeds: int = 10
+    """Runs of each method with its chosen rate, measured on the test data; more can be added later."""
+    confidence: float = 0.95
+    """Of intervals; for the differences: of all of them together."""
+
+    def rates(self, one: Contestant) -> tuple[float, ...]:
+        """The learning rates that a contestant is tried with, ascending."""
+        return tuple(sorted({float(rate) for rate in self.learning_rates_of.get(one.method, self.learning_rates)}))
+
+    def problems(self) -> Iterator[str]:
+        """Everything that cannot work."""
+        yield from filter(None, map(problem_of, self.methods))
+        if len(self.methods) < 2:
+            yield f"methods: at least two are needed to compare; found {len(self.methods)}"
+        if any(rank < 1 for rank in self.ranks):
+            yield f"ranks must be at least 1; found {list(self.ranks)}"
+        for name, rates in {"learning_rates": self.learning_rates, **self.learning_rates_of}.items():
+            if not rates or any(not 0 < rate < 1e3 for rate in rates):
+                yield f"{name}: at least one learning rate above 0 is needed; found {list(rates)}"
+        known = ("lora", "dora", "magnitude", "full", "head")
+        for name in self.learning_rates_of:
+            if name not in known:
+                yield f"learning_rates_of: expected {', '.join(known)}; found {name!r}"
+        if self.sweep_seeds < 1:
+            yield f"sweep_seeds must be at least 1; found {self.sweep_seeds}"
+        if self.seeds < 2:
+            yield f"seeds must be at least 2: one run of each says nothing about a difference; found {self.seeds}"
+        if not 0.5 <= self.confidence < 1:
+            yield f"confidence must be at least 0.5 and below 1; found {self.confidence}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A recipe that was read."""
+
+    train: TrainConfig
+    grid: Grid
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Values of r."""
+        return tuple(self.grid.ranks) or (self.train.adapter.rank,)
+
+    @property
+    def contestants(self) -> list[Contestant]:
+        """Everybody who is compared."""
+        return contestants(self.grid.methods, self.ranks)
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """Whose difference is asked."""
+        return pairs(self.grid.methods, self.ranks)
+
+    @property
+    def by_accuracy(self) -> bool:
+        """Whether the score is the share of right answers, and not the loss."""
+        return self.train.task != "text-generation"
+
+    def config(self, one: Contestant, learning_rate: float, seed: int, output: Path) -> TrainConfig:
+        """One run. The same seed means the same order of data, start of the head and, at one rank, of A."""
+        adapter = self.train.adapter
+        if one.rank is not None:
+            values = {f.name: getattr(adapter, f.name) for f in dataclasses.fields(AdapterOptions)}
+            values |= {"rank": one.rank, "alpha": adapter.alpha / adapter.rank * one.rank}
+            adapter = AdapterOptions(**values)
+        return dataclasses.replace(
+            self.train, method=one.method, adapter=adapter, learning_rate=learning_rate, seed=seed, output=output
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """What makes results comparable: every option that changes one, and the content of local data."""
+        run = {key: _plain(value) for key, value in entries(self.train).items() if key not in NOT_COMPARED}
+        grid = {f"compare.{key}": _plain(value) for key, value in dataclasses.asdict(self.grid).items()}
+        del grid["compare.seeds"], grid["compare.confidence"]
+        train = self.train
+        names = dict.fromkeys((*train.data, *train.eval_data, *train.test_data))
+        scale = train.adapter.alpha / train.adapter.rank if train.adapter.rank else 0.0
+        contents = {f"content of {name}": fingerprint(path_of(name)) for name in names if path_of(name).exists()}
+        return {**run, "alpha / rank": scale, **grid, "compare.ranks": list(self.ranks), **contents}
+
+
+def load(name: str, seeds: int | None = None) -> Comparison:
+    """Read a recipe.
+
+    Args:
+        name: path, or name of a shipped recipe.
+        seeds: instead of the recipe's.
+
+    Raises:
+        AdapterError: listing every problem with its options.
+    """
+    path = find_recipe(name)
+    raw = read_toml(path)
+    table = raw.pop("compare", {})
+    found: list[str] = []
+    grid: dict[str, Any] = {}
+    if isinstance(table, dict):
+        grid = _grid(table, found)
+    else:
+        found.append(f"compare: expected a table, found {table!r}")
+    run: dict[str, Any] = {}
+    try:
+        run = from_toml(raw, path)
+    except AdapterError as error:
+        found += listed(error)
+    if found:
+        raise AdapterError.of(f"recipe {path}", found)
+    train = TrainConfig(**{"model": "", "data": (), "save_every": None, **run})
+    if seeds is not None:
+        grid["seeds"] = seeds
+    comparison = Comparison(train, Grid(**grid))
+    found = [*comparison.grid.problems(), *_of_the_run(train)]
+    if found:
+        raise AdapterError.of(f"recipe {path}", found)
+    return comparison
+
+
+def _grid(table: Mapping[str, Any], found: list[str]) -> dict[str, Any]:
+    hints = get_type_hints(Grid)
+    values = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in hints:
+            close = difflib.get_close_matches(name, hints, n=1)
+            found.append(f"compare: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        elif not fits(value, hints[name]):
+            found.append(f"compare.{key}: expected {describe(hints[name])}, found {value!r}")
+        else:
+            values[name] = converted(value, hints[name])
+    return values
+
+
+def _of_the_run(train: TrainConfig) -> Iterator[str]:
+    if not train.test_data and not train.test_fraction:
+        yield "test_data or test_fraction is needed: learning rates are chosen on the evaluation data, scores are not"
+    if train.adapter.rank < 1:
+        yield f"rank must be at least 1, for alpha / rank; found {train.adapter.rank}"
+    if train.prompt is not None:
+        yield "prompt asks for samples, which a comparison does not make"
+
+
+def fingerprint(path: Path) -> str:
+    """What a file, or a folder's files, hold; for folders by names and sizes."""
+    digest = hashlib.sha256()
+    if path.is_file():
+        with path.open("rb") as opened:
+            while block := opened.read(1 << 20):
+                digest.update(block)
+    else:
+        for file in sorted(path.rglob("*")):
+            if file.is_file():
+                digest.update(f"{file.relative_to(path)} {file.stat().st_size}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, Path):
+        return str(value)
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value

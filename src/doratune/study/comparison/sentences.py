@@ -1,0 +1,136 @@
+"""What was found, in plain sentences."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+
+from doratune.study.comparison.findings import Findings, Gap, Standing
+from doratune.study.comparison.statistics import POWER, Difference
+
+
+def number(value: float, unit: str, signed: bool = False) -> str:
+    """A score or difference: points with two digits after the point, nats with four."""
+    return format(value, ("+" if signed else "") + (".2f" if unit == "points" else ".4f")).replace("-", "−")
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """A share in percent."""
+    return f"{100 * share:.{digits}f}\u00a0%"
+
+
+def interval(found: Difference, unit: str) -> str:
+    """Both ends of an interval."""
+    return f"{number(found.low, unit, signed=True)} to {number(found.high, unit, signed=True)}"
+
+
+def about_gap(findings: Findings, gap: Gap) -> str:
+    """Whether a difference was found, how large, and what could have been seen."""
+    d, unit = gap.difference, findings.unit
+    other, base = gap.pair.other.name, gap.pair.base.name
+    level = percent(gap.confidence)
+    if gap.together > 1:
+        level += f" for all {gap.together} differences together"
+    measured = f"{number(d.mean, unit, signed=True)} {unit} ({level}: {interval(d, unit)}; {d.count} seeds)"
+    if d.low == d.high:
+        return f"{other} minus {base}: {number(d.mean, unit, signed=True)} {unit} in every one of {d.count} pairs."
+    seen = f"{d.count} seeds could have seen {number(d.detectable, unit)} with a chance of {percent(POWER)}"
+    if d.is_found:
+        what = "better" if d.mean * findings.sign > 0 else "worse"
+        return f"{other} is {what} than {base} here: {measured}; {seen}."
+    return (
+        f"No difference between {other} and {base} was found: {measured}. One larger than "
+        f"{number(d.largest, unit)} {unit} is unlikely; {seen}."
+    )
+
+
+def verdict(findings: Findings, gap: Gap) -> str:
+    """The same in short."""
+    d, unit = gap.difference, findings.unit
+    other, base = gap.pair.other.name, gap.pair.base.name
+    if d.is_found:
+        what = "better" if d.mean * findings.sign > 0 else "worse"
+        return f"{other} is {what} than {base} here by {number(abs(d.mean), unit)} {unit} ({interval(d, unit)})."
+    return (
+        f"No difference between {other} and {base} was found; one larger than {number(d.largest, unit)} {unit} is "
+        "unlikely."
+    )
+
+
+def about_learning_rates(findings: Findings) -> Iterator[str]:
+    """How much the learning rate matters to each method, and choices at the end of what was tried."""
+    unit = findings.unit
+    for one in findings.standings:
+        means = {rate: mean for rate in one.sweep if (mean := sweep_mean(one, rate)) is not None}
+        if not means:
+            continue
+        worst = min(means, key=lambda rate: findings.sign * means[rate])
+        gone = len(one.sweep) - len(means)
+        text = (
+            f"{one.contestant.name}: best at {one.chosen.learning_rate:g} with "
+            f"{number(means[one.chosen.learning_rate], unit)} {unit} on the evaluation data, worst at {worst:g} with "
+            f"{number(means[worst], unit)}"
+        )
+        text += f"; diverged at {gone} of {len(one.sweep)} rates" if gone else ""
+        if one.chosen.at_edge:
+            text += f"; the chosen rate is the {one.chosen.at_edge} that was tried, a better one may lie beyond it"
+        yield text + "."
+
+
+def sweep_mean(one: Standing, rate: float) -> float | None:
+    """Mean score on evaluation data at a learning rate; None if a run diverged."""
+    values = [value for value in one.sweep[rate] if value is not None]
+    return statistics.fmean(values) if values and len(values) == len(one.sweep[rate]) else None
+
+
+def about_ranks(findings: Findings) -> Iterator[str]:
+    """How much the rank matters to each method."""
+    unit = findings.unit
+    for one in findings.rank_spreads:
+        name = {"lora": "LoRA", "dora": "DoRA"}[one.method]
+        ranks = ", ".join(map(str, one.ranks))
+        yield (
+            f"{name}: over the ranks {ranks} the best and the worst test score of a seed lie "
+            f"{number(one.spread.mean, unit)} {unit} apart ({number(one.spread.low, unit)} to "
+            f"{number(one.spread.high, unit)})."
+        )
+    d = findings.rank_difference
+    if d is not None:
+        verdict = "No difference in sensitivity to rank was found"
+        if d.is_found:
+            verdict = f"DoRA is {'less' if d.mean < 0 else 'more'} sensitive to the rank here"
+        yield (
+            f"{verdict}: DoRA's spread minus LoRA's is {number(d.mean, unit, signed=True)} {unit} "
+            f"({interval(d, unit)}; {d.count} seeds could have seen {number(d.detectable, unit)})."
+        )
+
+
+def about_cost(findings: Findings) -> Iterator[str]:
+    """Extra parameters, and time and memory of a step."""
+    for one in findings.standings:
+        if one.sizes.get("magnitude") and one.sizes.get("direction"):
+            yield (
+                f"{one.contestant.name} has {one.sizes['magnitude']:,} magnitudes besides "
+                f"{one.sizes['direction']:,} parameters of A and B: {percent(one.extra_over_lora, 2)} more than LoRA "
+                f"of that rank, {percent(one.extra_over_model, 3)} of the model."
+            )
+
+
+def lead(findings: Findings) -> str:
+    """The differences, for the top of the page."""
+    shown = [gap for gap in findings.gaps if gap.pair.is_claim] or findings.gaps
+    told = [verdict(findings, gap) for gap in shown]
+    if len(told) > 3:
+        told = [_summary(findings)]
+    return " ".join(told) or "There are too few runs for a difference."
+
+
+def _summary(findings: Findings) -> str:
+    claims = [gap for gap in findings.gaps if gap.pair.is_claim] or findings.gaps
+    found = [gap for gap in claims if gap.difference.is_found]
+    better = sum(gap.difference.mean * findings.sign > 0 for gap in found)
+    what = f"{len(found)} of {len(claims)} differences were found, {better} of them for the better"
+    if not found:
+        what = f"None of {len(claims)} differences was found"
+    largest = number(max(gap.difference.largest for gap in claims), findings.unit)
+    return f"{what}; the largest that any interval leaves possible is {largest} {findings.unit}."

@@ -1,0 +1,131 @@
+"""The Optuna study that holds a comparison: opened by any number of workers, on any number of machines."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from doratune.errors import AdapterError
+from doratune.extras import require
+from doratune.study.comparison.recipe import Comparison
+from doratune.study.comparison.trials import Outcome, Trial
+
+HEARTBEAT, GRACE = 10, 60
+"""Seconds between signs of life of a running trial, and without one until its worker counts as killed."""
+TRIES = 6
+"""To create the tables: two workers that do so at the same moment get in each other's way."""
+RECIPE, RESULT, PROBLEM, KILLED = "recipe", "result", "problem", "killed"
+"""Attributes of the study and of its trials."""
+
+
+def database(file: Path) -> str:
+    """URL of an SQLite file."""
+    return f"sqlite:///{file.absolute()}"
+
+
+def open_study(url: str, name: str, comparison: Comparison, heartbeat: int = HEARTBEAT, grace: int = GRACE) -> Any:
+    """Open the study, or create it.
+
+    Args:
+        url: of an Optuna storage.
+        name: of the study within the storage.
+        comparison: what is compared.
+        heartbeat: seconds between signs of life.
+        grace: seconds without one until a trial counts as lost.
+
+    Raises:
+        AdapterError: if the storage cannot be used, or the study is of another recipe, listing what differs.
+    """
+    optuna = require("optuna", "study")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    direction = "maximize" if comparison.by_accuracy else "minimize"
+    for attempt in range(1, TRIES + 1):
+        try:
+            storage = _storage(optuna, url, heartbeat, grace)
+            study = optuna.create_study(storage=storage, study_name=name, direction=direction, load_if_exists=True)
+            break
+        except Exception as error:  # of SQLAlchemy, of the database's driver, or that the driver is missing
+            if attempt == TRIES or isinstance(error, ImportError):
+                said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise AdapterError(f"storage {_without_password(url)} cannot be used: {said}") from error
+            time.sleep(0.2 * attempt)
+    mine = comparison.identity()
+    theirs = study.user_attrs.get(RECIPE)
+    if theirs is None:
+        study.set_user_attr(RECIPE, mine)
+    elif theirs != mine:
+        what = f"study {name!r} in {_without_password(url)} is of another recipe"
+        raise AdapterError.of(
+            f"{what}: name another --output or --study, or undo the change", _differences(theirs, mine)
+        )
+    return study
+
+
+def _storage(optuna: Any, url: str, heartbeat: int, grace: int) -> Any:
+    options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of heartbeats
+        return optuna.storages.RDBStorage(url, engine_kwargs=options, heartbeat_interval=heartbeat, grace_period=grace)
+
+
+def _without_password(url: str) -> str:
+    return re.sub(r"(://[^/@:]+):[^@]*@", r"\1:***@", url)
+
+
+def _differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key} was {json.dumps(theirs.get(key))}, is {json.dumps(mine.get(key))}"
+        for key in dict.fromkeys((*theirs, *mine))
+        if theirs.get(key) != mine.get(key)
+    ]
+
+
+def trial_of(params: Mapping[str, Any]) -> Trial | None:
+    """The run that a trial's parameters stand for; None if it has none: asked for when nothing was waiting."""
+    return Trial(**params) if params else None
+
+
+def live(study: Any) -> dict[Trial, Any]:
+    """Optuna's trial of each run that is waiting, running or over; the first where two workers have added one."""
+    states = require("optuna").trial.TrialState
+    found: dict[Trial, Any] = {}
+    for one in study.get_trials(deepcopy=False):
+        known = trial_of(one.params)
+        counts = one.state in (states.WAITING, states.RUNNING, states.COMPLETE) or PROBLEM in one.user_attrs
+        if known is not None and counts:
+            found.setdefault(known, one)
+    return found
+
+
+def outcomes(study: Any) -> list[Outcome]:
+    """Runs that are over, in the order they were added."""
+    return [
+        Outcome(trial, one.user_attrs.get(RESULT), one.user_attrs.get(PROBLEM))
+        for trial, one in live(study).items()
+        if RESULT in one.user_attrs or PROBLEM in one.user_attrs
+        if one.state.is_finished()
+    ]
+
+
+def add(study: Any, comparison: Comparison, trials: Iterable[Trial]) -> None:
+    """Let these runs wait for a worker, unless they are there."""
+    optuna = require("optuna")
+    kinds = optuna.distributions
+    distributions = {
+        "stage": kinds.CategoricalDistribution(("sweep", "test")),
+        "contestant": kinds.CategoricalDistribution(tuple(one.key for one in comparison.contestants)),
+        "learning_rate": kinds.FloatDistribution(1e-12, 1e3, log=True),
+        "seed": kinds.IntDistribution(0, 2**31 - 1),
+    }
+    there = live(study)
+    for trial in trials:
+        if trial not in there:
+            waiting = optuna.trial.TrialState.WAITING
+            study.add_trial(
+                optuna.trial.create_trial(state=waiting, params=vars(trial).copy(), distributions=distributions)
+            )

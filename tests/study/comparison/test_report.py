@@ -1,0 +1,113 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from doratune.study.comparison import sentences
+from doratune.study.comparison.findings import find
+from doratune.study.comparison.report import write_report
+from study.browser import browser, opened  # noqa: F401
+from study.comparison import simulated
+
+
+def findings(shift=0.0, task="text-classification", **grid):
+    options = {"methods": ("lora r", "dora r", "dora r/2", "head"), "ranks": (8,), "sweep_seeds": 2, "seeds": 6}
+    of = simulated.comparison(task=task, **{**simulated.SWEPT, **options, **grid})
+    random = np.random.default_rng(0)
+
+    def score(trial):
+        better = shift if trial.contestant.startswith("dora") else 0.0
+        if trial.contestant == "head" and trial.seed == 3:
+            return None
+        accuracy = 0.7 + better + random.normal(0, 0.01) + 10 * trial.learning_rate
+        return accuracy, 2 - accuracy
+
+    return find(of, simulated.outcomes(of, score))
+
+
+def test_sentences_of_a_difference_that_is_there():
+    made = findings(0.1)
+    told = sentences.about_gap(made, made.gaps[0]).replace("\u00a0", " ")
+    d = made.gaps[0].difference
+    assert told == (
+        f"DoRA rank 8 is better than LoRA rank 8 here: +{d.mean:.2f} points (95 % for all 2 differences together: "
+        f"+{d.low:.2f} to +{d.high:.2f}; 6 seeds); 6 seeds could have seen {d.detectable:.2f} with a chance of 80 %."
+    )
+    assert d.mean == pytest.approx(10, abs=2)
+    assert sentences.lead(made).count("is better than") == 2
+
+
+def test_a_lower_loss_is_better():
+    made = findings(0.1, "text-generation")
+    assert made.gaps[0].difference.mean < 0
+    assert "DoRA rank 8 is better than LoRA rank 8 here: −0." in sentences.about_gap(made, made.gaps[0])
+
+
+def test_sentences_of_no_difference():
+    made = findings()
+    d = made.gaps[0].difference
+    told = sentences.about_gap(made, made.gaps[0])
+    assert told.startswith("No difference between DoRA rank 8 and LoRA rank 8 was found: ")
+    assert f"One larger than {d.largest:.2f} points is unlikely; 6 seeds could have seen {d.detectable:.2f}" in told
+
+
+def test_runs_that_diverged_are_left_out_of_pairs_and_said():
+    made = findings()
+    head = made.gaps[-1]
+    assert (head.pair.other.name, head.seeds, head.together) == ("head only", [2, 4, 5, 6, 7], 1)
+    assert made.problems == ["head only, learning rate 0.001, seed 3: the loss is nan"]
+    assert next(one for one in made.standings if one.contestant.method == "head").diverged == 1
+
+
+def test_learning_rates_and_ranks_in_words():
+    told = list(sentences.about_learning_rates(findings()))
+    assert len(told) == 4
+    assert "best at 0.001 with" in told[0]
+    assert "worst at 0.0001" in told[0]
+    assert "the chosen rate is the highest that was tried" in told[0]
+    ranked = findings(methods=("lora r", "dora r"), ranks=(2, 4, 8), **simulated.FIXED)
+    told = list(sentences.about_ranks(ranked))
+    assert told[0].startswith("LoRA: over the ranks 2, 4, 8 the best and the worst test score of a seed lie ")
+    assert told[2].startswith("No difference in sensitivity to rank was found: ")
+    assert ranked.gaps[0].together == 3
+
+
+def test_costs():
+    one = next(s for s in findings().standings if s.contestant.key == "dora-8")
+    assert (one.extra_over_lora, one.extra_over_model) == (0.1, 0.001)
+    assert one.step_seconds == 0.5
+    assert one.step_ratio == (1, 1, 1)
+    assert "1,000 parameters of A and B: 10.00\u00a0% more than LoRA of that rank, 0.100\u00a0%" in next(
+        sentences.about_cost(findings())
+    )
+
+
+def test_the_page_and_its_files(tmp_path):
+    made = findings(0.1)
+    page = write_report(made, tmp_path / "report")
+    plots = {f"{name}.{kind}" for name in ("differences", "scores", "learning-rates") for kind in ("png", "svg")}
+    tables = {f"{name}.csv" for name in ("differences-table", "scores-table", "seeds", "sweep", "costs", "runs")}
+    assert {path.name for path in page.parent.iterdir()} == {"report.html", "numbers.json", *plots, *tables}
+    numbers = json.loads((page.parent / "numbers.json").read_text())
+    assert numbers["differences"][0]["found"] is True
+    assert numbers["differences"][0]["mean"] == pytest.approx(made.gaps[0].difference.mean)
+    assert numbers["standings"][1]["scores"]["2"] == pytest.approx(made.standings[1].scores[2])
+    with (page.parent / "runs.csv").open() as file:
+        assert len(list(csv.reader(file))) == 1 + made.runs == 1 + 4 * 2 * 2 + 4 * 6
+    assert page.stat().st_size < 3e6
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("task", ["text-classification", "text-generation"])
+def test_in_a_browser(tmp_path, opened, width, task):  # noqa: F811
+    ranks = {"methods": ("lora r", "dora r"), "ranks": (2, 4, 8)} if task == "text-generation" else {}
+    found = opened(write_report(findings(0.05, task, **ranks), tmp_path / "report"), width)
+    shown = found.page.locator("figure svg")
+    assert shown.count() == (4 if ranks else 3)
+    assert found.page.evaluate("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
+    found.page.locator('[data-plot="differences"] [data-tip]').first.hover()
+    assert "rank 8" in found.page.locator("#tip").inner_text() or ranks
+    found.sort("runs", 3)
+    assert found.complaints == []
+    assert len(found.requests) == 1

@@ -1,0 +1,134 @@
+"""Comparisons that are trained: tiny models, real processes."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import optuna
+import pytest
+
+import doratune as dt
+from doratune.errors import DivergedError
+from doratune.study.comparison import process, recipe, storage
+from doratune.study.comparison.findings import find
+from doratune.study.comparison.run import run_all
+from doratune.study.comparison.trials import size
+from train.tiny import save_model, write_text
+
+HEARTBEAT, GRACE = 1, 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("task")
+    save_model(made / "model")
+    write_text(made / "text.txt")
+    return made
+
+
+def write(folder, name, compare, **values):
+    options = {"steps": 10, "max_length": 16, "rank": 2, "alpha": 4, "test_fraction": 0.2, **values}
+    lines = [f'model = "{folder}/model"', f'data = ["{folder}/text.txt"]']
+    lines += [f"{key} = {value}" for key, value in options.items()]
+    path = folder / f"{name}.toml"
+    path.write_text("\n".join([*lines, "[compare]", compare]) + "\n")
+    return str(path)
+
+
+def opened(folder, of):
+    return storage.open_study(storage.database(folder / "study.db"), "compare", of, HEARTBEAT, GRACE)
+
+
+WORK = f"""
+import sys
+from pathlib import Path
+from doratune.study.comparison import recipe, storage
+from doratune.study.comparison.run import run_all
+name, folder = sys.argv[1], Path(sys.argv[2])
+if __name__ == "__main__":
+    of = recipe.load(name)
+    url = storage.database(folder / "study.db")
+    run_all(of, lambda: storage.open_study(url, "compare", of, {HEARTBEAT}, {GRACE}), folder)
+"""
+
+
+def test_two_workers_one_of_them_killed(folder, tmp_path):
+    name = write(folder, "kill", 'methods = ["lora r", "dora r"]\nlearning_rates = [1e-3]\nseeds = 4')
+    script = tmp_path / "work.py"
+    script.write_text(WORK)
+    of = recipe.load(name)
+    study = opened(tmp_path, of)
+    command = [sys.executable, str(script), name, str(tmp_path)]
+    victim, other = (subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2))
+    mine = _run_of(study, victim)
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.communicate(timeout=60)  # for ever, if what it was training lived on
+    _, said = other.communicate(timeout=240)
+    assert other.returncode == 0, said
+    states = optuna.trial.TrialState
+    found = study.get_trials()
+    assert found[mine].state == states.FAIL, "what the killed worker was doing"
+    over = [storage.trial_of(one.params) for one in found if one.state == states.COMPLETE]
+    assert len(over) == len(set(over)) == size(of) == 8, "every run once"
+    assert len(found) == 9, "one run was lost, and nothing else"
+    assert storage.trial_of(found[mine].params) in over
+    assert all(len(one.scores) == 4 for one in find(of, storage.outcomes(study)).standings)
+
+
+def _run_of(study, worker):
+    """Number of a run that this worker is in the middle of."""
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        for one in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
+            if f" {worker.pid}." in one.user_attrs.get("worker", ""):
+                return one.number
+        time.sleep(0.05)
+    raise AssertionError("the worker has begun nothing")
+
+
+def test_a_planted_difference_is_found_and_costs_are_told(folder, tmp_path):
+    compare = 'methods = ["lora r", "dora r"]\nlearning_rates = [1e-2]\nlearning_rates_of = {dora = [1e-9]}\nseeds = 3'
+    of = recipe.load(write(folder, "planted", compare))
+    findings = find(of, run_all(of, lambda: opened(tmp_path, of), tmp_path, workers=2))
+    [gap] = findings.gaps
+    assert gap.difference.is_found
+    assert gap.difference.low > 0, "its loss is higher"
+    lora, dora = findings.standings
+    assert dora.score.mean == pytest.approx(5.55, abs=0.1), "it has learnt nothing"
+    assert (lora.sizes["direction"], lora.sizes["magnitude"]) == (dora.sizes["direction"], 0)
+    assert dora.sizes["magnitude"] > 0
+    assert findings.test_examples > 10
+    assert 2**26 < lora.peak_memory < 2**32
+    assert list(tmp_path.iterdir()) == [tmp_path / "study.db"], "nothing of the runs is left"
+
+
+def config(folder, output):
+    of = recipe.load(write(folder, "one", ""))
+    return dataclasses.replace(of.config(of.contestants[1], 1e-2, 3, output), steps=2)
+
+
+def test_a_run_apart_is_the_same_run(folder, tmp_path):
+    apart = process.train_apart(config(folder, tmp_path / "apart"))
+    here = dt.train.train(config(folder, tmp_path / "here"))
+    same = ("loss_before", "loss_after", "test_loss", "test_examples", "seed", "rank", "trained")
+    assert {name: getattr(apart, name) for name in same} == {name: getattr(here, name) for name in same}
+    assert not (tmp_path / "apart").exists()
+
+
+def test_errors_of_a_run_apart_are_told(folder, tmp_path):
+    with pytest.raises(dt.AdapterError, match="no such folder"):
+        process.train_apart(dataclasses.replace(config(folder, tmp_path / "run"), model="/absent"))
+    broken = dataclasses.replace(config(folder, tmp_path / "run"), learning_rate=1e30, steps=20, log_every=1)
+    with pytest.raises(DivergedError, match="training cannot recover"):
+        process.train_apart(broken)
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "worker", "expected"),
+    [(None, 0, 0, None), (None, 1, 3, None), (None, 4, 1, "1"), (None, 2, 3, "1"), ("4, 6", 2, 1, "6")],
+)
+def test_each_worker_has_a_gpu(visible, count, worker, expected):
+    assert process.visible_gpu(visible, count, worker) == expected
