@@ -42,6 +42,37 @@ def assign(target: Tensor, value: Tensor) -> None:
         target.copy_(value)
 
 
+def local(t: Tensor) -> Tensor:
+    """This process's part of a tensor; all of it where it does not lie in parts."""
+    return t.to_local() if is_dtensor(t) else t  # type: ignore[attr-defined]
+
+
+def as_part_of(weight: Any, part: Tensor) -> Tensor:
+    """A tensor of which every process gives its part, cut as ``weight`` is."""
+    from torch.distributed.tensor import DTensor
+
+    shape, stride = weight.shape, weight.stride()
+    return DTensor.from_local(part, weight.device_mesh, weight.placements, run_check=False, shape=shape, stride=stride)
+
+
+def on_all(weight: Any, t: Tensor) -> Tensor:
+    """A tensor that is the same everywhere, as something to multiply a weight with that lies in parts."""
+    if not is_dtensor(weight):
+        return t
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(t, weight.device_mesh, [Replicate()], run_check=False)
+
+
+def largest(weight: Any, value: float) -> float:
+    """The largest of the values that the processes of a weight's mesh have, so that they decide alike."""
+    if not is_dtensor(weight):
+        return value
+    highest = torch.tensor(value, device=weight.to_local().device)
+    torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX, weight.device_mesh.get_group())
+    return float(highest)
+
+
 def same_everywhere(tensors: Iterable[Tensor]) -> None:
     """Give every process the first one's values: they may have drawn theirs from other seeds."""
     for t in tensors:
@@ -182,21 +213,20 @@ def forward(
     mesh, by_rows = weight.device_mesh, _holds_rows(weight)
     part = local_layer(options, base, weight)
 
-    def local(t: Any, gradients_summed: bool) -> Any:
-        if t is None:
-            return None
-        t = t.to_local() if is_dtensor(t) else t
-        return _Summed.apply(t, mesh, False, True) if gradients_summed and torch.is_grad_enabled() else t
+    def own(t: Tensor | None, gradients_summed: bool) -> Tensor | None:
+        if t is None or not (gradients_summed and torch.is_grad_enabled()):
+            return t if t is None else local(t)
+        return _Summed.apply(local(t), mesh, False, True)
 
     def collect(squared: Tensor) -> Tensor:
         return squared if by_rows else _Summed.apply(squared, mesh, True, True)
 
     rows = WeightRows((part.out_features, part.in_features), part.weight, _one_tile(part.weight), collect=collect)
-    own = rows_of_part(weight).part
     cache = options.cache.of_part
-    cache.frozen = None if options.cache.frozen is None else options.cache.frozen[own[0] if by_rows and own else ...]
+    frozen = options.cache.frozen
+    cache.frozen = _part(frozen, like=magnitude) if frozen is not None and by_rows else frozen
     inside = options._replace(cache=cache, rows=rows)
-    tensors = local(A, by_rows), local(B, not by_rows), local(magnitude, not by_rows)
+    tensors = own(A, by_rows), own(B, not by_rows), own(magnitude, not by_rows)
 
     def instead(x: Any, W: Tensor, bias: Any = None) -> Tensor:
         spread = is_dtensor(x)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from doratune.checkpoint import look_for_cancellation, save_adapter
-from doratune.distributed import is_spread, load_whole_optimizer_state, whole_optimizer_state
+from doratune.distributed import is_fully_sharded, is_spread, load_whole_optimizer_state, whole_optimizer_state
 from doratune.errors import AdapterError
 from doratune.extras import require
 from doratune.model import active_adapter, parameter_groups, trainable_parameters
@@ -64,7 +64,7 @@ class AdapterTrainerMixin(Trainer):
         self.magnitude_learning_rate = magnitude_learning_rate
         self.magnitude_weight_decay = magnitude_weight_decay
         self.lora_plus_ratio = lora_plus_ratio
-        with _keeping_masters(model):
+        with _keeping_masters(model), _resumable(model, kwargs.get("args", args[0] if args else None)):
             super().__init__(_trainable_when_quantised(model), *args, **kwargs)
         refuse_unserved(self)
 
@@ -226,6 +226,22 @@ def _trainable_when_quantised(model: Any) -> Any:
     if getattr(model, "is_quantized", False) and active_adapter(model) is not None:
         model._hf_peft_config_loaded = True
     return model
+
+
+@contextlib.contextmanager
+def _resumable(model: Any, args: Any) -> Any:
+    """Trainer refuses checkpoints with models sharded while loading, as it could not save what their optimiser knows.
+
+    An adapter's is saved here.
+    """
+    if args is None or not isinstance(model, nn.Module) or active_adapter(model) is None:
+        yield
+        return
+    before, args.save_only_model = args.save_only_model, args.save_only_model or is_fully_sharded(model)
+    try:
+        yield
+    finally:
+        args.save_only_model = before
 
 
 @contextlib.contextmanager
