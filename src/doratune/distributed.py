@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -17,7 +18,7 @@ from doratune.config import AdapterConfig
 from doratune.errors import AdapterError
 from doratune.layers import Kind
 from doratune.layers.holder import plain_parameters
-from doratune.layers.sharded import refusal, whole
+from doratune.layers.sharded import assign, refusal, whole
 from doratune.layers.weights import is_dtensor
 from doratune.targets import adapted_layers, plain_modules, unwrap
 
@@ -32,6 +33,12 @@ def processes() -> int:
 def is_first() -> bool:
     """Whether this is the process that writes what all have in common."""
     return processes() == 1 or distributed.get_rank() == 0
+
+
+def leave_group() -> None:
+    """End what joins the processes, as the last thing that a program does."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def is_spread(model: nn.Module) -> bool:
@@ -57,10 +64,12 @@ def check_attachable(model: nn.Module, layers: Mapping[str, Kind], config: Adapt
     root = unwrap(model)
     problems = list(_unserved(root))
     sharded = is_fully_sharded(root)
-    late = f"it would not {{}} a new adapter's parameters, and the processes would train different ones; {{}}"
+    late = "it would not {} a new adapter's parameters, and the processes would train different ones; {}"
     if trainable and processes() > 1 and isinstance(model, nn.parallel.DistributedDataParallel):
         problems.append("DistributedDataParallel: " + late.format("average the gradients of", "attach before wrapping"))
     # Trainer averages the gradients of what is added to a model that transformers itself has sharded while loading.
+    if trainable and sharded and (config.modules_to_save or config.bias != "none"):
+        problems.append("fully_shard: modules_to_save and biases are copied, which FSDP2 lets happen before it only")
     if trainable and sharded and not getattr(root, "is_distributed_loading_by_transformers", False):
         problems.append("fully_shard: " + late.format("know", "attach before fully_shard"))
     if not sharded:
@@ -112,7 +121,8 @@ def load_base(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Raises:
         AdapterError: listing parameters that the files lack, or if the model still holds no memory (meta device).
     """
-    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     root = unwrap(model)
     state: dict[str, Tensor] = {}
@@ -149,10 +159,8 @@ def _on_cpu(value: object) -> object:
     return whole(value).cpu() if isinstance(value, Tensor) else value
 
 
-def load_whole_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, dict[int, dict[str, Tensor]]]) -> None:
+def load_whole_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load a state dict without parts; each process takes those that belong to its parameters' parts."""
-    from doratune.layers.sharded import assign
-
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, values in state["state"].items():
         like = parameters[index]

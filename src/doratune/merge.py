@@ -151,8 +151,8 @@ def merge(model: nn.Module, verify: bool = False) -> nn.Module:
         raise AdapterError("merge: no adapter is active; call set_adapter first")
     if is_fully_sharded(root):
         raise AdapterError(
-            "merge: FSDP2 holds the model's weights and would not see merged ones; save the adapter, and merge it in one "
-            "process: doratune merge ADAPTER --base MODEL --output FOLDER"
+            "merge: FSDP2 holds the model's weights and would not see merged ones; save the adapter, and merge it in "
+            "one process: doratune merge ADAPTER --base MODEL --output FOLDER"
         )
     layers = {path: layer for path, layer in adapted_layers(root).items() if layer.active is not None}
     problems = [f"{path}: {problem}" for path, layer in layers.items() if (problem := _problem(layer, name))]

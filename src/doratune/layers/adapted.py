@@ -116,7 +116,7 @@ class AdaptedLayer(AdapterHolder):
                 if name in self.magnitude:
                     self.reset_magnitude(name)
                 if name in self.adapter_bias:
-                    assign(self.adapter_bias[name], whole(self.base_layer.bias))
+                    assign(self.adapter_bias[name], whole(self.base_layer.bias))  # type: ignore[arg-type]
             self.waiting.discard(name)
             self.decide(name)
 
@@ -125,7 +125,7 @@ class AdaptedLayer(AdapterHolder):
         A, B = self.lora_A[name], self.lora_B[name]
         parts = is_dtensor(A) or is_dtensor(B)
         drawn = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (A, B)] if parts else [A, B]
-        self.kind.init(*drawn, self.adapters[name].config.init)
+        self.kind.init(drawn[0], drawn[1], self.adapters[name].config.init)
         if parts:
             sharded.same_everywhere(drawn)
             assign(A, drawn[0])

@@ -46,9 +46,14 @@ def _is_fake(t: Tensor) -> bool:
     return type(t).__name__ in ("FakeTensor", "FunctionalTensor")
 
 
+def is_autocast(device: torch.device) -> bool:
+    """Whether autocast is on for a device; the meta device has none, and torch would raise."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """A context in which no product is cast to another dtype."""
-    if torch.is_autocast_enabled(device.type):
+    if is_autocast(device):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 

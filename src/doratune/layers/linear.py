@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from doratune.layers import quantised
+from doratune.layers.cache import is_autocast
 from doratune.layers.kind import Kind, Options
 from doratune.layers.sharded import rows_of_part
 from doratune.layers.weights import (
@@ -192,7 +193,7 @@ def _swap_bias(u: Tensor, inner: Tensor | None, outer: Tensor | None) -> Tensor:
 
 def _autocast(x: Tensor) -> Tensor:
     """x as autocast would hand it to a linear layer."""
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+    if is_autocast(x.device) and x.is_floating_point():
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 

@@ -121,7 +121,9 @@ def rows_of_part(weight: Any, transposed: bool = False) -> WeightRows:
 
         placements = [placement(p) for p in weight.placements]
         mesh = weight.device_mesh
-        return DTensor.from_local(sums, mesh, placements, run_check=False, shape=(out,), stride=(1,)).full_tensor()
+        return DTensor.from_local(
+            sums, mesh, placements, run_check=False, shape=torch.Size([out]), stride=(1,)
+        ).full_tensor()
 
     return WeightRows((out, columns), weight, tiles, part=(parts[0], parts[1]), collect=collect)
 
@@ -131,7 +133,7 @@ def rows_of_part(weight: Any, transposed: bool = False) -> WeightRows:
 
 def refusal(base: nn.Module, config: AdapterConfig) -> str | None:
     """Why a layer whose weight lies in parts cannot be adapted, or None."""
-    weight = getattr(base, "weight", None)
+    weight: Any = getattr(base, "weight", None)
     if not is_dtensor(weight):
         return None
     if type(base) is not nn.Linear:

@@ -127,7 +127,7 @@ def _compare(root: nn.Module, name: str, contents: Contents, folder: str | os.Pa
         path: (config.rank_of(path), config.method, BIAS in parts) for path, parts in contents.layers.items()
     }
     own |= {path: "trained whole" for path, saved in saved_modules(root).items() if name in saved.copies}
-    found |= {path: "trained whole" for path in contents.saved}
+    found |= dict.fromkeys(contents.saved, "trained whole")
     problems = [
         f"{path}: the model's adapter has {_told(own.get(path))}, the checkpoint {_told(found.get(path))}"
         for path in dict.fromkeys((*own, *found))

@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from torch import nn
 
 from doratune.distributed import is_fully_sharded
 from doratune.errors import AdapterError
 from doratune.model import active_adapter
-
-
-def processes_asked() -> int:
-    """How many processes the launcher has started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+from doratune.train.processes import processes_asked
 
 
 def refuse_unserved(trainer: Any) -> None:
@@ -24,9 +21,16 @@ def refuse_unserved(trainer: Any) -> None:
         AdapterError: for ways of spreading a model that adapters do not work with, or that this machine would not run.
     """
     state, args = trainer.accelerator.state, trainer.args
+    if processes_asked() > 1 and args.world_size == 1 and torch.distributed.is_available():
+        raise AdapterError(
+            f"{processes_asked()} processes were started, and each would train alone: on a CPU accelerate joins "
+            "them with TrainingArguments(use_cpu=True) only"
+        )
     deepspeed = getattr(state, "deepspeed_plugin", None)
     if deepspeed is not None and deepspeed.zero_stage == 3:
-        raise AdapterError("DeepSpeed ZeRO-3 takes the weights away that a magnitude's norm needs; use FSDP2, or ZeRO-2")
+        raise AdapterError(
+            "DeepSpeed ZeRO-3 takes the weights away that a magnitude's norm needs; use FSDP2, or ZeRO-2"
+        )
     plugin = getattr(state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version == 1:
         raise AdapterError(
