@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from doratune.config import matches
 from doratune.contents import BIAS, METADATA, PREFIX, Contents, read_contents
+from doratune.distributed import is_first, is_spread, processes
 from doratune.errors import AdapterError
 from doratune.files import WEIGHTS, read_config, read_weights, write_adapter
 from doratune.layers import AdaptedLayer, SavedModule
+from doratune.layers.sharded import assign, whole
 from doratune.layers.weights import is_transformers_conv1d
 from doratune.model import active_adapter, attach, delete_adapter, set_adapter
 from doratune.peft_config import OWN_TYPE, from_peft, to_peft
@@ -40,6 +42,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     An adapter on layers that PEFT cannot express (grouped convolutions, projections of ``nn.MultiheadAttention``) is
     written with the ``peft_type`` DORATUNE: doratune reads it back, PEFT refuses it, and a warning says why.
 
+    Where parameters lie in parts on several processes (FSDP2, tensor parallelism) every process has to call it; the
+    first one writes. Elsewhere whoever calls it writes.
+
     Raises:
         AdapterError: if there is no such adapter, a value is not finite, PEFT's options cannot name its modules, or
             the folder cannot be written.
@@ -53,10 +58,13 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     problems += [f"{key}: not finite" for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if problems:
         raise AdapterError.of(f"adapter {name!r} cannot be saved", problems)
-    for path, layer in layers.items():
-        _look_for_cancellation(path, layer, name)
+    spread = is_spread(root)
+    if spread or processes() == 1:  # alone, or all at once: what is decided here has to be the same everywhere
+        look_for_cancellation(root, name)
+    if spread and not is_first():
+        return
     config = next(iter(layers.values())).adapters[name].config
-    whole = [path for path in saved_modules(root) if matches(path, config.modules_to_save)]
+    saved = [path for path in saved_modules(root) if matches(path, config.modules_to_save)]
     transposed = any(is_transformers_conv1d(layer.base_layer) for layer in layers.values())
     own = {
         "magnitude_only": sorted(path for path, layer in layers.items() if layer.adapters[name].rank == 0),
@@ -65,7 +73,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
         "eight_bit_outputs": config.eight_bit_outputs,
         "init": config.init,
     }
-    options = to_peft(root, config, layers, whole, transposed)
+    options = to_peft(root, config, layers, saved, transposed)
     inexpressible = {
         layer.kind.file_refusal(layer.base_layer): path
         for path, layer in layers.items()
@@ -86,7 +94,7 @@ def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor
             if tensor is not None:
                 tensors[f"{PREFIX}{path}.{part}"] = layer.kind.to_file(layer.base_layer, part, tensor)
         if name in layer.adapter_bias:
-            tensors[f"{PREFIX}{path}.{BIAS}"] = layer.adapter_bias[name]
+            tensors[f"{PREFIX}{path}.{BIAS}"] = whole(layer.adapter_bias[name])
     modules = plain_modules(model)
     for path, saved in saved_modules(model).items():
         if name in saved.copies and path in modules:
@@ -97,7 +105,7 @@ def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor
 
 def _saved_state(path: str, saved: SavedModule, name: str, layers: dict[str, AdaptedLayer]) -> dict[str, Tensor]:
     """What an adapter's copy of a module adds to the base: everything, or the biases that it trains."""
-    state = {k: v for k, v in saved.copies[name].state_dict().items() if isinstance(v, Tensor)}
+    state = {k: whole(v) for k, v in saved.copies[name].state_dict().items() if isinstance(v, Tensor)}
     config = next(iter(layers.values())).adapters[name].config
     if matches(path, config.modules_to_save):
         return state
@@ -108,14 +116,12 @@ def _saved_state(path: str, saved: SavedModule, name: str, layers: dict[str, Ada
 def _parts(layer: AdaptedLayer, name: str) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """A, B and m for a file. Rows of W that are zero get an m, or a row of B, that others can divide by."""
     rows = layer.kind.rows(layer.base_layer)
-    if name in layer.lora_A:
-        A, B = layer.lora_A[name].detach(), layer.lora_B[name].detach()
-    else:
+    A, B, m = layer.whole_parts(name)
+    if A is None or B is None:
         A = torch.full((1, rows.shape[1]), rows.shape[1] ** -0.5, device=rows.device)
         B = torch.zeros(rows.shape[0], 1, device=rows.device)
-    if name not in layer.magnitude:
+    if m is None:
         return A, B, None
-    m = layer.magnitude[name].detach()
     zero = layer.cache.base_squared(rows) == 0
     if zero.any():
         n = layer.squared_norm(name).sqrt()
@@ -166,11 +172,7 @@ def load_adapter(
         AdapterError: listing every problem by file, key and field; the model is then unchanged.
     """
     root, folder = unwrap(model), Path(folder)
-    options = from_peft(read_config(folder), str(folder / "adapter_config.json"))
-    tensors, metadata = read_weights(folder)
-    contents = read_contents(root, options, tensors, metadata)
-    if contents.problems:
-        raise AdapterError.of(f"{folder / WEIGHTS} does not fit", contents.problems)
+    contents = read_adapter(root, folder)
     modules = plain_modules(root)
     # PEFT lists heads that some other model might have.
     names = [name for name in contents.config.modules_to_save if any(matches(path, [name]) for path in modules)]
@@ -186,7 +188,7 @@ def load_adapter(
     before = active_adapter(root)
     attach(root, config, name, trainable=trainable)
     try:
-        _fill(root, contents, name)
+        fill(root, contents, name)
     except BaseException:
         delete_adapter(root, name)
         if before is not None:
@@ -195,15 +197,31 @@ def load_adapter(
     return model
 
 
-def _fill(root: nn.Module, contents: Contents, name: str) -> None:
-    """Copy a file's tensors, already checked, into a fresh adapter."""
+def read_adapter(root: nn.Module, folder: Path) -> Contents:
+    """Read the adapter of a folder and compare it with the model.
+
+    Raises:
+        AdapterError: listing every problem.
+    """
+    options = from_peft(read_config(folder), str(folder / "adapter_config.json"))
+    tensors, metadata = read_weights(folder)
+    contents = read_contents(root, options, tensors, metadata)
+    if contents.problems:
+        raise AdapterError.of(f"{folder / WEIGHTS} does not fit", contents.problems)
+    return contents
+
+
+def fill(root: nn.Module, contents: Contents, name: str) -> None:
+    """Copy a file's tensors, already checked, into an adapter of the same kind, in place."""
     for path, layer in adapted_layers(root).items():
         if name in layer.adapters:
             _fill_layer(path, layer, name, contents.layers[path])
     without_place = dict(contents.saved)
     for path, saved in saved_modules(root).items():
         if name in saved.copies:
-            saved.copies[name].load_state_dict(without_place.pop(path, {}), strict=False)
+            own = saved.copies[name].state_dict()
+            for key, tensor in without_place.pop(path, {}).items():
+                assign(own[key], tensor)
     if without_place:
         reason = "its parameters cannot be an adapter's here"
         raise AdapterError.of(f"{WEIGHTS} does not fit", [f"{path}: {reason}" for path in without_place])
@@ -214,13 +232,13 @@ def _fill_layer(path: str, layer: AdaptedLayer, name: str, parts: dict[str, Tens
     base, kind = layer.base_layer, layer.kind
     a, b, m = kind.file_names
     if name in layer.lora_A:
-        layer.lora_A[name].copy_(kind.from_file(base, a, parts[a]))
-        layer.lora_B[name].copy_(kind.from_file(base, b, parts[b]))
+        assign(layer.lora_A[name], kind.from_file(base, a, parts[a]))
+        assign(layer.lora_B[name], kind.from_file(base, b, parts[b]))
     if name in layer.adapter_bias:
-        layer.adapter_bias[name].copy_(parts[BIAS])
+        assign(layer.adapter_bias[name], parts[BIAS])
     if name in layer.magnitude:
         if m in parts:
-            layer.magnitude[name].copy_(kind.from_file(base, m, parts[m]))
+            assign(layer.magnitude[name], kind.from_file(base, m, parts[m]))
             _recognise_plain_rows(layer, name)
         else:
             layer.reset_magnitude(name)
@@ -232,10 +250,10 @@ def _recognise_plain_rows(layer: AdaptedLayer, name: str) -> None:
     zero = layer.cache.base_squared(layer.kind.rows(layer.base_layer)) == 0
     if not zero.any():
         return
-    m = layer.magnitude[name]
+    A, B, m = layer.whole_parts(name)
+    assert m is not None
     without_m = zero & (m == 0)
-    if name in layer.lora_B and without_m.any():
-        A, B = layer.lora_A[name], layer.lora_B[name]
+    if A is not None and B is not None and without_m.any():
         stands_in = (B == _stand_in_row(A)).all(1)  # noqa: SIM300
         if (A == torch.tensor(PLACEHOLDER_A)).all():  # noqa: SIM300
             A.zero_()
@@ -243,8 +261,18 @@ def _recognise_plain_rows(layer: AdaptedLayer, name: str) -> None:
         kept = torch.zeros_like(zero)
         kept[_silent(without_m, A, B)] = True
         B[without_m & (stands_in | ~kept)] = 0
+        assign(layer.lora_A[name], A)
+        assign(layer.lora_B[name], B)
     n = layer.squared_norm(name).sqrt()
     m[zero & ((m - n).abs() <= SAME_NORM * n)] = 0
+    assign(layer.magnitude[name], m)
+
+
+def look_for_cancellation(root: nn.Module, name: str) -> None:
+    """Choose for each layer what depends on the adapter's values; processes that train together do it together."""
+    for path, layer in adapted_layers(root).items():
+        if name in layer.adapters:
+            _look_for_cancellation(path, layer, name)
 
 
 def _look_for_cancellation(path: str, layer: AdaptedLayer, name: str) -> None:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from doratune.distributed import is_fully_sharded
 from doratune.errors import AdapterError
-from doratune.layers import AdaptedLayer, SavedModule
+from doratune.layers import AdaptedLayer, SavedModule, sharded
 from doratune.layers.attention import Projection
 from doratune.layers.cache import without_autocast
 from doratune.layers.holder import plain_parameters
@@ -42,30 +43,34 @@ class MergeCheck:
 
 @torch.no_grad()
 def merged_weight(layer: AdaptedLayer, name: str) -> Tensor:
-    """``W' = g (W + s B A)``, ``[out, in]`` in W's dtype, computed in float32 by row tiles."""
+    """``W' = g (W + s B A)``, ``[out, in]`` in W's dtype, computed in float32 by row tiles; parts stay parts."""
     rows = layer.kind.rows(layer.base_layer)
+    A, B, _ = layer.whole_parts(name)
     parts = []
     with without_autocast(rows.device):
         g = _exact_scale(layer, name)
+        if g is not None and rows.part is not None:
+            g = g[rows.part[0]]
+        if A is not None and B is not None:
+            A, B = rows.own(A, B)
         for outer, tile in rows.tiles():
             for inner in row_norm.row_tiles(*tile.shape):
                 here = slice(outer.start + inner.start, outer.start + inner.stop)
                 part = tile[inner].float()
-                if name in layer.lora_A:
-                    part = torch.addmm(
-                        part, layer.lora_B[name][here], layer.lora_A[name], alpha=layer.adapters[name].scale
-                    )
+                if A is not None and B is not None:
+                    part = torch.addmm(part, B[here], A, alpha=layer.adapters[name].scale)
                 if g is not None:
                     part = part * g[here, None]
                 parts.append(part.to(tile.dtype))
-    return torch.cat(parts)
+    merged = torch.cat(parts)
+    return merged if rows.part is None else sharded.as_part_of(rows.stored, merged)
 
 
 def _exact_scale(layer: AdaptedLayer, name: str) -> Tensor | None:
     if name not in layer.magnitude:
         return None
     base = layer.cache.base_squared(layer.kind.rows(layer.base_layer))
-    return row_norm.row_scale(layer.magnitude[name], layer.squared_norm(name), base)
+    return row_norm.row_scale(sharded.whole(layer.magnitude[name]), layer.squared_norm(name), base)
 
 
 @torch.no_grad()
@@ -81,7 +86,7 @@ def verify_merge(model: nn.Module) -> list[MergeCheck]:
         if name is None:
             continue
         rows = layer.kind.rows(layer.base_layer)
-        x = layer.kind.probe(layer.base_layer, generator)
+        x = sharded.on_all(rows.stored, layer.kind.probe(layer.base_layer, generator))
         merged = merged_weight(layer, name)
         training = layer.training
         layer.eval()
@@ -96,7 +101,7 @@ def verify_merge(model: nn.Module) -> list[MergeCheck]:
         # compute with other numbers than it dequantises to.
         tolerance = 16 * torch.finfo(merged.dtype).eps if not rows.transient else 0.05
         scale = unmerged.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-        checks.append(MergeCheck(path, float(difference / scale), tolerance, loss))
+        checks.append(MergeCheck(path, sharded.largest(rows.stored, float(difference / scale)), tolerance, loss))
     return checks
 
 
@@ -144,6 +149,11 @@ def merge(model: nn.Module, verify: bool = False) -> nn.Module:
     name = active_adapter(root)
     if name is None:
         raise AdapterError("merge: no adapter is active; call set_adapter first")
+    if is_fully_sharded(root):
+        raise AdapterError(
+            "merge: FSDP2 holds the model's weights and would not see merged ones; save the adapter, and merge it in "
+            "one process: doratune merge ADAPTER --base MODEL --output FOLDER"
+        )
     layers = {path: layer for path, layer in adapted_layers(root).items() if layer.active is not None}
     problems = [f"{path}: {problem}" for path, layer in layers.items() if (problem := _problem(layer, name))]
     if verify and not problems:
@@ -201,7 +211,8 @@ def _problem(layer: AdaptedLayer, name: str) -> str | None:
     tensors = [merged_weight(layer, name)]
     if name in layer.adapter_bias:
         tensors.append(layer.adapter_bias[name].to(tensors[0].dtype))
-    if not all(torch.isfinite(t).all() for t in tensors):
+    finite = all(torch.isfinite(sharded.local(t)).all() for t in tensors)
+    if sharded.largest(tensors[0], float(not finite)):
         return "the merged weight or bias is not finite; the adapter holds NaN, infinite or far too large values"
     return None
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from doratune.config import AdapterConfig
+from doratune.distributed import check_attachable
 from doratune.errors import AdapterError
 from doratune.layers import AdaptedLayer, AdapterHolder, AttentionHost, SavedModule
 from doratune.layers.attention import AttentionProjection
@@ -53,13 +54,14 @@ def attach(model: nn.Module, config: AdapterConfig, name: str = "default", *, tr
     if name in adapter_names(root):
         raise AdapterError(f"the model already has an adapter {name!r}; choose another name or delete that one first")
     selection = select(root, config)
+    gathered = check_attachable(model, selection.layers, config, trainable)
     adapted, saved = adapted_layers(root), saved_modules(root)
     hosts = _new_hosts(root, selection)
     new: list[AdapterHolder] = []
     # Everything that can fail happens before the model is touched.
     for path, kind in selection.layers.items():
         if path not in adapted:
-            adapted[path] = AdaptedLayer(plain(_module_at(root, path, hosts)), kind, path)
+            adapted[path] = AdaptedLayer(plain(_module_at(root, path, hosts)), kind, path, gathered)
             new.append(adapted[path])
     for path in selection.saved:
         if path not in saved:

@@ -6,6 +6,7 @@ Exit codes: 0, 1 for failures, 2 for wrong usage, 130 after Ctrl-C. torch and tr
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from doratune.cli import analyze, bench, compare, generate, inspect, merge, predict, train
+from doratune.cli import analyze, bench, compare, estimate, generate, inspect, merge, predict, train
 from doratune.errors import AdapterError
 
 RUNNERS: dict[type, Any] = {
@@ -25,6 +26,7 @@ RUNNERS: dict[type, Any] = {
     analyze.Analyze: analyze.run,
     bench.Bench: bench.run,
     compare.Compare: compare.run,
+    estimate.EstimateOptions: estimate.run,
 }
 """What each command's options are handed to; it returns the exit code."""
 
@@ -42,6 +44,7 @@ class Program:
         | Annotated[analyze.Analyze, tyro.conf.subcommand("analyze")]
         | Annotated[compare.Compare, tyro.conf.subcommand("compare")]
         | Annotated[bench.Bench, tyro.conf.subcommand("bench")]
+        | Annotated[estimate.EstimateOptions, tyro.conf.subcommand("estimate")]
     )
     debug: bool = False
     """Show the whole traceback of an error."""
@@ -84,5 +87,7 @@ def _parse(arguments: list[str]) -> Program:
 
 
 def _fail(error: object) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f" in process {rank}"
+    print(f"error{where}: {error}", file=sys.stderr)
     return 1

@@ -46,9 +46,16 @@ def run(config: TrainConfig) -> int:
     from rich.console import Console
 
     from doratune.cli.quiet import quiet_libraries
+    from doratune.distributed import leave_group
+    from doratune.train.processes import is_first_asked
 
     quiet_libraries()
-    result = train(config, Console(stderr=True))
+    try:
+        result = train(config, Console(stderr=True))
+    finally:
+        leave_group()
+    if not is_first_asked():
+        return 0
     out = Console()
     out.print(result.table())
     if result.prompt is not None:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from doratune.config import AdapterConfig
-from doratune.layers.cache import ScaleCache, without_autocast
+from doratune.errors import AdapterError
+from doratune.layers import sharded
+from doratune.layers.cache import AdapterParameters, ScaleCache, without_autocast
 from doratune.layers.holder import AdapterHolder
 from doratune.layers.kind import Kind, Options
-from doratune.layers.weights import WeightRows
-from doratune.ops import row_norm
+from doratune.layers.sharded import assign, whole
+from doratune.layers.weights import WeightRows, is_dtensor
 
 BIAS_DROWNS = 8.0
 """Keep a tensor of our own for the magnitude's gradient where a bias is this many times its magnitude."""
@@ -51,17 +53,19 @@ class AdaptedLayer(AdapterHolder):
     ``magnitude[name]`` ``[out]`` (dora), ``adapter_bias[name]`` ``[out]`` (where biases are trained).
     """
 
-    def __init__(self, base: nn.Module, kind: Kind, path: str) -> None:
+    def __init__(self, base: nn.Module, kind: Kind, path: str, gathered: bool = False) -> None:
         super().__init__(base, path)
         self.kind = kind
         self.in_encoder_layer = False
         """Inside ``nn.TransformerEncoderLayer``, whose fast path would compute past this layer."""
         self.adapters: dict[str, LayerAdapter] = {}
-        self.lora_A = nn.ParameterDict()
-        self.lora_B = nn.ParameterDict()
-        self.magnitude = nn.ParameterDict()
-        self.adapter_bias = nn.ParameterDict()
         self.cache = ScaleCache()
+        self.lora_A = AdapterParameters(self.cache)
+        self.lora_B = AdapterParameters(self.cache)
+        self.magnitude = AdapterParameters(self.cache)
+        self.adapter_bias = AdapterParameters(self.cache)
+        self.tensor_parallel = is_dtensor(base._parameters.get("weight")) and not gathered
+        """W stays in parts on several processes, also in a forward; ``gathered``: FSDP makes it whole for that."""
         self.waiting: set[str] = set()
         """Adapters attached while the base had no data (meta device), to be initialised once it has."""
         self.load_prefix = ""
@@ -80,17 +84,19 @@ class AdaptedLayer(AdapterHolder):
         eight_bit = config.keeps_eight_bits(self.path)
         self.adapters[name] = LayerAdapter(config, rank, repr(config.scale_of(self.path)), trainable, eight_bit)
 
-        def new(*shape: int) -> nn.Parameter:
+        def new(what: str, *shape: int) -> nn.Parameter:
+            if self.tensor_parallel:
+                return sharded.new_parameter(rows.stored, what, *shape)
             return nn.Parameter(torch.empty(shape, dtype=torch.float32, device=rows.device))
 
         if rank:
-            self.lora_A[name] = new(rank, columns)
-            self.lora_B[name] = new(out, rank)
+            self.lora_A[name] = new("A", rank, columns)
+            self.lora_B[name] = new("B", out, rank)
         if config.method == "dora":
-            self.magnitude[name] = new(out)
+            self.magnitude[name] = new("m", out)
         bias = getattr(self.base_layer, "bias", None)
         if config.bias != "none" and bias is not None:
-            self.adapter_bias[name] = new(out)
+            self.adapter_bias[name] = new("bias", out)
         self.waiting.add(name)
         self.initialise()
 
@@ -106,20 +112,31 @@ class AdaptedLayer(AdapterHolder):
                     group[name] = nn.Parameter(torch.empty_like(old, device=weight.device), old.requires_grad)
             with torch.no_grad():
                 if name in self.lora_A:
-                    self.kind.init(self.lora_A[name], self.lora_B[name], self.adapters[name].config.init)
+                    self._initialise_direction(name)
                 if name in self.magnitude:
                     self.reset_magnitude(name)
                 if name in self.adapter_bias:
-                    self.adapter_bias[name].copy_(self.base_layer.bias)
+                    assign(self.adapter_bias[name], whole(self.base_layer.bias))  # type: ignore[arg-type]
             self.waiting.discard(name)
             self.decide(name)
+
+    def _initialise_direction(self, name: str) -> None:
+        """Start values of A and B, drawn whole where they lie in parts: processes with one seed draw the same."""
+        A, B = self.lora_A[name], self.lora_B[name]
+        parts = is_dtensor(A) or is_dtensor(B)
+        drawn = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (A, B)] if parts else [A, B]
+        self.kind.init(drawn[0], drawn[1], self.adapters[name].config.init)
+        if parts:
+            sharded.same_everywhere(drawn)
+            assign(A, drawn[0])
+            assign(B, drawn[1])
 
     def reset_magnitude(self, name: str) -> None:
         """Set ``m = |W + s B A|``, so that the magnitude changes nothing (0 marks a row trained as plain LoRA)."""
         with torch.no_grad():
             base = self.cache.base_squared(self.kind.rows(self.base_layer))
             n = self.squared_norm(name).sqrt()
-            self.magnitude[name].copy_(torch.where(base > 0, n, 0.0))
+            assign(self.magnitude[name], torch.where(base > 0, n, 0.0))
 
     def squared_norm(self, name: str) -> Tensor:
         """``|W + s B A|^2``, float32 ``[out]``, from dense tiles, exact."""
@@ -127,11 +144,10 @@ class AdaptedLayer(AdapterHolder):
         base = self.cache.base_squared(rows)
         if name not in self.lora_A:
             return base
-        A, B, scale = self.lora_A[name], self.lora_B[name], self.adapters[name].scale
-        with torch.no_grad(), without_autocast(rows.device):
-            if not B.any() or not A.any():
-                return base  # the same sum, so that a fresh adapter has g = 1 to the last bit
-            return row_norm.dense_squared_norm(rows.tiles, A, B, scale)
+        A, B = whole(self.lora_A[name].detach()), whole(self.lora_B[name].detach())
+        if not B.any() or not A.any():
+            return base  # the same sum, so that a fresh adapter has g = 1 to the last bit
+        return self.cache.squared_norm(rows, A, B, self.adapters[name].scale, dense=True)
 
     def decide(self, name: str) -> None:
         """Look at the adapter's values and choose what depends on them, away from the hot path."""
@@ -140,25 +156,27 @@ class AdaptedLayer(AdapterHolder):
         if name not in self.magnitude or name in self.waiting:
             return
         bias = self.adapter_bias[name] if name in self.adapter_bias else getattr(self.base_layer, "bias", None)
-        A = self.lora_A[name] if name in self.lora_A else None
-        B = self.lora_B[name] if name in self.lora_B else None
+        A, B, m = self.whole_parts(name)
+        assert m is not None
         rows = self.kind.rows(self.base_layer)
-        adapter.dense_norm, adapter.keep_output = choices(
-            self.cache, rows, A, B, self.magnitude[name], adapter.scale, bias
-        )
+        bias = None if bias is None else whole(bias.detach())
+        adapter.dense_norm, adapter.keep_output = choices(self.cache, rows, A, B, m, adapter.scale, bias)
+
+    def whole_parts(self, name: str) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """A, B and m of an adapter; what lies in parts on several processes is gathered on each."""
+        groups = (self.lora_A, self.lora_B, self.magnitude)
+        A, B, m = (whole(group[name]) if name in group else None for group in groups)
+        return A, B, m
 
     def row_scale(self, name: str, reuse: bool = False) -> Tensor:
-        """g of one adapter, float32 ``[out]``."""
-        adapter = self.adapters[name]
+        """g of one adapter, float32 ``[out]``, between forwards."""
+        adapter, rows = self.adapters[name], self.kind.rows(self.base_layer)
+        A, B, m = self.whole_parts(name)
+        assert m is not None
+        if A is not None and B is not None:
+            A, B = rows.own(A, B)
         return self.cache.row_scale(
-            self.kind.rows(self.base_layer),
-            self.lora_A[name] if name in self.lora_A else None,
-            self.lora_B[name] if name in self.lora_B else None,
-            self.magnitude[name],
-            adapter.scale,
-            adapter.config.norm_gradient,
-            adapter.dense_norm,
-            reuse,
+            rows, A, B, m, adapter.scale, adapter.config.norm_gradient, adapter.dense_norm, reuse
         )
 
     def adapter_names(self) -> list[str]:
@@ -183,7 +201,7 @@ class AdaptedLayer(AdapterHolder):
         if self.active == name:
             self.activate(None)
 
-    def _groups(self) -> tuple[nn.ParameterDict, ...]:
+    def _groups(self) -> tuple[AdapterParameters, ...]:
         return self.lora_A, self.lora_B, self.magnitude, self.adapter_bias
 
     # The layer
@@ -194,6 +212,8 @@ class AdaptedLayer(AdapterHolder):
             return self.base_layer(x, *args, **kwargs)
         if args or kwargs:
             raise TypeError(f"{self.path}: an adapted {self.kind.name} layer takes one input; found more")
+        if self.tensor_parallel:
+            return sharded.forward(self.kind, self.base_layer, x, *self.active_tensors())
         return self.kind.forward(self._modules["base_layer"], x, *self.active_tensors())  # type: ignore[arg-type]
 
     def active_tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, float, Options]:
@@ -201,7 +221,7 @@ class AdaptedLayer(AdapterHolder):
         name = self.active
         assert name is not None
         if self.waiting:
-            self.initialise()
+            self._initialise_late()
         adapter = self.adapters[name]
         # Looked up past nn.Module's __getattr__: a decode step calls this for every layer and token.
         groups: Any = self._modules
@@ -218,6 +238,14 @@ class AdaptedLayer(AdapterHolder):
         )
         A, B = groups["lora_A"]._parameters.get(name), groups["lora_B"]._parameters.get(name)
         return A, B, groups["magnitude"]._parameters.get(name), adapter.scale, options
+
+    def _initialise_late(self) -> None:
+        if any(group.gathered for group in self._groups()):
+            raise AdapterError(
+                f"{self.path}: the adapter has no start values, and FSDP's copies of its parameters cannot be given "
+                "any; once the base has its weights, call doratune.distributed.initialise(model)"
+            )
+        self.initialise()
 
     def train(self, mode: bool = True) -> AdaptedLayer:
         """Switch between training and evaluation; what was remembered is forgotten."""
@@ -259,7 +287,7 @@ def choices(
         base, m = cache.base_squared(rows), m.detach().float()
         squared = base
         if A is not None and B is not None:
-            squared = row_norm.squared_row_norm(base, rows.tiles, A, B, scale)
+            squared = cache.squared_norm(rows, A, B, scale)
         near = (squared < CANCELLATION * base) & (base > 0)
         usable = (m != 0) | (base == 0)
         if bias is not None:

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from doratune.layers.weights import WeightRows
+from doratune.layers.weights import WeightRows, is_dtensor
 from doratune.ops import row_norm
 
 
@@ -38,17 +38,22 @@ def _state(t: Tensor) -> tuple[Any, ...]:
 
 
 def _can_stamp(*tensors: Tensor) -> bool:
-    """Inference tensors have no version; fake and meta tensors have no data."""
-    return not any(t.is_inference() or t.is_meta or _is_fake(t) for t in tensors)
+    """Inference tensors have no version; fake and meta tensors have no data, DTensors none that could be looked at."""
+    return not any(t.is_inference() or t.is_meta or _is_fake(t) or is_dtensor(t) for t in tensors)
 
 
 def _is_fake(t: Tensor) -> bool:
     return type(t).__name__ in ("FakeTensor", "FunctionalTensor")
 
 
+def is_autocast(device: torch.device) -> bool:
+    """Whether autocast is on for a device; the meta device has none, and torch would raise."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """A context in which no product is cast to another dtype."""
-    if torch.is_autocast_enabled(device.type):
+    if is_autocast(device):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 
@@ -64,17 +69,50 @@ class Evaluation(NamedTuple):
     """float32 ``[out]``; None for LoRA."""
 
 
+class AdapterParameters(nn.ParameterDict):
+    """A, B, m or bias of a layer's adapters by name.
+
+    FSDP puts whole parameters in their places for each forward, always the same objects, under the same version and
+    perhaps in the same memory, and nothing that a stamp could tell from those of the step before. So every exchange
+    clears what was computed.
+    """
+
+    def __init__(self, cache: ScaleCache) -> None:
+        super().__init__()
+        self.cache = cache
+        self.gathered = False
+        """FSDP has put whole parameters here: what is written to them now would be lost."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Parameter):
+            before = self._parameters.get(name)
+            self.gathered = is_dtensor(before) and not is_dtensor(value)
+            self.cache.clear_scale()
+        super().__setattr__(name, value)
+
+
 class ScaleCache:
     """The memory of one adapted layer. It is neither copied nor pickled with the layer."""
 
     def __init__(self) -> None:
-        self.clear()
         self.frozen: Tensor | None = None
         """The g to use, whatever the mode."""
+        self.part: tuple[Tensor, Any] | None = None
+        """Under tensor parallelism this process's part of W, and a plain layer with it."""
+        self._of_part: ScaleCache | None = None
+        self.clear()
+
+    @property
+    def of_part(self) -> ScaleCache:
+        """The memory of what concerns this process's part of W only."""
+        if self._of_part is None:
+            self._of_part = ScaleCache()
+        return self._of_part
 
     def clear(self) -> None:
         """Forget everything that was computed."""
-        self._base: tuple[_Stamp, Tensor, bool] | None = None
+        self._base: tuple[_Stamp, Tensor, Tensor, bool] | None = None
+        self._of_part = None
         self.clear_scale()
 
     def clear_scale(self) -> None:
@@ -82,6 +120,8 @@ class ScaleCache:
         self._norm: tuple[_Stamp, float, Tensor] | None = None
         self._scale: tuple[_Stamp, float, Tensor] | None = None
         self._evaluation: tuple[_Stamp, float, Evaluation] | None = None
+        if self._of_part is not None:
+            self._of_part.clear_scale()
 
     def change_adapter(self) -> None:
         """Forget what depends on the adapter, a frozen g too."""
@@ -101,20 +141,31 @@ class ScaleCache:
 
     def base_squared(self, rows: WeightRows) -> Tensor:
         """``|W|^2``, float32 ``[out]``, computed once per state of W."""
-        return self._base_squared(rows)[0]
+        return self._base_squared(rows)[1]
 
-    def _base_squared(self, rows: WeightRows) -> tuple[Tensor, bool]:
-        """``|W|^2``, and whether it may be 0 somewhere."""
+    def squared_norm(self, rows: WeightRows, A: Tensor, B: Tensor, scale: float, dense: bool = False) -> Tensor:
+        """``n^2``, float32 ``[out]``, computed now, for whole A and B; it keeps no graph."""
+        base, _, _ = self._base_squared(rows)
+        A, B = rows.own(A, B)
+        with torch.no_grad(), without_autocast(rows.device):
+            if dense:
+                return rows.collected(row_norm.dense_squared_norm(rows.tiles, A, B, scale))
+            return rows.collected(row_norm.squared_row_norm(base, rows.tiles, A, B, scale))
+
+    def _base_squared(self, rows: WeightRows) -> tuple[Tensor, Tensor, bool]:
+        """``|W|^2`` over the columns that are here, over all columns, and whether it may be 0 somewhere."""
         if torch.compiler.is_compiling():
             # Compiled code cannot look at stamps; the graph sums W anew, one pass over it.
-            return row_norm.base_squared_norm(rows.tiles), True
+            squared = row_norm.base_squared_norm(rows.tiles)
+            return squared, rows.collected(squared), True
         if self._base is not None and self._base[0].fits(rows.stored):
             return self._base[1:]
         with torch.inference_mode(False), torch.no_grad(), without_autocast(rows.device):
             squared = row_norm.base_squared_norm(rows.tiles)
+            everywhere = rows.collected(squared)
         if not _can_stamp(rows.stored):
-            return squared, True
-        self._base = _Stamp(rows.stored), squared, bool((squared == 0).any())
+            return squared, everywhere, True
+        self._base = _Stamp(rows.stored), squared, everywhere, bool((everywhere == 0).any())
         return self._base[1:]
 
     def row_scale(
@@ -139,12 +190,12 @@ class ScaleCache:
         reuse = reuse and not torch.compiler.is_compiling()
         if reuse and _remembered(self._scale, scale, made_from):
             return self._scale[2]  # type: ignore[index]
-        base, may_be_zero = self._base_squared(rows)
+        base, everywhere, may_be_zero = self._base_squared(rows)
         with without_autocast(rows.device):
-            squared = base
+            squared = everywhere
             if A is not None and B is not None:
                 squared = self._squared_norm(base, rows, A, B, scale, norm_gradient, dense_norm, reuse_norm)
-            g = row_norm.row_scale(magnitude, squared, base if may_be_zero else None)
+            g = row_norm.row_scale(magnitude, squared, everywhere if may_be_zero else None)
         if reuse and _can_stamp(*made_from):
             self._scale = (_Stamp(*made_from), scale, g)
         return g
@@ -164,13 +215,16 @@ class ScaleCache:
         reuse = reuse and norm_gradient == "detached" and not torch.compiler.is_compiling()
         if reuse and _remembered(self._norm, scale, made_from):
             return self._norm[2]  # type: ignore[index]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and norm_gradient == "exact"):
+        exact = torch.is_grad_enabled() and norm_gradient == "exact"
+        with torch.set_grad_enabled(exact):
             squared = row_norm.squared_row_norm(base, rows.tiles, A, B, scale)
         if dense_norm:
             # Near cancellation the factored value loses digits, its gradient formula does not.
             with torch.no_grad():
                 value = row_norm.dense_squared_norm(rows.tiles, A, B, scale)
             squared = value + (squared - squared.detach()) if squared.requires_grad else value
+        with torch.set_grad_enabled(exact):
+            squared = rows.collected(squared)
         if reuse and _can_stamp(*made_from):
             self._norm = (_Stamp(*made_from), scale, squared)
         return squared

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from doratune.layers.cache import without_autocast
 from doratune.layers.kind import Kind, Options
-from doratune.layers.weights import WeightRows, embedding_rows, on_device
+from doratune.layers.sharded import rows_of_part
+from doratune.layers.weights import WeightRows, embedding_rows, is_dtensor, on_device
 from doratune.ops.compose import scale_rows
 
 
@@ -67,7 +68,7 @@ class Embedding(Kind):
         return None
 
     def rows(self, base: nn.Module) -> WeightRows:
-        return embedding_rows(base)
+        return rows_of_part(base.weight, True) if is_dtensor(base.weight) else embedding_rows(base)
 
     forward = staticmethod(forward)
 

@@ -35,6 +35,8 @@ class Options(NamedTuple):
     """The adapter's own bias, in place of the base's."""
     dropout_on_base: bool = False
     """PEFT's convention: what the magnitude adds to the base's output sees the dropped input, too."""
+    rows: WeightRows | None = None
+    """W, where the base itself does not tell: this process's part of it."""
 
     @property
     def keep(self) -> str:

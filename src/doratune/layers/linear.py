@@ -9,8 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from doratune.layers import quantised
+from doratune.layers.cache import is_autocast
 from doratune.layers.kind import Kind, Options
-from doratune.layers.weights import WeightRows, is_transformers_conv1d, linear_rows, on_device, rows_by_forward
+from doratune.layers.sharded import rows_of_part
+from doratune.layers.weights import (
+    WeightRows,
+    is_dtensor,
+    is_transformers_conv1d,
+    linear_rows,
+    on_device,
+    rows_by_forward,
+)
 from doratune.ops.compose import OutputGuard, scale_rows
 from doratune.ops.dropout import dropped_elements
 from doratune.ops.low_rank import as_rows, dense_low_rank, low_rank_update
@@ -23,6 +32,8 @@ def rows_of(base: nn.Module) -> WeightRows:
     """W, ``[out, in]``, however the layer keeps it."""
     if quantised.library_of(base) is not None:
         return quantised.quantised_rows(base)
+    if is_dtensor(base.weight):
+        return rows_of_part(base.weight, is_transformers_conv1d(base))
     if has_own_forward(base):
         return rows_by_forward(base)
     return linear_rows(base)
@@ -88,7 +99,7 @@ def forward(
     if magnitude is None:
         return _swap_bias(u, inner, outer)
     with on_device(base):
-        g = options.row_scale(rows_of(base), A, B, magnitude, scale)
+        g = options.row_scale(options.rows or rows_of(base), A, B, magnitude, scale)
     guard = _guard(base, x, change) if options.guards_output(g) else None
     fresh = dense or change is not None  # and not the base's own tensor
     return scale_rows(u, g, inner, outer, guard=guard, keep=options.keep, fresh=fresh)
@@ -108,7 +119,7 @@ def _evaluate(
     """The same from what is remembered, so that a decode step pays for two small products and one pass."""
     u = base(x)
     with on_device(base):
-        ready = options.cache.evaluation(rows_of(base), A, B, magnitude, scale, options.dense_norm)
+        ready = options.cache.evaluation(options.rows or rows_of(base), A, B, magnitude, scale, options.dense_norm)
     rows, g = as_rows(x), ready.g
     if rows.shape[0] > FEW_TOKENS:
         change = rows.to(u.dtype) @ ready.A.to(u.dtype) @ ready.B.to(u.dtype)
@@ -182,7 +193,7 @@ def _swap_bias(u: Tensor, inner: Tensor | None, outer: Tensor | None) -> Tensor:
 
 def _autocast(x: Tensor) -> Tensor:
     """x as autocast would hand it to a linear layer."""
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+    if is_autocast(x.device) and x.is_floating_point():
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 

@@ -7,7 +7,7 @@ Whatever the storage, W is seen as ``[out, in]``, one row per magnitude: an ``nn
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,18 @@ class WeightRows(NamedTuple):
     tiles: Tiles
     transient: bool = False
     """True if tiles are made for the occasion (dequantised): nothing may keep them."""
+    part: tuple[slice, slice] | None = None
+    """Rows and columns of W that the tiles hold, where the rest lies on other processes."""
+    collect: Callable[[Tensor], Tensor] | None = None
+    """Makes sums over all columns of the tiles' own, float32 ``[rows]``, by way of the other processes."""
+
+    def collected(self, sums: Tensor) -> Tensor:
+        """Sums over the tiles' rows, as they are for all of W."""
+        return sums if self.collect is None else self.collect(sums)
+
+    def own(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """What of A ``[r, in]`` and B ``[out, r]`` belongs to the tiles' columns and rows."""
+        return (A, B) if self.part is None else (A[:, self.part[1]], B[self.part[0]])
 
     @property
     def device(self) -> torch.device:
@@ -32,12 +44,18 @@ class WeightRows(NamedTuple):
 
     @classmethod
     def of_matrix(cls, matrix: Tensor, stored: Tensor) -> WeightRows:
-        """A dense ``[out, in]`` matrix, one tile and no copy."""
+        """A dense ``[out, in]`` matrix, one tile and no copy; a DTensor is gathered for the occasion."""
 
         def tiles() -> Iterable[tuple[slice, Tensor]]:
-            return ((slice(0, matrix.shape[0]), matrix),)
+            dense = matrix.full_tensor() if is_dtensor(matrix) else matrix  # type: ignore[attr-defined]
+            return ((slice(0, matrix.shape[0]), dense),)
 
         return cls((matrix.shape[0], matrix.shape[1]), stored, tiles)
+
+
+def is_dtensor(t: object) -> bool:
+    """True for a tensor whose parts lie on several processes; decided without importing torch.distributed.tensor."""
+    return type(t).__name__ == "DTensor"
 
 
 def is_transformers_conv1d(base: nn.Module) -> bool:

@@ -13,6 +13,8 @@ from doratune.train.config import TrainConfig
 from doratune.train.models import load_classifier, load_model
 from doratune.train.optimizer import OPTIMIZERS, SCHEDULES, keep_float32, train_only
 from doratune.train.output import CHECKPOINTS, METRICS, TENSORBOARD
+from doratune.train.placement import loading_options
+from doratune.train.processes import is_first_asked, processes_asked
 from doratune.train.tasks.batches import Padded
 from doratune.train.tasks.prepared import Prepared
 
@@ -24,12 +26,13 @@ def make_model(config: TrainConfig, prepared: Prepared, dtype: torch.dtype) -> t
         AdapterError: if it cannot be loaded or adapted.
     """
     head: list[str] = []
+    options = loading_options(config, dtype)
     if prepared.labels:
-        model, head = load_classifier(config.model, dtype, config.task, prepared.labels, config.quantize)
+        model, head = load_classifier(config.model, dtype, config.task, prepared.labels, options)
         if config.method != "full":
             keep_float32(model, head)
     else:
-        model = load_model(config.model, dtype, config.task, quantize=config.quantize)
+        model = load_model(config.model, dtype, config.task, options=options)
     require("transformers").set_seed(config.seed)
     adapter = config.adapter_config(head)
     if adapter is not None:
@@ -50,10 +53,13 @@ def autocast(config: TrainConfig, dtype: torch.dtype) -> bool:
 def precision(config: TrainConfig, dtype: torch.dtype, mixed: bool) -> str:
     """Device and dtypes in words."""
     device = "GPU" if torch.cuda.is_available() else "MPS" if torch.backends.mps.is_available() else "CPU"
-    base = f"{config.quantize} (bitsandbytes)" if config.quantize else str(dtype).removeprefix("torch.")
+    base = config.quantize if config.quantize else str(dtype).removeprefix("torch.")
     trained = "adapter in float32" if config.is_adapter else "all that is trained in the same"
     arithmetic = ", arithmetic in bfloat16 (autocast)" if mixed else ""
-    return f"{device}: base weights in {base}, {trained}{arithmetic}"
+    processes = processes_asked()
+    way = "parts of the model" if config.fsdp else "a copy of the model"
+    spread = f"; {processes} processes, each with {way}" if processes > 1 else ""
+    return f"{device}: base weights in {base}, {trained}{arithmetic}{spread}"
 
 
 def make_trainer(config: TrainConfig, model: Any, prepared: Prepared, dtype: torch.dtype, mixed: bool) -> Any:
@@ -96,10 +102,11 @@ def make_trainer(config: TrainConfig, model: Any, prepared: Prepared, dtype: tor
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         disable_tqdm=True,
+        use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),  # or processes do not meet
         report_to=list(config.report_to) or "none",
         run_name=config.output.name,
     )
-    callbacks = [MetricsFile(config.output / METRICS, prepared.unit)]
+    callbacks = [MetricsFile(config.output / METRICS, prepared.unit, writes=is_first_asked())]
     if config.augment:
         callbacks.append(NewEpoch(prepared.train))
     trainer = AdapterTrainer(

@@ -31,8 +31,8 @@ EXPLODED = 10.0
 class MetricsFile(TrainerCallback):
     """One JSON object a line: ``step``, ``epoch`` and what was measured; lines after a resumed step are dropped."""
 
-    def __init__(self, path: Path, unit: str) -> None:
-        self.path, self.unit = path, unit
+    def __init__(self, path: Path, unit: str, writes: bool = True) -> None:
+        self.path, self.unit, self.writes = path, unit, writes
         self.before: float | None = None
         self._keep(read_metrics(path))
 
@@ -42,7 +42,8 @@ class MetricsFile(TrainerCallback):
 
     def _keep(self, records: list[dict[str, Any]]) -> None:
         self.written = {(record["step"], "loss" in record) for record in records}
-        write_whole(self.path, "".join(json.dumps(record) + "\n" for record in records))
+        if self.writes:
+            write_whole(self.path, "".join(json.dumps(record) + "\n" for record in records))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Append a line.
@@ -51,7 +52,7 @@ class MetricsFile(TrainerCallback):
             DivergedError: if the loss is not finite, or far above that before training: no later step can mend that.
         """
         values = {key: value for key, value in (logs or {}).items() if key not in _UNITS}
-        if not state.is_world_process_zero or "train_loss" in values:
+        if "train_loss" in values:
             return
         loss = values.get("loss", values.get("eval_loss", 0.0))
         if not math.isfinite(loss):
@@ -62,7 +63,7 @@ class MetricsFile(TrainerCallback):
             told = f"the loss has risen from {self.before:.2f} to {loss:.2f}"
             raise DivergedError(self._hopeless(told, state.global_step))
         key = (state.global_step, "loss" in values)
-        if key in self.written:  # measured again, before a resumed run or at its end
+        if not self.writes or key in self.written:  # measured again, before a resumed run or at its end
             return
         self.written.add(key)
         record = {"step": state.global_step, self.unit: seen(self.unit, args, state), **values}

@@ -13,19 +13,18 @@ import re
 import shutil
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from doratune.checkpoint import load_adapter
+from doratune.checkpoint import fill, read_adapter
+from doratune.contents import BIAS, Contents
 from doratune.errors import AdapterError
-from doratune.model import active_adapter, adapter_names, delete_adapter, set_adapter
-from doratune.targets import adapted_layers, holders, saved_modules, unwrap
+from doratune.model import active_adapter
+from doratune.targets import adapted_layers, saved_modules, unwrap
 
 log = logging.getLogger("doratune")
 
 MARKER = "complete.json"
 NAME = re.compile(r"checkpoint-(\d+)")
-_SCRATCH = "doratune-restore"
 
 
 def mark_complete(folder: str | os.PathLike[str]) -> None:
@@ -99,9 +98,11 @@ def rotate(folder: str | os.PathLike[str], keep: int | None, best: str | None = 
         shutil.rmtree(path, ignore_errors=True)
 
 
-@torch.no_grad()
 def restore_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Copy an adapter's file into the model's active adapter, in place: an optimiser's parameters stay its own.
+
+    Where parameters lie in parts on several processes, each takes its parts; how many there were when the file was
+    written does not matter.
 
     Raises:
         AdapterError: if the file is broken, or of an adapter with other layers or ranks; the model is then unchanged.
@@ -110,41 +111,35 @@ def restore_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     name = active_adapter(root)
     if name is None:
         raise AdapterError("no adapter is active; attach one before a checkpoint is restored")
-    random_state = torch.get_rng_state()
-    load_adapter(root, folder, _SCRATCH, trainable=True)  # with all its checks, beside the other
-    try:
-        _compare(root, name, folder)
-        for holder in holders(root):
-            if name in holder.adapter_names():
-                pairs = zip(holder.adapter_parameters(name), holder.adapter_parameters(_SCRATCH), strict=True)
-                for own, restored in pairs:
-                    own.copy_(restored)
-        for saved in saved_modules(root).values():
-            if name in saved.copies:
-                buffers = dict(saved.copies[_SCRATCH].named_buffers())
-                for key, buffer in saved.copies[name].named_buffers():
-                    buffer.copy_(buffers[key])
-        for layer in adapted_layers(root).values():
-            if name in layer.adapters:
-                layer.decide(name)
-    finally:
-        if _SCRATCH in adapter_names(root):
-            delete_adapter(root, _SCRATCH)
-        set_adapter(root, name)
-        torch.set_rng_state(random_state)
+    contents = read_adapter(root, Path(folder))
+    _compare(root, name, contents, folder)
+    fill(root, contents, name)
 
 
-def _compare(root: nn.Module, name: str, folder: str | os.PathLike[str]) -> None:
-    problems = []
-    for holder in holders(root):
-        own, restored = (
-            [tuple(p.shape) for p in holder.adapter_parameters(n)] if n in holder.adapter_names() else None
-            for n in (name, _SCRATCH)
-        )
-        if own != restored:
-            problems.append(
-                f"{holder.path}: the model's adapter has {own or 'nothing'}, the checkpoint {restored or 'nothing'}"
-            )
+def _compare(root: nn.Module, name: str, contents: Contents, folder: str | os.PathLike[str]) -> None:
+    own: dict[str, object] = {
+        path: (adapter.rank, adapter.config.method, name in layer.adapter_bias)
+        for path, layer in adapted_layers(root).items()
+        if (adapter := layer.adapters.get(name))
+    }
+    config = contents.config
+    found: dict[str, object] = {
+        path: (config.rank_of(path), config.method, BIAS in parts) for path, parts in contents.layers.items()
+    }
+    own |= {path: "trained whole" for path, saved in saved_modules(root).items() if name in saved.copies}
+    found |= dict.fromkeys(contents.saved, "trained whole")
+    problems = [
+        f"{path}: the model's adapter has {_told(own.get(path))}, the checkpoint {_told(found.get(path))}"
+        for path in dict.fromkeys((*own, *found))
+        if own.get(path) != found.get(path)
+    ]
     if problems:
         heading = f"{folder} holds an adapter of another kind; go on with the options it was made with"
         raise AdapterError.of(heading, problems[:10] + ([f"and {len(problems) - 10} more"] if problems[10:] else []))
+
+
+def _told(kind: object) -> str:
+    if isinstance(kind, tuple):
+        rank, method, bias = kind
+        return f"{method} of rank {rank}" + (" and a bias" if bias else "")
+    return str(kind or "nothing")

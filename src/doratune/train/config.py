@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +16,12 @@ import tyro
 from doratune.config import ALL_LINEAR, AdapterConfig, Method
 from doratune.errors import AdapterError
 from doratune.extras import installed
+from doratune.train.processes import processes_asked
 
 TaskName = Literal["text-generation", "text-classification", "image-classification"]
 TrainMethod = Literal["dora", "lora", "magnitude", "full", "head"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Quantize = Literal["nf4", "int8"]
+Quantize = Literal["nf4", "int8", "torchao-int8", "torchao-int4"]
 Schedule = Literal["linear", "cosine", "constant", "polynomial", "inverse_sqrt"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "lion_8bit", "adafactor", "sgd"]
 Augmentation = Literal["crop", "flip", "rotate", "color"]
@@ -149,7 +151,13 @@ class TrainConfig:
     dtype: Dtype = "auto"
     """Of the base weights; auto: bfloat16 on a GPU that has it (not for full), else float32. Adapters are float32."""
     quantize: Quantize | None = None
-    """Load the base in 4 bits (nf4, double quantisation: QDoRA) or 8 (int8); needs bitsandbytes."""
+    """Load the base in 4 or 8 bits (QDoRA): nf4 and int8 by bitsandbytes, torchao-int8 and torchao-int4 by torchao.
+    Arithmetic is in dtype."""
+    double_quant: bool = True
+    """nf4: quantise its scales, too, which saves 0.4 bits a weight."""
+    fsdp: bool = False
+    """Spread the base over the processes that torchrun started (FSDP2), for models too large for one device; else every
+    process has a copy (DDP)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
 
@@ -243,6 +251,8 @@ def _combinations(c: TrainConfig) -> Iterator[str]:
         yield "streaming cannot set a test_fraction aside; name test_data"
     if c.quantize and not c.is_adapter:
         yield f"quantize freezes the base; method {c.method} trains it: use dora, lora or magnitude"
+    if c.fsdp:
+        yield from _fsdp(c)
     if c.prompt is not None and c.task != "text-generation":
         yield f"prompt asks for a sample of generated text, but the task is {c.task}"
     if c.as_chat and c.messages_column:
@@ -251,13 +261,27 @@ def _combinations(c: TrainConfig) -> Iterator[str]:
         yield f"augment changes images, but the task is {c.task}"
 
 
+def _fsdp(c: TrainConfig) -> Iterator[str]:
+    if processes_asked() == 1:
+        yield "fsdp spreads a model over processes, and this is one: torchrun --nproc-per-node N -m doratune train ..."
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        yield "fsdp and accelerate launch --use_fsdp both spread the model; leave out one"
+    if not c.is_adapter or c.task != "text-generation" or c.adapter.modules_to_save or c.adapter.bias != "none":
+        yield "fsdp serves adapters on language models without modules_to_save and bias; leave it out (DDP) for others"
+    if c.quantize:
+        yield f"fsdp does not spread quantised weights ({c.quantize}); leave out one of both"
+
+
 def _libraries(c: TrainConfig) -> Iterator[str]:
     for name in c.report_to:
         if not installed(name):
             yield f"report_to {name}: {name} is not installed (pip install {name})"
-    if (c.quantize or "8bit" in c.optimizer) and not installed("bitsandbytes"):
-        what = f"quantize {c.quantize}" if c.quantize else f"optimizer {c.optimizer}"
-        yield f"{what} needs bitsandbytes, which is not installed: pip install 'doratune[quant]'"
+    needs = {f"optimizer {c.optimizer}": "bitsandbytes"} if "8bit" in c.optimizer else {}
+    if c.quantize:
+        needs[f"quantize {c.quantize}"] = "torchao" if c.quantize.startswith("torchao") else "bitsandbytes"
+    for what, library in needs.items():
+        if not installed(library):
+            yield f"{what} needs {library}, which is not installed: pip install 'doratune[quant]'"
 
 
 def listed(error: AdapterError) -> list[str]:

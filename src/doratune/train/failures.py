@@ -10,13 +10,16 @@ from pathlib import Path
 
 import torch
 
+from doratune.distributed import processes
 from doratune.errors import AdapterError, DivergedError
 from doratune.train.checkpoints import last_checkpoint
 from doratune.train.config import TrainConfig
+from doratune.train.processes import processes_asked
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_ROOM_SIGNS = ("no space left", "os error 28", "disk quota", "file too large", "file write failed", "unexpected pos")
 """In messages of libraries that hide the operating system's error."""
+PEER_SIGNS = ("connection closed by peer", "connection reset", "gloo", "nccl")
 MEMORY_SIGNS = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
 
 
@@ -47,7 +50,9 @@ def kept(config: TrainConfig, checkpoints: Path) -> str:
 
 def resume_command(config: TrainConfig) -> str:
     """How to go on with a run."""
-    return f"doratune train --recipe {config.output / 'recipe.toml'} --resume"
+    asked = processes_asked()
+    program = "doratune" if asked == 1 else f"torchrun --nproc-per-node {asked} -m doratune"
+    return f"{program} train --recipe {config.output / 'recipe.toml'} --resume"
 
 
 def _cause(error: Exception, config: TrainConfig) -> str | None:
@@ -70,6 +75,8 @@ def _cause(error: Exception, config: TrainConfig) -> str | None:
             f"writing to {config.output} failed: {_first_line(error)} ({free:,.0f} MB are free). Make room, or name an "
             "output on another disk; a smaller keep needs less"
         )
+    if processes() > 1 and any(sign in said for sign in PEER_SIGNS):
+        return f"another process of this run has ended ({_first_line(error)}); its own message is above or below"
     if isinstance(error, OSError):
         return f"reading or writing failed while training: {_first_line(error)}. Are data and output still there?"
     return None

@@ -1,4 +1,8 @@
-"""Ctrl-C and SIGTERM: finish the step, write a checkpoint, stop."""
+"""Ctrl-C and SIGTERM: finish the step, write a checkpoint, stop.
+
+Of several processes each hears a signal at a time of its own, and the launcher ends them soon: they stop at once, with
+the last good checkpoint to go on from.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +31,12 @@ class Interruption(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Listen; only the main thread can."""
+        self.alone = args.world_size == 1
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
 
     def _ask(self, number: int, frame: Any) -> None:
-        if self.asked:
+        if self.asked or not self.alone:
             raise KeyboardInterrupt
         self.asked = True
         self.console.print("Stopping after this step, with a checkpoint; once more to stop at once.")

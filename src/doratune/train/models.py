@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,6 @@ LOADERS = {
 """transformers' class for each task of ``doratune train``, and for PEFT's task types."""
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and deviation of red, green and blue, as most vision models but the first ViT were pretrained with."""
-TRAINED_WHOLE = (*HEAD_NAMES, r".*\.pooler", "pre_classifier")
-"""Modules of classifiers that a base's files may lack: names, or regular expressions of paths."""
 TOKENIZER_FILES = ("*token*", "vocab*", "*.model", "*.gguf")
 """Without any of these a folder has no tokenizer."""
 CLASSIFIERS = ("text-classification", "image-classification", "SEQ_CLS")
@@ -51,7 +49,7 @@ def load_model(
     dtype: torch.dtype | str = "auto",
     task: str | None = "CAUSAL_LM",
     labels: Sequence[str] = (),
-    quantize: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Any:
     """Load a transformers model.
 
@@ -61,16 +59,16 @@ def load_model(
         task: a task of ``doratune train`` or PEFT's task type; None, or one not listed here: the class that the model's
             own config names.
         labels: names of the classes, for a classification head of that size; where the base has none such it is new.
-        quantize: "nf4" or "int8": load the linear layers in 4 or 8 bits, by bitsandbytes.
+        options: more arguments of transformers' ``from_pretrained``, such as ``quantization_config``.
 
     Raises:
         AdapterError: if there is no such model or it cannot be loaded.
     """
-    return _load(name, dtype, task, labels, quantize)[0]
+    return _load(name, dtype, task, labels, options)[0]
 
 
 def load_classifier(
-    name: str, dtype: torch.dtype | str, task: str, labels: Sequence[str], quantize: str | None = None
+    name: str, dtype: torch.dtype | str, task: str, labels: Sequence[str], options: Mapping[str, Any] | None = None
 ) -> tuple[Any, list[str]]:
     """Load a model with a head for these classes.
 
@@ -80,7 +78,7 @@ def load_classifier(
     Raises:
         AdapterError: if there is no such model or it cannot be loaded, or no head is known for it.
     """
-    model, new = _load(name, dtype, task, labels, quantize)
+    model, new = _load(name, dtype, task, labels, options)
     heads = [path for path, _ in model.named_children() if path in HEAD_NAMES]
     modules = dict(model.named_modules())
     paths = sorted({key.rpartition(".")[0] for key in new})
@@ -116,7 +114,11 @@ def load_base(folder: Path, base: str | None = None, dtype: torch.dtype | str = 
 
 
 def _load(
-    name: str, dtype: torch.dtype | str, task: str | None, labels: Sequence[str], quantize: str | None
+    name: str,
+    dtype: torch.dtype | str,
+    task: str | None,
+    labels: Sequence[str],
+    given: Mapping[str, Any] | None,
 ) -> tuple[Any, set[str]]:
     """The model, and the names of weights that its files did not hold."""
     transformers = require("transformers")
@@ -125,13 +127,11 @@ def _load(
     source = str(Path(name).expanduser()) if options else name
     try:
         loader = _loader(transformers, source, task, options)
-        more: dict[str, Any] = dict(options)
+        more: dict[str, Any] = {**options, **(given or {})}
         if labels and task in CLASSIFIERS:
             names = dict(enumerate(labels))
             more |= {"id2label": names, "label2id": {label: i for i, label in names.items()}}
             more |= {"num_labels": len(labels), "ignore_mismatched_sizes": True}
-        if quantize:
-            more["quantization_config"] = _quantization(transformers, quantize, task in CLASSIFIERS)
         model, found = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **more)
     except Exception as error:  # whatever a broken folder, an absent file or an absent network makes it raise
         raise AdapterError(_could_not_load("model", name, bool(options), error)) from error
@@ -147,20 +147,6 @@ def _loader(transformers: Any, source: str, task: str | None, options: dict[str,
         return getattr(transformers, LOADERS[task])
     architectures = transformers.AutoConfig.from_pretrained(source, **options).architectures
     return getattr(transformers, (architectures or ["AutoModel"])[0])
-
-
-def _quantization(transformers: Any, kind: str, classifier: bool) -> Any:
-    """bitsandbytes' options; arithmetic in bfloat16 where the machine has it, a classifier's head not quantised."""
-    whole = {"llm_int8_skip_modules": list(TRAINED_WHOLE)} if classifier else {}
-    if kind == "int8":
-        return transformers.BitsAndBytesConfig(load_in_8bit=True, **whole)
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=choose_dtype("auto"),
-        **whole,
-    )
 
 
 def load_tokenizer(name: str) -> Any:

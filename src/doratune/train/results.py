@@ -58,6 +58,8 @@ class TrainResult:
     """Of this process: resident memory, or GPU memory where there is one."""
     device: str
     dtype: str
+    processes: int = 1
+    """That trained together; memory is that of the first."""
     labels: tuple[str, ...] = ()
     accuracy_before: float | None = None
     accuracy_after: float | None = None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from doratune.checkpoint import save_adapter
+from doratune.distributed import is_first, is_spread, processes
 from doratune.errors import AdapterError
 from doratune.extras import require
 from doratune.summary import Summary
@@ -18,6 +19,7 @@ from doratune.train.failures import explained, kept
 from doratune.train.information import Information
 from doratune.train.models import choose_dtype, model_problem
 from doratune.train.output import CHECKPOINTS, CURVES, METRICS, RECIPE
+from doratune.train.processes import is_first_asked
 from doratune.train.results import TrainResult, peak_memory, read_metrics
 from doratune.train.sources import path_of
 from doratune.train.tasks import task_of
@@ -43,7 +45,8 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
     transformers = require("transformers")
     from rich.console import Console
 
-    console = console or Console(quiet=True)
+    if console is None or not is_first_asked():
+        console = Console(quiet=True)
 
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -56,8 +59,9 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
     say(precision(config, dtype, mixed))
     transformers.set_seed(config.seed)  # of a new head
     model, about = make_model(config, prepared, dtype)
-    _make_folder(config.output)
-    _note_recipe(config, say)
+    if is_first_asked():
+        _make_folder(config.output)
+        _note_recipe(config, say)
     trainer = make_trainer(config, model, prepared, dtype, mixed)
     with explained(config, config.output / CHECKPOINTS):
         before = trainer.evaluate()
@@ -67,7 +71,8 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
         test = {} if prepared.test is None else trainer.evaluate(prepared.test, metric_key_prefix="test")
         sample_after = _sample(config, model, prepared)
         folder = _save(config, model, prepared)
-        _draw(config, prepared)
+        if is_first():
+            _draw(config, prepared)
         adapter = config.adapter_config()
         result = TrainResult(
             task=config.task,
@@ -78,6 +83,7 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
             **_sizes(about),
             steps=trainer.state.global_step,
             seed=config.seed,
+            processes=processes(),
             loss_before=before["eval_loss"],
             loss_after=after["eval_loss"],
             accuracy_before=before.get("eval_accuracy"),
@@ -100,7 +106,8 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
             sample_before=sample_before,
             sample_after=sample_after,
         )
-        result.save(config.output)
+        if is_first():
+            result.save(config.output)
     return result
 
 
@@ -123,7 +130,9 @@ def problems(config: TrainConfig) -> list[str]:
         found.append(problem)
     output = config.output
     begun = bool(checkpoints(output / CHECKPOINTS)) or (output / RECIPE).is_file()
-    if output.exists() and not output.is_dir():
+    if not is_first_asked():
+        begun = True  # the first process looks, and writes there while others are still on their way
+    elif output.exists() and not output.is_dir():
         found.append(f"output {output} is a file; name a folder")
     elif config.resume and not begun:
         found.append(f"output {output} holds no checkpoint to resume from")
@@ -171,7 +180,8 @@ def _fit(
             raise KeyboardInterrupt
     except KeyboardInterrupt:
         progress.close()
-        console.print(f"Interrupted. {kept(config, folder)}", markup=False, highlight=False, soft_wrap=True)
+        if is_first():
+            console.print(f"Interrupted. {kept(config, folder)}", markup=False, highlight=False, soft_wrap=True)
         raise
     finally:
         progress.close()
@@ -198,9 +208,11 @@ def _sample(config: TrainConfig, model: Any, prepared: Prepared) -> str | None:
 def _save(config: TrainConfig, model: Any, prepared: Prepared) -> Path:
     """Write what was trained, and what it is for."""
     folder = config.output / ("adapter" if config.is_adapter else "model")
-    if config.is_adapter:
+    if config.is_adapter and (is_first() or is_spread(model)):
         save_adapter(model, folder)
-    else:
+    if not is_first():
+        return folder
+    if not config.is_adapter:
         model.save_pretrained(folder)
     if prepared.unit == "images" or not config.is_adapter:
         prepared.processor.save_pretrained(folder)

@@ -10,13 +10,15 @@ but the marker is the Trainer's own.
 from __future__ import annotations
 
 import contextlib
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from doratune.checkpoint import save_adapter
+from doratune.checkpoint import look_for_cancellation, save_adapter
+from doratune.distributed import is_fully_sharded, is_spread, load_whole_optimizer_state, whole_optimizer_state
 from doratune.errors import AdapterError
 from doratune.extras import require
 from doratune.model import active_adapter, parameter_groups, trainable_parameters
@@ -30,6 +32,7 @@ from doratune.train.checkpoints import (
     rotate,
     unmark,
 )
+from doratune.train.launch import refuse_unserved, refuse_unsynchronised
 from doratune.train.optimizer import refuse_broken_weights, with_faster_b
 
 if TYPE_CHECKING:
@@ -61,8 +64,9 @@ class AdapterTrainerMixin(Trainer):
         self.magnitude_learning_rate = magnitude_learning_rate
         self.magnitude_weight_decay = magnitude_weight_decay
         self.lora_plus_ratio = lora_plus_ratio
-        with _keeping_masters(model):
+        with _keeping_masters(model), _resumable(model, kwargs.get("args", args[0] if args else None)):
             super().__init__(_trainable_when_quantised(model), *args, **kwargs)
+        refuse_unserved(self)
 
     def call_model_init(self, trial: Any = None) -> Any:
         """The Trainer's own; a quantised model that it makes is declared trainable."""
@@ -121,7 +125,16 @@ class AdapterTrainerMixin(Trainer):
                 f"{resume_from_checkpoint} has no completion marker, or files that do not fit it: writing it was cut "
                 "short; resume_from_checkpoint=True takes the last complete one"
             )
+        if self.model_wrapped is self.model:
+            # A measurement before training has the model marked as prepared, by which accelerate would take it for
+            # wrapped: every process would train a model of its own.
+            self.model.__dict__.pop("_is_accelerate_prepared", None)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        refuse_unsynchronised(self)
+        return prepared
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's own, but a run that is resumed at its end is not trained for another step."""
@@ -130,15 +143,25 @@ class AdapterTrainerMixin(Trainer):
             return None
         return super()._run_epoch(*args, **kwargs)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The Trainer's own; of a model that FSDP has sharded, the adapter is gathered and nothing else."""
+        if active_adapter(self.model) is None or not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         name = active_adapter(self.model)
         if name is None:
             super()._save(output_dir, state_dict)
             return
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save or is_spread(self.model):  # where it lies in parts, all processes save together
+            save_adapter(self.model, folder, name)
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
-        save_adapter(self.model, folder, name)
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -146,6 +169,9 @@ class AdapterTrainerMixin(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         refuse_broken_weights(self.model, self.state.global_step)
+        name = active_adapter(self.model)
+        if name is not None:
+            look_for_cancellation(self.model, name)  # on every process, so that all decide alike
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             unmark(folder)
@@ -155,6 +181,24 @@ class AdapterTrainerMixin(Trainer):
         if self.args.should_save:
             mark_complete(folder)
             rotate(folder.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if active_adapter(self.model) is None or not is_spread(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # In the one form that any number of processes can go on from, and without the base's weights.
+        state = whole_optimizer_state(self.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or active_adapter(self.model) is None or not is_spread(self.model):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load = functools.partial(torch.load, map_location="cpu", weights_only=True)
+        load_whole_optimizer_state(self.optimizer, load(Path(checkpoint) / "optimizer.pt"))
+        self.lr_scheduler.load_state_dict(load(Path(checkpoint) / "scheduler.pt"))
 
     @contextlib.contextmanager
     def _without_rotation(self) -> Any:
@@ -182,6 +226,22 @@ def _trainable_when_quantised(model: Any) -> Any:
     if getattr(model, "is_quantized", False) and active_adapter(model) is not None:
         model._hf_peft_config_loaded = True
     return model
+
+
+@contextlib.contextmanager
+def _resumable(model: Any, args: Any) -> Any:
+    """Trainer refuses checkpoints with models sharded while loading, as it could not save what their optimiser knows.
+
+    An adapter's is saved here.
+    """
+    if args is None or not isinstance(model, nn.Module) or active_adapter(model) is None:
+        yield
+        return
+    before, args.save_only_model = args.save_only_model, args.save_only_model or is_fully_sharded(model)
+    try:
+        yield
+    finally:
+        args.save_only_model = before
 
 
 @contextlib.contextmanager

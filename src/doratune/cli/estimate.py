@@ -1,0 +1,118 @@
+"""``doratune estimate``: what a training step needs, from a model's configuration alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from doratune.config import AdapterConfig, Method
+from doratune.errors import AdapterError
+from doratune.train.config import Quantize
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from doratune.study.estimate import Estimate
+
+ASSUMPTIONS = (
+    "adapters on all linear layers but the output head, in float32, with Adam: 16 bytes a number",
+    "all layers are like the second one; attention by fused kernels; the loss is taken on all tokens at once",
+    "devices work on different sequences; FSDP2 holds two whole layers at a time, adapters are whole everywhere",
+    "with quantisation one weight at a time is made whole; what stays of the allocator's own comes on top (5 to 20 %)",
+)
+
+
+@dataclass
+class EstimateOptions:
+    """Estimate memory and arithmetic of a training step of a causal language model, from its config.json alone.
+
+    No weights are loaded. Numbers are for one device.
+    """
+
+    model: tyro.conf.Positional[str]
+    """Folder with a config.json, or name on the model hub."""
+    method: Method = AdapterConfig.method
+    """dora or lora."""
+    rank: int = AdapterConfig.rank
+    """Of the adapter; 0: magnitudes only."""
+    tokens: int = 4096
+    """Length of a sequence."""
+    batch_size: int = 1
+    """Sequences in a forward pass on one device."""
+    devices: int = 1
+    """That work on different sequences."""
+    ddp: bool = False
+    """Every device has a copy of the base; else they share it (FSDP2)."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Of weights and arithmetic."""
+    quantize: Quantize | None = None
+    """As in train."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    json: bool = False
+    """Print the result as JSON."""
+
+    def problems(self) -> Iterator[str]:
+        """Options that cannot work."""
+        for name, least in (("tokens", 2), ("batch_size", 1), ("devices", 1), ("rank", 0 if self.method == "dora" else 1)):
+            if getattr(self, name) < least:
+                yield f"{name} must be at least {least}; found {getattr(self, name)}"
+        if self.quantize and self.devices > 1 and not self.ddp:
+            yield f"FSDP2 does not spread quantised weights ({self.quantize}); add --ddp"
+
+
+def run(options: EstimateOptions) -> int:
+    """Estimate and print."""
+    found = list(options.problems())
+    if found:
+        raise AdapterError.of("these options cannot work", found)
+    import torch
+    from rich.console import Console
+
+    from doratune.cli.quiet import quiet_libraries
+    from doratune.study.estimate import estimate
+    from doratune.train.models import load_config
+
+    quiet_libraries()
+    config = load_config(options.model)
+    result = estimate(
+        config,
+        AdapterConfig(method=options.method, rank=options.rank, alpha=2.0 * max(1, options.rank)),
+        tokens=options.tokens,
+        batch_size=options.batch_size,
+        devices=options.devices,
+        fsdp=not options.ddp,
+        dtype=getattr(torch, options.dtype),
+        quantize=options.quantize,
+        checkpointing=options.checkpointing,
+    )
+    if options.json:
+        print(json.dumps({**asdict(options), **asdict(result), "total": result.total, "assumptions": ASSUMPTIONS}))
+        return 0
+    console = Console()
+    console.print(_table(options, result))
+    for line in ASSUMPTIONS:
+        console.print(f"assumed: {line}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _table(options: EstimateOptions, result: Estimate) -> Table:
+    from rich.table import Table
+
+    way = "" if options.devices == 1 else f" on each of {options.devices} devices ({'DDP' if options.ddp else 'FSDP2'})"
+    title = f"{options.method}, rank {options.rank}: a step of {options.batch_size} x {options.tokens} tokens{way}"
+    table = Table(title=title, show_header=False)
+    trained = result.adapter_parameters
+    table.add_row("parameters", f"{result.parameters:,}, trained {trained:,} ({trained / result.parameters:.3%})")
+    table.add_row("of these magnitudes", f"{result.magnitude_parameters:,}")
+    for name in ("weights", "gathered", "adapters", "gradients", "optimizer", "activations", "total"):
+        table.add_row(name, f"{getattr(result, name) / 2**30:,.2f} GiB", end_section=name == "activations")
+    table.add_row("arithmetic", f"{result.operations / 1e12:,.1f} TFLOP a step, {result.dora_share:.2%} of it DoRA's")
+    if options.devices > 1:
+        norm = f"{result.norm_communication / 1e6:,.1f} MB of it DoRA's"
+        table.add_row("received", f"{result.communication / 1e9:,.2f} GB a step, {norm}")
+    return table

@@ -1,0 +1,235 @@
+"""Memory and arithmetic of a training step, from a model's configuration alone.
+
+The model is built without data (meta device), given its adapters, and one step is run on it by the code that trains:
+what that would allocate, keep and multiply is counted (``study/tape.py``). Of models with many equal layers one and two
+layers are run, and the difference stands for each further one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from doratune.config import AdapterConfig
+from doratune.extras import require
+from doratune.model import attach
+from doratune.study.tape import Tape, flash_attention
+from doratune.summary import summary
+from doratune.targets import adapted_layers
+
+QUANTISED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0, "torchao-int8": 1.0, "torchao-int4": 1 + 5 / 32}
+"""Bytes a weight, scales of blocks included; those of rows are counted apart. torchao's trainable 4 bits take 8."""
+NF4_SINGLE = 0.5 + 4 / 64
+"""nf4 whose scales are not quantised."""
+STATES = 2
+"""Numbers that Adam keeps for each that it trains, in float32."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on the device that needs most, operations of one step on one device, and where they come from."""
+
+    parameters: int
+    """Of the base."""
+    adapter_parameters: int
+    magnitude_parameters: int
+    weights: int
+    """Bytes of the base on one device."""
+    gathered: int
+    """FSDP2: bytes of whole layers while they compute, one and the next."""
+    adapters: int
+    """Bytes of A, B and m in float32."""
+    gradients: int
+    optimizer: int
+    activations: int
+    """Highest level of everything else in a step: what is kept for the backward pass and what comes and goes."""
+    operations: float
+    """Floating-point operations of the matrix products of one step on one device."""
+    dora_share: float
+    """Share of these that LoRA would not need."""
+    communication: int
+    """FSDP2 or DDP: bytes that one device receives in a step."""
+    norm_communication: int
+    """Of these for DoRA: gradients of magnitudes. Norms need none (row-wise tensor parallelism: [out] numbers a layer)."""
+
+    @property
+    def total(self) -> int:
+        """Highest level of memory, in bytes."""
+        parts = self.weights + self.gathered + self.adapters + self.gradients + self.optimizer
+        return parts + self.activations
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One step of a model, as counted."""
+
+    parameters: int
+    quantised: int
+    rows: int
+    """Output rows of quantised weights, each with a scale."""
+    largest: int
+    """Parameters of the largest weight that is quantised."""
+    layer: int
+    """Parameters of one of the model's repeated layers."""
+    adapters: int
+    magnitudes: int
+    peak: int
+    operations: int
+
+    def further(self, one: _Run, times: int) -> _Run:
+        """This, and ``times`` the difference to ``one``."""
+        kept = ("largest", "layer")
+        grown = {
+            name: getattr(self, name) + times * (getattr(self, name) - getattr(one, name))
+            for name in self.__dataclass_fields__
+            if name not in kept
+        }
+        return replace(self, **grown)
+
+
+def estimate(
+    config: Any,
+    adapter: AdapterConfig,
+    *,
+    tokens: int,
+    batch_size: int = 1,
+    devices: int = 1,
+    fsdp: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+    quantize: str | None = None,
+    double_quant: bool = True,
+    checkpointing: bool = False,
+) -> Estimate:
+    """Estimate a training step of a causal language model of transformers.
+
+    Args:
+        config: transformers' configuration of the model.
+        adapter: what is trained.
+        tokens: of one sequence.
+        batch_size: sequences of one forward pass on one device.
+        devices: that work on different sequences.
+        fsdp: with several devices, spread the base over them (FSDP2); False: each has a copy (DDP).
+        dtype: of weights and arithmetic.
+        quantize: as in ``doratune train``.
+        double_quant: nf4: scales are quantised, too.
+        checkpointing: activations of a layer are computed again in the backward pass.
+    """
+    run = _extrapolated(config, adapter, (batch_size, tokens), dtype, checkpointing)
+    lora = replace(adapter, method="lora") if adapter.method == "dora" and not _without_rank(adapter) else None
+    plain = _extrapolated(config, lora, (batch_size, tokens), dtype, checkpointing)
+    size = dtype.itemsize
+    a_weight = {**QUANTISED, "nf4": QUANTISED["nf4"] if double_quant else NF4_SINGLE}
+    quantised = run.quantised if quantize else 0
+    weights = (run.parameters - quantised) * size
+    if quantize:
+        weights += round(quantised * a_weight[quantize]) + (0 if quantize == "nf4" else 4 * run.rows)
+    parts = devices if fsdp else 1
+    trained = run.adapters + run.magnitudes
+    several = devices > 1
+    # Each device receives what it lacks of the base, for the forward and again for the backward pass.
+    moved = round(2 * weights * (parts - 1) / parts) + (2 * 4 * trained * (devices - 1) // devices if several else 0)
+    return Estimate(
+        parameters=run.parameters,
+        adapter_parameters=trained,
+        magnitude_parameters=run.magnitudes,
+        weights=weights // parts,
+        gathered=2 * run.layer * size if parts > 1 else 0,
+        adapters=4 * trained,
+        gradients=4 * trained,
+        optimizer=4 * STATES * trained,
+        # The tape has counted gradients, too; a quantised weight is made whole for its products.
+        activations=max(0, run.peak - 4 * trained) + (run.largest * size if quantize else 0),
+        operations=run.operations,
+        dora_share=1 - plain.operations / run.operations if run.magnitudes else 0.0,
+        communication=moved,
+        norm_communication=2 * 4 * run.magnitudes * (devices - 1) // devices if several else 0,
+    )
+
+
+def _without_rank(adapter: AdapterConfig) -> bool:
+    return adapter.rank == 0 or 0 in adapter.rank_pattern.values()
+
+
+def _extrapolated(
+    config: Any, adapter: AdapterConfig | None, shape: tuple[int, int], dtype: torch.dtype, checkpointing: bool
+) -> _Run:
+    """The run of the whole model, from one and two of its layers where it has more."""
+    layers = getattr(config, "num_hidden_layers", 0)
+    if layers <= 2:
+        return _run(config, adapter, shape, dtype, checkpointing)
+    one, two = (_run(_shortened(config, n), adapter, shape, dtype, checkpointing) for n in (1, 2))
+    return two.further(one, layers - 2)
+
+
+def _shortened(config: Any, layers: int) -> Any:
+    short = copy.deepcopy(config)
+    short.num_hidden_layers = layers
+    if getattr(short, "layer_types", None):
+        short.layer_types = short.layer_types[:layers]
+    return short
+
+
+def _run(
+    config: Any, adapter: AdapterConfig | None, shape: tuple[int, int], dtype: torch.dtype, checkpointing: bool
+) -> _Run:
+    """One step, on tensors without data."""
+    transformers = require("transformers")
+    config = copy.deepcopy(config)
+    config.use_cache = False
+    with torch.device("meta"), _default_dtype(dtype):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        ids = torch.empty(shape, dtype=torch.long)
+        model.requires_grad_(False)
+        if adapter is not None:
+            attach(model, adapter)
+        model.train()
+        if checkpointing:
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False, "preserve_rng_state": False})
+        _as_after_attaching(model)
+        about = summary(model)
+        layers = list(adapted_layers(model).values())
+        sizes = [layer.base_layer.weight.numel() for layer in layers]
+        block = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)), None)
+        tape = Tape()
+        tape.know((*model.parameters(), *model.buffers(), ids))
+        with tape, flash_attention():
+            loss = model(input_ids=ids, labels=ids).loss
+            if loss.requires_grad:
+                loss.backward()
+        return _Run(
+            parameters=about.base,
+            quantised=sum(sizes),
+            rows=sum(layer.base_layer.weight.shape[0] for layer in layers),
+            largest=max(sizes, default=0),
+            layer=0 if block is None else sum(p.numel() for p in block[0].parameters()),
+            adapters=about.direction,
+            magnitudes=about.magnitude,
+            peak=tape.highest,
+            operations=tape.operations,
+        )
+
+
+def _as_after_attaching(model: nn.Module) -> None:
+    """What a layer has decided and computed by the time it trains, and cannot without data."""
+    for layer in adapted_layers(model).values():
+        squared = torch.empty(layer.kind.rows(layer.base_layer).shape[0], dtype=torch.float32)
+        layer.cache._base_squared = lambda rows, n=squared: (n, n, False)  # type: ignore[method-assign, misc]
+        for adapter in layer.adapters.values():
+            adapter.keep_output = True
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,64 @@
+"""How a base model's weights are loaded: in fewer bits, or in parts over several processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from doratune.extras import require
+from doratune.targets import HEAD_NAMES
+from doratune.train.config import TrainConfig
+from doratune.train.processes import processes_asked
+
+TRAINED_WHOLE = (*HEAD_NAMES, r".*\.pooler", "pre_classifier")
+"""Modules of classifiers that a base's files may lack: names, or regular expressions of paths."""
+GROUP = 32
+"""Weights that share one scale in torchao's 4 bits."""
+
+
+def loading_options(config: TrainConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of transformers' ``from_pretrained`` for this run."""
+    options: dict[str, Any] = {}
+    if config.quantize:
+        classifier = config.task != "text-generation"
+        options["quantization_config"] = quantization(config.quantize, dtype, config.double_quant, classifier)
+    if config.fsdp:
+        shards = require("transformers.distributed").DistributedConfig(fsdp_size=processes_asked())
+        options["distributed_config"] = shards
+    return options
+
+
+def quantization(kind: str, dtype: torch.dtype, double: bool = True, classifier: bool = False) -> Any:
+    """transformers' options for a kind of quantisation.
+
+    Args:
+        kind: nf4 and int8 are bitsandbytes', torchao-int8 and torchao-int4 torchao's; all for weights only.
+        dtype: of the arithmetic, and of what is not quantised.
+        double: nf4: quantise its scales, too.
+        classifier: leave the head, which is trained, and what may be new with it as they are.
+    """
+    transformers = require("transformers")
+    if kind.startswith("torchao"):
+        whole = {"modules_to_not_convert": list(TRAINED_WHOLE)} if classifier else {}
+        return transformers.TorchAoConfig(_torchao(kind), **whole)
+    whole = {"llm_int8_skip_modules": list(TRAINED_WHOLE)} if classifier else {}
+    if kind == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True, **whole)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=dtype,
+        **whole,
+    )
+
+
+def _torchao(kind: str) -> Any:
+    library = require("torchao.quantization", "quant")
+    if kind == "torchao-int8":
+        return library.Int8WeightOnlyConfig()
+    from torchao.quantization.granularity import PerGroup
+
+    # Int4WeightOnlyConfig packs for inference: no gradient passes through it.
+    return library.IntxWeightOnlyConfig(weight_dtype=getattr(torch, "int4"), granularity=PerGroup(GROUP))  # noqa: B009
