@@ -40,9 +40,7 @@ def main() -> None:
     columns = (
         "weights | gathered | adapters, their gradients and states | activations | total | received | of it DoRA's"
     )
-    print(
-        f"| model | devices | {columns} | DoRA's share of the arithmetic |\n|---|---|---|---|---|---|---|---|---|---|"
-    )
+    print(f"| model | devices | {columns} | DoRA's arithmetic |\n|---|---|---|---|---|---|---|---|---|---|")
     for name in SHAPES:
         for devices in DEVICES:
             e = estimate(config(name), dt.AdapterConfig(rank=16), tokens=TOKENS, devices=devices, checkpointing=True)
