@@ -1,6 +1,6 @@
 """``doratune estimate`` against what a step really allocates, on models that fit here; the table of docs/scaling.md.
 
-    python -m bench.estimate
+python -m bench.estimate
 """
 
 from __future__ import annotations
@@ -15,14 +15,19 @@ import doratune as dt
 from doratune.study.estimate import estimate
 from doratune.study.footprint import peak_bytes
 
+SMALL: dict[str, int] = {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
 CASES: dict[str, tuple[Any, int, bool]] = {
     "Llama, 8 layers of 512": (
-        LlamaConfig(vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8),
+        LlamaConfig(
+            vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8
+        ),
         1024,
         False,
     ),
     "the same, checkpointing": (
-        LlamaConfig(vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8),
+        LlamaConfig(
+            vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8
+        ),
         1024,
         True,
     ),

@@ -100,31 +100,33 @@ def initialise(model: nn.Module) -> None:
         layer.initialise()
 
 
-def load_base(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+def load_base(model: nn.Module, folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> None:
     """Fill the base from a folder of safetensors files, then initialise adapters that wait for it.
 
     Every process reads only the parts that it holds, file by file, so a model may be larger than any one's memory::
 
-        with torch.device("meta"):
+        with accelerate.init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config)
+        model.tie_weights()
         doratune.attach(model, AdapterConfig())
         for layer in model.model.layers:
             fully_shard(layer)
         fully_shard(model)
-        model.to_empty(device="cuda")
-        doratune.distributed.load_base(model, folder)
+        doratune.distributed.load_base(model, folder, "cuda")
 
     Args:
         model: with its adapters; parameters may be DTensors, of FSDP2 or tensor parallelism, or plain tensors.
         folder: with the names of the model's own state dict; a weight that is tied to another may be absent.
+        device: where what is on the meta device gets its memory. Buffers that are there stay; others are not in files.
 
     Raises:
-        AdapterError: listing parameters that the files lack, or if the model still holds no memory (meta device).
+        AdapterError: listing parameters that the files lack.
     """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
     root = unwrap(model)
+    root._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
     state: dict[str, Tensor] = {}
     seen: set[int] = set()
     reader = HuggingFaceStorageReader(str(folder))
@@ -137,7 +139,6 @@ def load_base(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         else:
             absent[name] = id(parameter)
     problems = [f"{name}: not in the files of {folder}" for name, key in absent.items() if key not in seen]
-    problems += [f"{name}: holds no memory; call model.to_empty first" for name, t in state.items() if t.is_meta]
     if problems:
         raise AdapterError.of("the base cannot be loaded", problems)
     load(state, storage_reader=reader, no_dist=processes() == 1)

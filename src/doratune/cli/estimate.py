@@ -58,7 +58,12 @@ class EstimateOptions:
 
     def problems(self) -> Iterator[str]:
         """Options that cannot work."""
-        for name, least in (("tokens", 2), ("batch_size", 1), ("devices", 1), ("rank", 0 if self.method == "dora" else 1)):
+        for name, least in (
+            ("tokens", 2),
+            ("batch_size", 1),
+            ("devices", 1),
+            ("rank", 0 if self.method == "dora" else 1),
+        ):
             if getattr(self, name) < least:
                 yield f"{name} must be at least {least}; found {getattr(self, name)}"
         if self.quantize and self.devices > 1 and not self.ddp:

@@ -56,7 +56,7 @@ class Estimate:
     communication: int
     """FSDP2 or DDP: bytes that one device receives in a step."""
     norm_communication: int
-    """Of these for DoRA: gradients of magnitudes. Norms need none (row-wise tensor parallelism: [out] numbers a layer)."""
+    """Of these for DoRA: gradients of magnitudes. Norms need none."""
 
     @property
     def total(self) -> int:
@@ -183,7 +183,7 @@ def _run(
     config = copy.deepcopy(config)
     config.use_cache = False
     with torch.device("meta"), _default_dtype(dtype):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         ids = torch.empty(shape, dtype=torch.long)
         model.requires_grad_(False)
         if adapter is not None:
@@ -195,7 +195,8 @@ def _run(
         _as_after_attaching(model)
         about = summary(model)
         layers = list(adapted_layers(model).values())
-        sizes = [layer.base_layer.weight.numel() for layer in layers]
+        shapes = [layer.kind.rows(layer.base_layer).shape for layer in layers]
+        sizes = [out * columns for out, columns in shapes]
         block = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)), None)
         tape = Tape()
         tape.know((*model.parameters(), *model.buffers(), ids))
@@ -206,7 +207,7 @@ def _run(
         return _Run(
             parameters=about.base,
             quantised=sum(sizes),
-            rows=sum(layer.base_layer.weight.shape[0] for layer in layers),
+            rows=sum(out for out, _ in shapes),
             largest=max(sizes, default=0),
             layer=0 if block is None else sum(p.numel() for p in block[0].parameters()),
             adapters=about.direction,

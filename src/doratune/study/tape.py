@@ -79,7 +79,7 @@ def flash_attention() -> Iterator[None]:
         found: Tensor = getattr(torch.ops.aten, _ATTENTION)(query, key, value, 0.0, bool(options.get("is_causal")))[0]
         return found
 
-    F.scaled_dot_product_attention = attention
+    F.scaled_dot_product_attention = attention  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -253,6 +253,8 @@ def _combinations(c: TrainConfig) -> Iterator[str]:
         yield f"quantize freezes the base; method {c.method} trains it: use dora, lora or magnitude"
     if c.fsdp:
         yield from _fsdp(c)
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        yield "accelerate launch --use_fsdp shards too late to measure a model before training; use --fsdp instead"
     if c.prompt is not None and c.task != "text-generation":
         yield f"prompt asks for a sample of generated text, but the task is {c.task}"
     if c.as_chat and c.messages_column:
@@ -264,8 +266,6 @@ def _combinations(c: TrainConfig) -> Iterator[str]:
 def _fsdp(c: TrainConfig) -> Iterator[str]:
     if processes_asked() == 1:
         yield "fsdp spreads a model over processes, and this is one: torchrun --nproc-per-node N -m doratune train ..."
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        yield "fsdp and accelerate launch --use_fsdp both spread the model; leave out one"
     if not c.is_adapter or c.task != "text-generation" or c.adapter.modules_to_save or c.adapter.bias != "none":
         yield "fsdp serves adapters on language models without modules_to_save and bias; leave it out (DDP) for others"
     if c.quantize:

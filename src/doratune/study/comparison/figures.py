@@ -19,7 +19,8 @@ Drawn = tuple["Figure", Tips]
 def looks(standings: Sequence[Standing]) -> dict[str, tuple[str, str]]:
     """Colour and marker of each contestant: the same in every picture."""
     return {
-        one.contestant.key: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, one in enumerate(standings)
+        one.contestant.key: (COLOURS[i % len(COLOURS)], tuple(MARKERS)[i % len(MARKERS)])
+        for i, one in enumerate(standings)
     }
 
 
@@ -107,7 +108,7 @@ def ranks(findings: Findings) -> Drawn:
             own.sort(key=lambda one: one.contestant.rank or 0)
             found = [estimate(list(one.scores.values()), level) for one in own]
             x: list[Any] = [one.contestant.rank for one in own]
-            colour, marker = COLOURS[index], MARKERS[index]
+            colour, marker = COLOURS[index], tuple(MARKERS)[index]
             axes.fill_between(x, [e.low for e in found], [e.high for e in found], color=colour, alpha=0.15, linewidth=0)
             axes.plot(x, [e.mean for e in found], color=colour, linewidth=1.4)
             gid, name = f"ranks-{spread.method}", own[0].contestant.name.split()[0]

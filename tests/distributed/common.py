@@ -1,0 +1,83 @@
+"""What one process and two run alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from torch import nn
+
+import doratune as dt
+from train.tiny import llama
+
+CONFIG = dt.AdapterConfig(rank=4)
+STEPS = 20
+TOKENS = torch.randint(0, 256, (4 * STEPS, 16), generator=torch.Generator().manual_seed(3))
+IDS = TOKENS[:4]
+
+
+def load(folder: Path, spread: Any = None) -> Any:
+    """The model of a folder, whole or in parts."""
+    more = {} if spread is None else {"distributed_config": spread}
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **more)
+
+
+def save(folder: Path) -> Path:
+    """Write a tiny model whose outputs differ enough to see mistakes."""
+    model = llama()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(5)
+    model.save_pretrained(folder)
+    return folder
+
+
+def attached(model: nn.Module, config: dt.AdapterConfig = CONFIG) -> Any:
+    """With an adapter, the same everywhere."""
+    transformers.set_seed(0)
+    return dt.attach(model, config)
+
+
+def trainer(model: nn.Module, folder: Path, batch_size: int, **options: Any) -> Any:
+    """STEPS steps of four sequences in all."""
+    from doratune.train import AdapterTrainer
+
+    rows = [{"input_ids": row, "labels": row} for row in TOKENS.tolist()]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        learning_rate=1e-2,
+        save_steps=STEPS // 2,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        use_cpu=True,
+        seed=5,
+        **options,
+    )
+    data = datasets.Dataset.from_list(rows)
+    return AdapterTrainer(model, arguments, train_dataset=data, eval_dataset=data.select(range(4)))
+
+
+def steps(model: nn.Module) -> list[float]:
+    """Losses of a loop of one's own: accelerate does not take tensor parallelism on a CPU."""
+    optimizer = torch.optim.AdamW(dt.parameter_groups(model, lr=1e-2), foreach=False)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, 0, STEPS)
+    model.train()
+    losses = []
+    for batch in TOKENS.split(4):
+        loss = model(batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(dt.trainable_parameters(model).values()), 1.0, foreach=False)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses

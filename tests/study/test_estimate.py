@@ -1,0 +1,83 @@
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+import doratune as dt
+from doratune.study.estimate import estimate
+from doratune.study.footprint import peak_bytes
+from doratune.study.tape import Tape
+
+LLAMA = LlamaConfig(
+    vocab_size=512,
+    hidden_size=128,
+    intermediate_size=352,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+GPT2 = GPT2Config(vocab_size=512, n_embd=128, n_layer=3, n_head=4, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0)
+CONFIG = dt.AdapterConfig(rank=8)
+
+
+def measured(config, tokens, checkpointing):
+    config.use_cache = False
+    model = dt.attach(AutoModelForCausalLM.from_config(config), CONFIG).train()
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    ids = torch.randint(512, (1, tokens))
+
+    def step():
+        model(input_ids=ids, labels=ids).loss.backward()
+        model.zero_grad()
+
+    step()
+    weights = sum(p.numel() * 4 for p in model.parameters())
+    trained = sum(p.numel() for p in dt.trainable_parameters(model).values())
+    return weights + 8 * trained + peak_bytes(step)
+
+
+@pytest.mark.parametrize(
+    ("config", "checkpointing"), [(LLAMA, False), (LLAMA, True), (GPT2, False)], ids=["llama", "checkpointing", "gpt2"]
+)
+def test_within_15_percent_of_what_a_step_allocates(config, checkpointing):
+    found = estimate(config, CONFIG, tokens=512, dtype=torch.float32, checkpointing=checkpointing)
+    assert found.total == pytest.approx(measured(config, 512, checkpointing), rel=0.15)
+
+
+def test_parameters_are_those_of_the_real_model():
+    model = dt.attach(AutoModelForCausalLM.from_config(LLAMA), CONFIG)
+    about = dt.summary(model)
+    found = estimate(LLAMA, CONFIG, tokens=16)
+    assert found.parameters == about.base
+    assert found.adapter_parameters == about.direction + about.magnitude
+    assert found.magnitude_parameters == about.magnitude
+    assert found.weights == 2 * about.base
+
+
+def test_devices_share_the_base_and_quantisation_shrinks_it():
+    one, eight = (estimate(LLAMA, CONFIG, tokens=64, devices=n) for n in (1, 8))
+    assert eight.weights == one.weights // 8
+    assert eight.gathered > 0 == one.gathered
+    assert eight.communication > one.communication == 0
+    copies = estimate(LLAMA, CONFIG, tokens=64, devices=8, fsdp=False)
+    assert copies.weights == one.weights
+    assert copies.communication < eight.communication
+    assert estimate(LLAMA, CONFIG, tokens=64, quantize="nf4").weights < one.weights / 2
+
+
+def test_doras_share_of_the_arithmetic_is_the_norms():
+    found = estimate(LLAMA, CONFIG, tokens=256)
+    assert 0 < found.dora_share < 0.1
+    assert estimate(LLAMA, dt.AdapterConfig(rank=8, method="lora"), tokens=256).dora_share == 0
+
+
+def test_the_tape_counts_what_is_alive_and_what_is_multiplied():
+    with Tape() as tape:
+        a = torch.empty(100, 10, device="meta")
+        b = a @ torch.empty(10, 30, device="meta")
+        assert tape.alive == 4 * (1000 + 3000)
+        del a
+        b.add_(1)
+    assert tape.alive == 4 * 3000
+    assert tape.highest == 4 * (1000 + 300 + 3000)
+    assert tape.operations == 2 * 100 * 10 * 30
