@@ -41,7 +41,7 @@ def test_too_few_or_equal_values():
     assert (same.low, same.high, same.detectable, same.is_found) == (0, 0, 0, False)
 
 
-REPETITIONS = 600
+REPETITIONS = 300
 
 
 def found_in(shift, methods=("lora 4", "dora 4"), seeds=10):
