@@ -40,6 +40,35 @@ def test_memory(tmp_path):
     assert picture.exists()
 
 
+def test_losses(tmp_path):
+    found, _, _ = run(tmp_path, "losses", "--steps", "4", "--dtype", "float32")
+    entries = found["points"][0]["entries"]
+    assert {entry["name"] for entry in entries} == {
+        "PEFT DoRA float32, accelerated",
+        "PEFT DoRA float32, dropout, accelerated",
+    }
+    for entry in entries:
+        measured = entry["measured"]
+        assert measured["last loss"] < measured["first loss"]
+        assert measured["largest difference"] < 1e-4
+        assert measured["ended apart"] < 0.05 * measured["parameters moved"]
+
+
+def test_points_are_chosen_and_join_those_of_an_earlier_run(tmp_path):
+    found, text, _ = run(tmp_path, "layer", "--only", "doratune DoRA", "--select", "r 8,")
+    assert [point["shape"]["rank"] for point in found["points"]] == [8]
+    found, _, _ = run(tmp_path, "layer", "--only", "doratune DoRA", "--select", "r 4,")
+    assert [point["shape"]["rank"] for point in found["points"]] == [8, 4]
+    found, text, _ = run(tmp_path, "layer", "--only", "doratune DoRA", "--select", "r 8,")
+    assert [point["shape"]["rank"] for point in found["points"]] == [4, 8]
+    assert "rank 4" in text
+    # Other sources, other numbers.
+    (path,) = tmp_path.glob("*.json")
+    path.write_text(json.dumps({**found, "versions": {"doratune": "older"}}))
+    found, text, _ = run(tmp_path, "layer", "--only", "doratune DoRA", "--select", "r 8,")
+    assert [point["shape"]["rank"] for point in found["points"]] == [8]
+
+
 def test_files(tmp_path):
     found, text, _ = run(tmp_path, "files")
     for point in found["points"]:
