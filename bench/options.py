@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from bench import plots
 from bench.contestants import BUILDERS, FROZEN
 from bench.results import HERE, Point, Record
+from doratune.ops.hardware import multiplies
 
 Watch = Callable[[int, float], Any]
 Report = tuple[list[dict[str, Any]], dict[str, Any]]
@@ -73,7 +74,7 @@ class Options:
 
     def torch_dtype(self) -> torch.dtype:
         if self.dtype == "auto":
-            return torch.bfloat16 if computes_in_bfloat16(self.torch_device()) else torch.float32
+            return torch.bfloat16 if multiplies(torch.bfloat16, self.torch_device()) else torch.float32
         return getattr(torch, self.dtype)
 
     def race_options(self, watch: Watch) -> dict[str, Any]:
@@ -112,10 +113,3 @@ class Options:
                 gc.collect()  # models are full of cycles
         console.print(f"Written: {record.path('md')} (.json, .png)", soft_wrap=True)
         return record
-
-
-def computes_in_bfloat16(device: torch.device) -> bool:
-    """Whether products of bfloat16 matrices are the processor's own; elsewhere torch writes them out in plain loops."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
