@@ -146,6 +146,7 @@ class Record:
             for entry in point["entries"]
             if entry["status"] in ("wrong", "failed")
         ]
+        lines += _disturbed(self.points)
         return "\n".join([*lines, *(["", "Without a number:", "", *problems] if problems else []), ""])
 
 
@@ -168,6 +169,17 @@ def cells(entry: dict[str, Any]) -> dict[str, str]:
     for key, value in entry.get("measured", {}).items():
         found[key] = short(value)
     return found
+
+
+def _disturbed(points: list[dict[str, Any]]) -> list[str]:
+    """How many rounds did not count, where there were any."""
+    found = [(p["title"], t["left_out"], t["rounds"]) for p in points for t in [_floor(p)] if t.get("left_out")]
+    lines = [f"- {title}: {left_out} left out, {rounds} counted" for title, left_out, rounds in found]
+    return ["", "Rounds in which other processes had the processors:", "", *lines] if lines else []
+
+
+def _floor(point: dict[str, Any]) -> dict[str, Any]:
+    return next((e["timing"] for e in point["entries"] if e["name"] == FROZEN and "timing" in e), {})
 
 
 def _sweep(key: str, points: list[dict[str, Any]]) -> list[str]:
