@@ -40,6 +40,14 @@ def test_memory(tmp_path):
     assert picture.exists()
 
 
+def test_memory_without_a_backward_pass(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.memory.multiplies", lambda *_: False)
+    found, _, _ = run(tmp_path, "memory", "--only", "doratune DoRA", "--without", "dropout", "8-bit")
+    entries = {e["name"]: e["measured"] for e in found["points"][0]["entries"]}
+    assert entries[DORA].keys() == {"saved MB"}
+    assert entries[FROZEN]["saved MB"] < entries[DORA]["saved MB"]
+
+
 def test_losses(tmp_path):
     found, _, _ = run(tmp_path, "losses", "--steps", "4", "--dtype", "float32")
     entries = found["points"][0]["entries"]
