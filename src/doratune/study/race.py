@@ -28,7 +28,7 @@ FEWEST_ROUNDS = 6
 """However short the time: with fewer the interval is below 95 %."""
 DISTURBED = 0.05
 """A round does not count if the process was kept waiting for more than this share of a lane's time."""
-PATIENCE = 18
+PATIENCE = 9
 """Rounds after which the least disturbed ones have to do."""
 
 
