@@ -99,6 +99,10 @@ class Options:
         record = Record(self.what, self.title, self.note, self.torch_device(), self.output, settings, type(self).draw)
         points = self.chosen_points()
         console = Console(stderr=True)
+        if not points:
+            titles = "; ".join(point.title for point in self.points())
+            console.print(f"{self.what}: no point to --select among {titles}")
+            return record
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console) as progress:
             for number, point in enumerate(points, 1):
