@@ -61,7 +61,7 @@ def lines(record: Record, path: Path) -> None:
         axes.set_yscale("log", base=2)
         axes.xaxis.set_major_locator(FixedLocator([point["shape"][group] for point in points]))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.set_yticks([1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16])
+        axes.yaxis.set_major_locator(FixedLocator([1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16]))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
         fixed = {key: value for key, value in points[0]["shape"].items() if key != group}
