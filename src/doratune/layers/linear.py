@@ -208,7 +208,7 @@ class Linear(Kind):
         reason = slow_reason(base)
         if reason is not None:
             return "over the base's output", reason
-        dtype, device = base.weight.dtype, base.weight.device  # type: ignore[union-attr]
+        dtype, device = base.weight.dtype, base.weight.device
         if multiplies(dtype, device):  # type: ignore[arg-type]
             return "dense, fused input gradient", ""
         name = str(dtype).removeprefix("torch.")
