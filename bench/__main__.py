@@ -1,4 +1,4 @@
-"""`python -m bench layer | step | decode | eval | files | memory | all`."""
+"""`python -m bench layer | step | decode | eval | files | memory | losses | all`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import tyro
 from bench.decode import Decode, Eval
 from bench.files import Files
 from bench.layer import Layer
+from bench.losses import Losses
 from bench.memory import Memory
 from bench.options import Options
 from bench.step import Step
 
-PARTS: tuple[type[Options], ...] = (Layer, Step, Decode, Eval, Files, Memory)
+PARTS: tuple[type[Options], ...] = (Layer, Step, Decode, Eval, Files, Memory, Losses)
 
 
 @dataclass
@@ -41,6 +42,7 @@ Command = (
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Files, tyro.conf.subcommand("files")]
     | Annotated[Memory, tyro.conf.subcommand("memory")]
+    | Annotated[Losses, tyro.conf.subcommand("losses")]
     | Annotated[All, tyro.conf.subcommand("all")]
 )
 

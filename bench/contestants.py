@@ -21,6 +21,10 @@ DORA, LORA = "doratune DoRA", "doratune LoRA"
 EIGHT_BIT = "doratune DoRA, 8-bit outputs"
 EIGHT_BIT_LAYERS = ("q_proj", "k_proj", "o_proj", "down_proj")
 """In a Llama nothing else keeps the outputs of these."""
+EIGHT_BIT_TOLERANCE = 1e-2
+"""Of the magnitude's gradient from an output rounded to 8 bits: a step is 1 / 126 of the row's largest value."""
+ACCELERATED = ", accelerated"
+"""Ends the name of what is PEFT's under ``dt.peft.accelerate``."""
 DROPOUT = 0.05
 
 
@@ -34,6 +38,8 @@ class Contestant:
     adapters: dict[str, tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=dict)  # A, B, m by path
     norm_gradient: str = "detached"
     dropout: float = 0.0
+    tolerance: float = 0.0
+    """Relative error that the method allows itself, where that is more than what the dtype does."""
 
     @torch.no_grad()
     def take(self, values: dict[str, MovedAdapter], round_number: int) -> None:
@@ -95,7 +101,8 @@ def doratune(base: nn.Module, setting: Setting, *, name: str, method: str, **opt
     for path, layer in adapted_layers(model).items():
         m = layer.magnitude["default"] if method == "dora" else None
         layers[path] = (layer.lora_A["default"], layer.lora_B["default"], m)
-    return Contestant(name, model, method, layers, dropout=config.dropout)
+    tolerance = EIGHT_BIT_TOLERANCE if config.eight_bit_outputs else 0.0
+    return Contestant(name, model, method, layers, dropout=config.dropout, tolerance=tolerance)
 
 
 def peft(
@@ -159,12 +166,10 @@ for _method, _title in (("lora", "LoRA"), ("dora", "DoRA")):
 BUILDERS["PEFT DoRA float32, dropout"] = partial(
     peft, name="PEFT DoRA float32, dropout", method="dora", float32=True, dropout=DROPOUT
 )
-for _note in ("bf16", "float32"):
-    _name = f"PEFT DoRA {_note}, accelerated"
-    BUILDERS[_name] = partial(accelerated, name=_name, float32=_note == "float32")
-BUILDERS["PEFT DoRA float32, dropout, accelerated"] = partial(
-    accelerated, name="PEFT DoRA float32, dropout, accelerated", float32=True, dropout=DROPOUT
-)
+for _name, _dropout in (("PEFT DoRA bf16", 0.0), ("PEFT DoRA float32", 0.0), ("PEFT DoRA float32, dropout", DROPOUT)):
+    BUILDERS[_name + ACCELERATED] = partial(
+        accelerated, name=_name + ACCELERATED, float32="float32" in _name, dropout=_dropout
+    )
 BUILDERS["LyCORIS DoRA"] = partial(lycoris, name="LyCORIS DoRA")
 BUILDERS[FULL] = full
 

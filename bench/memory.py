@@ -10,6 +10,7 @@ from bench.options import Options, Report, Watch
 from bench.results import Point
 from bench.step import model_trial
 from bench.trial import Trial
+from doratune.ops.hardware import multiplies
 from doratune.study.footprint import peak_bytes, saved_bytes
 
 
@@ -22,7 +23,8 @@ class Memory(Options):
     note: ClassVar[str] = (
         "Megabytes (10^6 bytes). Saved: unique storages kept for the backward pass, without parameters, buffers and "
         "inputs. Peak: most that was allocated at any moment of the step above what was there before it, gradients of "
-        "the parameters included, without the optimiser; with the model: and its parameters."
+        "the parameters included, without the optimiser; with the model: and its parameters. Where the processor does "
+        "not multiply the dtype only what is saved is measured, which takes no backward pass."
     )
 
     def points(self) -> list[Point]:
@@ -43,7 +45,8 @@ class Memory(Options):
 
     def measure(self, point: Point, watch: Watch) -> Report:
         trial, weights = model_trial(self, point, True)
-        trial.check()  # and allocate what is allocated once and for good
+        if self._whole_steps():
+            trial.check()  # and allocate what is allocated once and for good
         for number, name in enumerate(list(trial.contestants), 1):
             trial.attempt(name, lambda name: self._measure(trial, trial.contestants[name], point))
             watch(number, number / len(trial.entries))
@@ -57,11 +60,16 @@ class Memory(Options):
             known = [*model.parameters(), *model.buffers(), task.inputs]
             measured["saved MB"] = saved_bytes(lambda: task.forward(model), known) / 1e6
         self._fresh(trial, contestant)
-        measured["peak MB"] = peak_bytes(lambda: trial.step(contestant), self.torch_device()) / 1e6
-        tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
-        measured["with the model MB"] = measured["peak MB"] + sum(tensors.values()) / 1e6
-        self._fresh(trial, contestant)
+        if self._whole_steps():
+            measured["peak MB"] = peak_bytes(lambda: trial.step(contestant), self.torch_device()) / 1e6
+            tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+            measured["with the model MB"] = measured["peak MB"] + sum(tensors.values()) / 1e6
+            self._fresh(trial, contestant)
         trial.entries[contestant.name].measured = measured
+
+    def _whole_steps(self) -> bool:
+        """A backward pass in plain loops would take hours."""
+        return multiplies(self.torch_dtype(), self.torch_device())
 
     @staticmethod
     def _fresh(trial: Trial, contestant: Contestant) -> None:

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from bench import plots
 from bench.contestants import BUILDERS, FROZEN
 from bench.results import HERE, Point, Record
+from doratune.ops.hardware import multiplies
 
 Watch = Callable[[int, float], Any]
 Report = tuple[list[dict[str, Any]], dict[str, Any]]
@@ -26,8 +27,8 @@ class Options:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the base weights and the inputs."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of the base weights and the inputs; auto: bfloat16 where the processor computes with it, else float32."""
     threads: int | None = None
     """Of torch on the CPU; none: torch's choice."""
     seconds: float = 10.0
@@ -40,6 +41,10 @@ class Options:
     """All shapes, also those that take long."""
     only: tuple[str, ...] = ()
     """Contestants whose names contain one of these texts (and frozen); none: all."""
+    without: tuple[str, ...] = ()
+    """Contestants whose names contain one of these texts stay at home."""
+    select: tuple[str, ...] = ()
+    """Points whose titles contain one of these texts; none: all. They join earlier ones of that day and source."""
     output: Path = HERE / "results"
     """Folder for JSON, Markdown and PNG."""
 
@@ -52,6 +57,11 @@ class Options:
         """The settings to measure."""
         raise NotImplementedError
 
+    def chosen_points(self) -> list[Point]:
+        """The points that ``select`` asks for."""
+        texts = self.select
+        return [point for point in self.points() if not texts or any(text in point.title for text in texts)]
+
     def measure(self, point: Point, watch: Watch) -> Report:
         """Entries of one point, and what else is to be noted about it."""
         raise NotImplementedError
@@ -63,6 +73,8 @@ class Options:
         return torch.device(wanted)
 
     def torch_dtype(self) -> torch.dtype:
+        if self.dtype == "auto":
+            return torch.bfloat16 if multiplies(torch.bfloat16, self.torch_device()) else torch.float32
         return getattr(torch, self.dtype)
 
     def race_options(self, watch: Watch) -> dict[str, Any]:
@@ -72,8 +84,9 @@ class Options:
 
     def contestants(self, *unwanted: str) -> list[str]:
         """Names of who takes part, without those that contain an unwanted text."""
-        names = [name for name in BUILDERS if not any(text in name for text in unwanted)]
-        if self.dtype == "float32":  # PEFT's adapters are float32 then in any case
+        unwanted = (*unwanted, *self.without)
+        names = [name for name in BUILDERS if name == FROZEN or not any(text in name for text in unwanted)]
+        if self.torch_dtype() == torch.float32:  # PEFT's adapters are float32 then in any case
             names = [name for name in names if "bf16" not in name]
         return [name for name in names if name == FROZEN or not self.only or any(text in name for text in self.only)]
 
@@ -81,10 +94,15 @@ class Options:
         """Measure every point, write after each."""
         if self.threads:
             torch.set_num_threads(self.threads)
-        settings = {"device": str(self.torch_device()), "dtype": self.dtype, "seconds": self.seconds}
+        dtype = str(self.torch_dtype()).removeprefix("torch.")
+        settings = {"device": str(self.torch_device()), "dtype": dtype, "seconds": self.seconds}
         record = Record(self.what, self.title, self.note, self.torch_device(), self.output, settings, type(self).draw)
-        points = self.points()
+        points = self.chosen_points()
         console = Console(stderr=True)
+        if not points:
+            titles = "; ".join(point.title for point in self.points())
+            console.print(f"{self.what}: no point to --select among {titles}")
+            return record
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console) as progress:
             for number, point in enumerate(points, 1):

@@ -44,7 +44,7 @@ def lines(record: Record, path: Path) -> None:
     groups = {key: points for key, points in record.groups().items() if key in points[0]["shape"] and len(points) > 1}
     if not groups:
         return bars(record, path)
-    figure = Figure(figsize=(4.6 * len(groups), 5.4), dpi=120, layout="constrained")
+    figure = Figure(figsize=(3.3 * len(groups), 5.0), dpi=120, layout="constrained")
     panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for axes, (group, points) in zip(panels, groups.items(), strict=True):
         points = sorted(points, key=lambda point: point["shape"][group])
@@ -61,7 +61,7 @@ def lines(record: Record, path: Path) -> None:
         axes.set_yscale("log", base=2)
         axes.xaxis.set_major_locator(FixedLocator([point["shape"][group] for point in points]))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.set_yticks([1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16])
+        axes.yaxis.set_major_locator(FixedLocator([1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16]))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
         fixed = {key: value for key, value in points[0]["shape"].items() if key != group}
@@ -71,7 +71,7 @@ def lines(record: Record, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("time, x frozen layer")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
     figure.suptitle(_title(record), fontsize=11)
     figure.savefig(path)
 
@@ -87,7 +87,7 @@ def bars(record: Record, path: Path) -> None:
     rows = -(-len(panels) // columns)
     names = list(dict.fromkeys(e["name"] for point in record.points for e in point["entries"]))
     height = 0.27 * len(names) + 0.8
-    figure = Figure(figsize=(3.2 + 3.3 * columns, height * rows + 0.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(2.9 + 2.6 * columns, height * rows + 0.5), dpi=120, layout="constrained")
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axes, (point, key) in zip(grid.flat, panels, strict=False):
         entries = {entry["name"]: entry for entry in point["entries"]}
@@ -98,10 +98,9 @@ def bars(record: Record, path: Path) -> None:
         for row, (name, value) in enumerate(zip(names, values, strict=True)):
             entry = entries.get(name, {})
             text = short(value) if value else entry.get("status", "").replace("reference", "")
-            end = entry["timing"]["high"] if key == RATIO and "timing" in entry else value
-            axes.text(end, row, f" {text}", va="center", fontsize=8)
-        axes.set_yticks(range(len(names)), names, fontsize=8)
-        axes.set_xlim(0, max(values) * 1.25)
+            axes.text(_end(entry, key, value), row, f" {text}", va="center", fontsize=9)
+        axes.set_yticks(range(len(names)), names, fontsize=9)
+        axes.set_xlim(0, 1.25 * max(_end(entries.get(n, {}), key, v) for n, v in zip(names, values, strict=True)))
         axes.set_title(point["title"], fontsize=9)
         axes.set_xlabel(key, fontsize=8)
         axes.tick_params(axis="x", labelsize=8)
@@ -116,6 +115,11 @@ def bars(record: Record, path: Path) -> None:
 def short(value: float) -> str:
     """Three digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}" if value >= 1 else f"{value:.2g}"
+
+
+def _end(entry: dict[str, Any], key: str, value: float) -> float:
+    """How far a bar and its interval reach."""
+    return entry["timing"]["high"] if key == RATIO and "timing" in entry else value
 
 
 def _intervals(axes: Any, entries: list[dict[str, Any]], key: str) -> None:

@@ -79,7 +79,7 @@ def _commit() -> str:
 
 @dataclass
 class Record:
-    """One benchmark's results."""
+    """One benchmark's results; a later run adds its points to an earlier one's."""
 
     what: str
     title: str
@@ -88,18 +88,30 @@ class Record:
     folder: Path
     settings: dict[str, Any]
     draw: Callable[[Record, Path], None]
-    points: list[dict[str, Any]] = field(default_factory=list)
+    points: list[dict[str, Any]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         self.machine, self.versions = machine(self.device), versions()
         self.date = datetime.date.today().isoformat()
         hardware = self.machine.get("gpu") or f"{self.machine['cpu']} {self.machine['cores']} cores"
         plain = re.sub(r"\((r|tm)\)|processor|nvidia", "", hardware.lower())
-        self.name = f"{self.date}-{re.sub(r'[^a-z0-9]+', '-', plain).strip('-')}-{self.what}"
+        slug = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
+        self.name = f"{self.date}-{slug}-{self.settings['dtype']}-{self.what}"
+        self.points = self._points_so_far()
+
+    def _points_so_far(self) -> list[dict[str, Any]]:
+        """Those of an earlier run of the same day on the same machine with the same source, if there was one."""
+        if not self.path("json").is_file():
+            return []
+        earlier = json.loads(self.path("json").read_text())
+        same = all(earlier.get(key) == getattr(self, key) for key in ("machine", "versions", "settings"))
+        return earlier["points"] if same else []
 
     def add(self, point: Point, entries: list[dict[str, Any]], about: dict[str, Any] | None = None) -> None:
         """Note one point, and write everything so far."""
-        self.points.append({**asdict(point), **(about or {}), "entries": entries})
+        new = {**asdict(point), **(about or {}), "command": command(), "entries": entries}
+        new["groups"] = list(point.groups)
+        self.points = [old for old in self.points if old["title"] != point.title] + [new]
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path("json").write_text(json.dumps(self.as_dict(), indent=1) + "\n")
         self.path("md").write_text(self.markdown())
@@ -110,7 +122,7 @@ class Record:
 
     def as_dict(self) -> dict[str, Any]:
         keys = ("what", "title", "note", "date", "machine", "versions", "settings", "points")
-        return {"command": command(), **{key: getattr(self, key) for key in keys}}
+        return {key: getattr(self, key) for key in keys}
 
     def groups(self) -> dict[str, list[dict[str, Any]]]:
         """Points by the table that shows them."""
@@ -124,7 +136,8 @@ class Record:
         """Title, how it was measured, a table for each group, and what went wrong."""
         about = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in self.machine.items())
         libraries = ", ".join(f"{key} {value}" for key, value in self.versions.items())
-        lines = [f"# {self.title}", "", self.note, "", f"- {self.date}: {about}", f"- {libraries}", f"- `{command()}`"]
+        commands = [f"- `{line}`" for line in dict.fromkeys(point["command"] for point in self.points)]
+        lines = [f"# {self.title}", "", self.note, "", f"- {self.date}: {about}", f"- {libraries}", *commands]
         for group, points in self.groups().items():
             lines += ["", *([f"## {group}", ""] if group else []), *(_sweep(group, points) or _table(points))]
         problems = [
@@ -133,6 +146,7 @@ class Record:
             for entry in point["entries"]
             if entry["status"] in ("wrong", "failed")
         ]
+        lines += _disturbed(self.points)
         return "\n".join([*lines, *(["", "Without a number:", "", *problems] if problems else []), ""])
 
 
@@ -155,6 +169,17 @@ def cells(entry: dict[str, Any]) -> dict[str, str]:
     for key, value in entry.get("measured", {}).items():
         found[key] = short(value)
     return found
+
+
+def _disturbed(points: list[dict[str, Any]]) -> list[str]:
+    """How many rounds did not count, where there were any."""
+    found = [(p["title"], t["left_out"], t["rounds"]) for p in points for t in [_floor(p)] if t.get("left_out")]
+    lines = [f"- {title}: {left_out} left out, {rounds} counted" for title, left_out, rounds in found]
+    return ["", "Rounds in which other processes had the processors:", "", *lines] if lines else []
+
+
+def _floor(point: dict[str, Any]) -> dict[str, Any]:
+    return next((e["timing"] for e in point["entries"] if e["name"] == FROZEN and "timing" in e), {})
 
 
 def _sweep(key: str, points: list[dict[str, Any]]) -> list[str]:

@@ -95,7 +95,7 @@ class Trial:
         entry = self.entries[name]
         worst = found if entry.error is None else Errors(**_worst(entry.error, asdict(found)))
         entry.error, entry.status = asdict(worst), "right"
-        if not worst.within(TOLERANCE[self.task.inputs.dtype]):
+        if not worst.within(max(TOLERANCE[self.task.inputs.dtype], contestant.tolerance)):
             self.entries[name] = Entry(name, "wrong", error=asdict(worst))
             del self.contestants[name]
 

@@ -40,6 +40,68 @@ def test_memory(tmp_path):
     assert picture.exists()
 
 
+def test_memory_without_a_backward_pass(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.memory.multiplies", lambda *_: False)
+    found, _, _ = run(tmp_path, "memory", "--only", "doratune DoRA", "--without", "dropout", "8-bit")
+    entries = {e["name"]: e["measured"] for e in found["points"][0]["entries"]}
+    assert entries[DORA].keys() == {"saved MB"}
+    assert entries[FROZEN]["saved MB"] < entries[DORA]["saved MB"]
+
+
+def test_losses(tmp_path):
+    found, _, _ = run(tmp_path, "losses", "--steps", "4", "--dtype", "float32")
+    entries = found["points"][0]["entries"]
+    assert {entry["name"] for entry in entries} == {
+        "PEFT DoRA float32, accelerated",
+        "PEFT DoRA float32, dropout, accelerated",
+    }
+    for entry in entries:
+        assert entry["status"] == "right"
+        measured = entry["measured"]
+        assert measured["last loss"] < measured["first loss"]
+        assert measured["largest difference"] < 1e-4
+        assert measured["ended apart"] < 0.05 * measured["parameters moved"]
+
+
+def test_points_are_chosen_and_join_those_of_an_earlier_run(tmp_path):
+    found, text, _ = run(tmp_path, "layer", "--only", "doratune DoRA", "--select", "r 8,")
+    assert [point["shape"]["rank"] for point in found["points"]] == [8]
+    found, _, _ = run(tmp_path, "layer", "--only", "doratune DoRA", "--select", "r 4,")
+    assert [point["shape"]["rank"] for point in found["points"]] == [8, 4]
+    found, text, _ = run(tmp_path, "layer", "--only", "doratune DoRA", "--select", "r 8,")
+    assert [point["shape"]["rank"] for point in found["points"]] == [4, 8]
+    assert "rank 4" in text
+    # Other sources, other numbers.
+    (path,) = tmp_path.glob("*.json")
+    path.write_text(json.dumps({**found, "versions": {"doratune": "older"}}))
+    found, text, _ = run(tmp_path, "layer", "--only", "doratune DoRA", "--select", "r 8,")
+    assert [point["shape"]["rank"] for point in found["points"]] == [8]
+
+
+def test_no_point_is_chosen(tmp_path, capsys):
+    main(["layer", "--quick", "--select", "r 5,", "--output", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+    assert "no point to --select among r 4, 64 tokens" in " ".join(capsys.readouterr().err.split())
+
+
+def test_losses_that_differ_are_wrong(tmp_path, monkeypatch):
+    from bench.losses import Losses
+
+    train = Losses._train
+    monkeypatch.setattr(
+        Losses,
+        "_train",
+        lambda self, contestant, task: (
+            train(self, contestant, task)
+            if "accelerated" in contestant.name
+            else ([1.0] * self.steps, *train(self, contestant, task)[1:])
+        ),
+    )
+    found, text, _ = run(tmp_path, "losses", "--steps", "2", "--dtype", "float32", "--without", "dropout")
+    assert [entry["status"] for entry in found["points"][0]["entries"]] == ["wrong"]
+    assert "PEFT DoRA float32, accelerated (tiny, 2 steps): wrong" in text
+
+
 def test_files(tmp_path):
     found, text, _ = run(tmp_path, "files")
     for point in found["points"]:

@@ -33,6 +33,16 @@ def test_everybody_is_right_on_a_layer():
     assert max(trial.entries[DORA].error.values()) < 1e-5
 
 
+def test_eight_bits_may_be_eight_bits_wrong():
+    base, _ = llama("tiny", torch.float32, CPU)
+    trial = Trial(base, Setting(linear_paths(base), 4), [FROZEN, EIGHT_BIT], ModelTask(base, 32))
+    trial.check()
+    assert status(trial)[EIGHT_BIT] == "right"
+    error = trial.entries[EIGHT_BIT].error
+    assert 1e-3 < error.pop("m") < 1e-2
+    assert max(error.values()) < 1e-5
+
+
 def test_everybody_is_right_on_a_model_in_bfloat16():
     base, _ = llama("tiny", torch.bfloat16, CPU)
     names = [name for name in BUILDERS if name != "LyCORIS DoRA"]  # rounds W + s B A to 16 bits

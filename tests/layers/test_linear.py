@@ -21,6 +21,14 @@ def test_dense_layers_take_the_fused_path():
     assert dt.explain(host(nn.Linear(6, 8)))["layer"] == ("dense, fused input gradient", "")
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_a_dtype_that_the_processor_does_not_multiply_is_named(has, monkeypatch):
+    model = host(nn.Linear(6, 8, dtype=torch.bfloat16))
+    monkeypatch.setattr("doratune.layers.linear.multiplies", lambda *_: has)
+    reason = "" if has else "this processor has no bfloat16 products, float32 is many times faster"
+    assert dt.explain(model)["layer"] == ("dense, fused input gradient", reason)
+
+
 def _replace_forward(base):
     base.forward = lambda x, forward=base.forward: forward(x)
 

@@ -5,7 +5,7 @@ import statistics
 import pytest
 
 from doratune.study import race as module
-from doratune.study.race import FEWEST_ROUNDS, WARM_UP, Lane, Timing, median_interval, race
+from doratune.study.race import FEWEST_ROUNDS, PATIENCE, WARM_UP, Lane, Timing, median_interval, race
 
 
 class Clock:
@@ -13,7 +13,9 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now = 0.0
+        self.waited = 0.0
         monkeypatch.setattr(module.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(module, "seconds_kept_waiting", lambda: self.waited)
 
     def lane(self, name, seconds, **options):
         def run():
@@ -70,6 +72,34 @@ def test_time_ends_a_race_but_not_before_enough_rounds(clock):
     assert found.rounds == FEWEST_ROUNDS
     (found,) = race([clock.lane("a", 1.0)], "a", seconds=8.0)
     assert found.rounds == 8
+
+
+def test_rounds_that_others_disturb_do_not_count(clock):
+    done = []
+
+    def seconds():
+        # Every third round another process takes half of a processor.
+        clock.waited += 0.01 if len(done) % 3 else 0.5
+        return 1.0 if len(done) % 3 else 2.0
+
+    lanes = [clock.lane("a", 1.0), clock.lane("b", seconds, before=done.append)]
+    a, b = race(lanes, "a", seconds=1.0, rounds=100)
+    assert (b.ratio, b.low, b.high) == (1, 1, 1)
+    assert (b.rounds, b.left_out) == (a.rounds, a.left_out) == (6, 3)
+    assert b.over(a) == (1, 1, 1)
+
+
+def test_if_all_rounds_are_disturbed_the_least_disturbed_ones_count(clock):
+    done = []
+
+    def seconds():
+        clock.waited += 0.1 * len(done)
+        return float(len(done))
+
+    lane = clock.lane("a", seconds, before=done.append)
+    (found,) = race([lane], "a", seconds=1.0, warm_up=0)
+    assert (found.rounds, found.left_out) == (FEWEST_ROUNDS, PATIENCE - FEWEST_ROUNDS)
+    assert len(set(found.seconds)) == FEWEST_ROUNDS
 
 
 def test_what_happens_before_is_not_timed(clock):

@@ -22,6 +22,7 @@ from doratune.layers.weights import (
 )
 from doratune.ops.compose import OutputGuard, scale_rows
 from doratune.ops.dropout import dropped_elements
+from doratune.ops.hardware import multiplies
 from doratune.ops.low_rank import as_rows, dense_low_rank, low_rank_update
 
 FEW_TOKENS = 64
@@ -216,7 +217,13 @@ class Linear(Kind):
 
     def explain(self, base: nn.Module) -> tuple[str, str]:
         reason = slow_reason(base)
-        return ("dense, fused input gradient", "") if reason is None else ("over the base's output", reason)
+        if reason is not None:
+            return "over the base's output", reason
+        dtype, device = base.weight.dtype, base.weight.device
+        if multiplies(dtype, device):  # type: ignore[arg-type]
+            return "dense, fused input gradient", ""
+        name = str(dtype).removeprefix("torch.")
+        return "dense, fused input gradient", f"this processor has no {name} products, float32 is many times faster"
 
     def probe(self, base: nn.Module, generator: torch.Generator) -> Tensor:
         library = quantised.library_of(base)

@@ -2,6 +2,7 @@
 
 All lanes run in one process. Each round runs every lane once, in an order drawn anew, and divides its time by the
 floor's of the *same* round; what slows the machine for a second slows both. The result is the median of these ratios.
+Rounds in which other processes had the processors are left out.
 """
 
 from __future__ import annotations
@@ -18,11 +19,17 @@ from typing import Any
 
 import torch
 
+from doratune.study.disturbance import seconds_kept_waiting
+
 CONFIDENCE = 0.95
 WARM_UP = 2
 """Untimed rounds: first calls compile, allocate and fill caches."""
 FEWEST_ROUNDS = 6
 """However short the time: with fewer the interval is below 95 %."""
+DISTURBED = 0.05
+"""A round does not count if the process was kept waiting for more than this share of a lane's time."""
+PATIENCE = 9
+"""Rounds after which the least disturbed ones have to do."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,9 @@ class Timing:
     """Confidence interval of that median."""
     rounds: int
     seconds: tuple[float, ...] = ()
-    """Of every round."""
+    """Of every round that counts."""
+    left_out: int = 0
+    """Rounds that other processes disturbed."""
 
     def over(self, other: Timing) -> tuple[float, float, float]:
         """Median of the ratios to another lane's times in the same rounds, and its confidence interval."""
@@ -85,36 +94,56 @@ def race(
     """
     order = list(lanes)
     shuffle = random.Random(seed).shuffle
-    times: dict[str, list[float]] = {lane.name: [] for lane in lanes}
-    if floor not in times or len(times) != len(order):
+    names = {lane.name for lane in lanes}
+    if floor not in names or len(names) != len(order):
         raise ValueError(f"lanes need different names, and one is the floor {floor!r}; found {[x.name for x in order]}")
     for round_number in range(-warm_up, 0):
         for lane in order:
             _timed(lane, round_number, device)
     start = time.perf_counter()
+    done: list[dict[str, tuple[float, float]]] = []
     for round_number in range(rounds):
         shuffle(order)
-        for lane in order:
-            times[lane.name].append(_timed(lane, round_number, device))
+        done.append({lane.name: _timed(lane, round_number, device) for lane in order})
         elapsed = time.perf_counter() - start
         if watch is not None:
             watch(round_number, max(elapsed / seconds if seconds else 1.0, (round_number + 1) / rounds))
-        if elapsed >= seconds and round_number + 1 >= FEWEST_ROUNDS:
+        if elapsed >= seconds and (_undisturbed(done) >= FEWEST_ROUNDS or len(done) >= PATIENCE):
             break
-    return [_timing(lane.name, times[lane.name], times[floor]) for lane in lanes]
+    counted = _that_count(done)
+    times = {lane.name: [found[lane.name][0] for found in counted] for lane in lanes}
+    return [_timing(lane.name, times[lane.name], times[floor], len(done) - len(counted)) for lane in lanes]
 
 
-def _timed(lane: Lane, round_number: int, device: torch.device | str) -> float:
+def _disturbance(found: dict[str, tuple[float, float]]) -> float:
+    """Largest share of a lane's time in one round that the process was kept waiting."""
+    return max(waited / seconds if seconds else 0.0 for seconds, waited in found.values())
+
+
+def _undisturbed(done: list[dict[str, tuple[float, float]]]) -> int:
+    return sum(_disturbance(found) <= DISTURBED for found in done)
+
+
+def _that_count(done: list[dict[str, tuple[float, float]]]) -> list[dict[str, tuple[float, float]]]:
+    """Undisturbed rounds, or the least disturbed ones where there are too few."""
+    least = sorted(done, key=_disturbance)
+    return least[: max(_undisturbed(done), FEWEST_ROUNDS)]
+
+
+def _timed(lane: Lane, round_number: int, device: torch.device | str) -> tuple[float, float]:
+    """Seconds that a lane took, and for how many of them the process was kept waiting."""
     if lane.before is not None:
         lane.before(round_number)
     with _no_garbage_collection():
         synchronise(device)
+        waited = seconds_kept_waiting()
         start = time.perf_counter()
         result = lane.run()
         synchronise(device)
         seconds = time.perf_counter() - start
+        waited = max(seconds_kept_waiting() - waited, 0.0)
     del result  # freeing it is nobody's time
-    return seconds
+    return seconds, waited
 
 
 @contextlib.contextmanager
@@ -134,11 +163,11 @@ def synchronise(device: torch.device | str) -> None:
         torch.cuda.synchronize(device)
 
 
-def _timing(name: str, times: list[float], floor: list[float]) -> Timing:
+def _timing(name: str, times: list[float], floor: list[float], left_out: int) -> Timing:
     ratios = sorted(mine / its for mine, its in zip(times, floor, strict=True))
     low, high = median_interval(ratios)
     ratio = statistics.median(ratios)
-    return Timing(name, 1e3 * statistics.median(times), ratio, low, high, len(times), tuple(times))
+    return Timing(name, 1e3 * statistics.median(times), ratio, low, high, len(times), tuple(times), left_out)
 
 
 def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:

@@ -1,0 +1,84 @@
+"""Does a PEFT model learn the same after `dt.peft.accelerate`?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from bench.bases import linear_paths, llama
+from bench.contestants import ACCELERATED, BUILDERS, Contestant, Setting
+from bench.options import Options, Report, Watch
+from bench.results import Point
+from bench.tasks import ModelTask
+from bench.trial import moved_adapters
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
+"""Of the relative difference of losses: rounding, carried on over the steps."""
+
+
+@dataclass
+class Losses(Options):
+    """Training losses of PEFT's DoRA with and without doratune underneath, same seeds, dropout 0 and 0.05."""
+
+    steps: int = 20
+    """Of AdamW at a learning rate of 1e-3, on the same 256 tokens."""
+
+    what: ClassVar[str] = "losses"
+    title: ClassVar[str] = "Losses of PEFT's DoRA, accelerated or not"
+    note: ClassVar[str] = (
+        "The same adapters, seeds and data; AdamW. Largest difference: of the losses of the same step, from PEFT's. "
+        "Parameters moved: how far the adapters' parameters went from their start, and how far apart they ended, both "
+        "in the Euclidean norm over all of them."
+    )
+
+    def points(self) -> list[Point]:
+        model, tokens = ("tiny", 64) if self.quick else ("llama-6-layers", 256)
+        return [Point(f"{model}, {self.steps} steps", {"model": model, "tokens": tokens, "rank": 16})]
+
+    def measure(self, point: Point, watch: Watch) -> Report:
+        base, weights = llama(point.shape["model"], self.torch_dtype(), self.torch_device())
+        setting = Setting(linear_paths(base), point.shape["rank"])
+        values, task = moved_adapters(base, setting), ModelTask(base, point.shape["tokens"])
+        pairs = [(name.removesuffix(ACCELERATED), name) for name in self.contestants() if name.endswith(ACCELERATED)]
+        entries = []
+        for number, (plain, accelerated) in enumerate(pairs, 1):
+            runs = []
+            for name in (plain, accelerated):
+                contestant = BUILDERS[name](base, setting)
+                contestant.take(values, 0)
+                runs.append(self._train(contestant, task))
+            (losses, start, end), (found, _, end_found) = runs
+            measured = {
+                "first loss": losses[0],
+                "last loss": losses[-1],
+                "largest difference": max(abs(a - b) for a, b in zip(losses, found, strict=True)),
+                "parameters moved": float((end - start).norm()),
+                "ended apart": float((end_found - end).norm()),
+            }
+            apart = measured["largest difference"] / abs(losses[0])
+            status = "right" if apart <= TOLERANCE[self.torch_dtype()] else "wrong"
+            entries.append({"name": accelerated, "status": status, "error": {"loss": apart}, "measured": measured})
+            watch(number, number / len(pairs))
+        return entries, {"weights": weights}
+
+    def _train(self, contestant: Contestant, task: ModelTask) -> tuple[list[float], Any, Any]:
+        """Losses, and the parameters before and after."""
+        parameters = [t for tensors in contestant.adapters.values() for t in tensors if t is not None]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+        contestant.model.train()
+        start, losses = _flat(parameters), []
+        for seed in range(self.steps):
+            torch.manual_seed(seed)  # of dropout
+            loss = task.forward(contestant.model)
+            task.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            task.inputs.grad = None
+            losses.append(float(loss))
+        return losses, start, _flat(parameters)
+
+
+def _flat(parameters: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([p.detach().float().flatten() for p in parameters])
