@@ -17,6 +17,8 @@ FLAGS = [
 ]
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
+_launched = []
+
 
 class Opened:
     """A page, and what the browser had to say about it."""
@@ -41,6 +43,9 @@ class Opened:
 @pytest.fixture(scope="session")
 def browser():
     """A headless browser; the test is skipped where there is none."""
+    if _launched:  # every module that imports this fixture has one of its own; playwright allows one browser a thread
+        yield _launched[0]
+        return
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
     found = next((path for name in NAMES if (path := shutil.which(name))), None)
     with contextlib.ExitStack() as stack:
@@ -49,7 +54,9 @@ def browser():
             pytest.skip("no browser found: apt-get install chromium, or playwright install chromium")
         launched = playwright.chromium.launch(executable_path=found, args=FLAGS)
         stack.callback(launched.close)
+        _launched.append(launched)
         yield launched
+        _launched.clear()
 
 
 @pytest.fixture

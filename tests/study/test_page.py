@@ -5,7 +5,7 @@ import pytest
 
 import doratune as dt
 from doratune.study.page import Column, Heading, Page, Plot, Table, Text
-from doratune.study.plots import Tip, new_figure, ordered_colours, style, themed_svg
+from doratune.study.plots import Tip, as_svg, new_figure, ordered_colours, style, themed_svg
 from study.browser import browser, opened  # noqa: F401
 
 
@@ -62,7 +62,7 @@ def test_tips_have_to_fit_their_marks():
         figure, axes = new_figure()
         axes.scatter([1, 2], [1, 2], gid="marks")
     with pytest.raises(ValueError, match="zip"):
-        themed_svg(figure, "p", {"marks": [Tip("only one")]}, {})
+        themed_svg(as_svg(figure), "p", {"marks": [Tip("only one")]}, {})
 
 
 @pytest.mark.parametrize("width", [1280, 390])

@@ -154,7 +154,8 @@ def analyze(
     done = 0
     for path in sorted(names, key=natural):
         watch(path, done / total)
-        with stored.open(path) as weight:
+        with stored.open(path) as mapped:
+            weight = mapped.held()
             leading: list[BaseSpectrum] = []  # made once, when it is first asked for
             for one in series.values():
                 one.look(path, names[path], weight, leading)
@@ -218,7 +219,7 @@ class _Series:
             elif index in self.with_spectrum and weight.shape[0] * weight.shape[1] > LARGEST:
                 self.run.left_out[f"spectrum of {path}"] = f"more than {LARGEST:,} numbers"
             with ExitStack() as stack:
-                change = moved(weight, stack.enter_context(checkpoint.open(paths[path], weight)), base)
+                change = moved(weight, stack.enter_context(checkpoint.open(paths[path], weight)).held(), base)
             self.run.points.append(Point(path, kind, layer_of(path)[0], index, change, paths[path]))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from doratune.extras import require
 from doratune.study.analysis import PAPER, Point, Run
 from doratune.study.correlation import CONFIDENCE, Correlation
 from doratune.study.names import natural
@@ -190,15 +191,21 @@ def spectra(run: Run, name: str, title: str) -> Plot:
     kinds: dict[str, str] = {}
     with style():
         figure, axes = new_figure(4.0, 3.5)
+        lines, fill, told = [], [], []
         for point in run.last():
             if point.layer is None or point.change.spectrum is None or not point.change.spectrum.values[0]:
                 continue
-            colour = kinds.setdefault(point.kind, COLOURS[len(kinds) % len(COLOURS)])
+            fill.append(kinds.setdefault(point.kind, COLOURS[len(kinds) % len(COLOURS)]))
             values = [v / point.change.spectrum.values[0] for v in point.change.spectrum.values]
-            shown = [(n, values[n - 1]) for n in RANKS if n <= len(values) and values[n - 1] > LEAST]
-            gid = f"weight-{len(tips)}"
-            axes.plot(*zip(*shown, strict=True), color=colour, linewidth=0.9, alpha=0.55, gid=gid)
-            tips[gid] = [Tip(_told(run, point), point.layer)]
+            lines.append([(n, values[n - 1]) for n in RANKS if n <= len(values) and values[n - 1] > LEAST])
+            told.append(Tip(_told(run, point), point.layer))
+        if lines:
+            collections = require("matplotlib.collections", "study")
+            axes.add_collection(
+                collections.LineCollection(lines, colors=fill, linewidths=0.9, alpha=0.55, gid="weights")
+            )
+            axes.autoscale_view()
+            tips["weights"] = told
         for kind, colour in kinds.items():
             axes.plot([], [], color=colour, label=kind)
         axes.set_yscale("log")

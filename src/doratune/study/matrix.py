@@ -11,6 +11,9 @@ from torch import Tensor
 TILE = 1 << 17
 """Numbers that are looked at at a time: they stay in a core's cache through several passes."""
 
+HELD = 1 << 22
+"""Numbers of a weight up to which ``held`` keeps it: 32 MiB."""
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -32,6 +35,13 @@ class Matrix:
         rows, columns = self.shape
         step = max(1, TILE // max(1, columns))
         return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+    def held(self) -> Matrix:
+        """The same, read once and kept in float64, if it is small."""
+        if self.shape[0] * self.shape[1] > HELD:
+            return self
+        whole = torch.cat([self.rows(rows) for rows in self.slices()])
+        return Matrix(self.shape, lambda rows: whole[rows], self.factors)
 
     def dense(self, minus: Matrix | None = None) -> Tensor:
         """All of it in float32, or its difference from another one, taken in float64."""

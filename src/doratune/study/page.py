@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from doratune.errors import AdapterError
 from doratune.extras import require
 from doratune.files import writing
-from doratune.study.plots import save_figure, themed_svg
+from doratune.study.plots import as_svg, save_png, themed_svg
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,6 +95,11 @@ class Plot:
     """Across the whole page; others share a row."""
 
     kind = "plot"
+
+    @cached_property
+    def svg(self) -> str:
+        """The figure as an SVG file."""
+        return as_svg(self.figure)
 
 
 @dataclass(frozen=True)
@@ -180,7 +186,7 @@ class Page:
         tips: dict[
             str, int
         ] = {}  # many marks, in several plots, are the same weight: each text stands in the page once
-        svgs = {plot.name: themed_svg(plot.figure, plot.name, plot.tips, tips) for plot in self._plots()}
+        svgs = {plot.name: themed_svg(plot.svg, plot.name, plot.tips, tips) for plot in self._plots()}
         text: str = environment.get_template("page.html.j2").render(page=self, svgs=svgs, tips=list(tips), files=files)
         return text
 
@@ -203,7 +209,8 @@ class Page:
         html = self.html()
         with writing(folder, "the report") as staging:
             for plot in self._plots():
-                save_figure(plot.figure, staging, plot.name)
+                save_png(plot.figure, staging / f"{plot.name}.png")
+                (staging / f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
             for item in self._items():
                 if isinstance(item, Table):
                     item.write_csv(staging)

@@ -126,26 +126,31 @@ def legend_outside(figure: Figure, axes: Axes, columns: int = 5) -> None:
         )
 
 
-def save_figure(figure: Figure, folder: Path, name: str) -> None:
-    """Write ``NAME.png`` at 200 dots an inch and ``NAME.svg``."""
+def as_svg(figure: Figure) -> str:
+    """The figure as an SVG file; it is laid out here, and not again when it is drawn once more."""
+    buffer = io.StringIO()
     with style():
-        figure.savefig(folder / f"{name}.png", dpi=200)
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.set_layout_engine("none")
+    return buffer.getvalue()
 
 
-def themed_svg(figure: Figure, name: str, tips: Tips, texts: dict[str, int]) -> str:
+def save_png(figure: Figure, path: Path) -> None:
+    """Draw the figure at 200 dots an inch."""
+    with style():
+        figure.savefig(path, dpi=200)
+
+
+def themed_svg(svg: str, name: str, tips: Tips, texts: dict[str, int]) -> str:
     """The figure as an ``<svg>`` for a page: its theme's colours, as wide as there is room, tips on its marks.
 
     Args:
-        figure: made inside ``style()``.
+        svg: of a figure made inside ``style()``.
         name: what its ids begin with.
         tips: on its marks.
         texts: numbers of all tips' texts, to which new ones are added; marks refer to them.
     """
-    buffer = io.StringIO()
-    with style():
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    root = ElementTree.fromstring(buffer.getvalue())
+    root = ElementTree.fromstring(svg)
     for key in ("width", "height"):
         root.attrib.pop(key, None)
     for metadata in root.findall(f"{{{_SVG}}}metadata"):
