@@ -53,7 +53,9 @@ def autocast(config: TrainConfig, dtype: torch.dtype) -> bool:
 def precision(config: TrainConfig, dtype: torch.dtype, mixed: bool) -> str:
     """Device and dtypes in words."""
     device = "GPU" if torch.cuda.is_available() else "MPS" if torch.backends.mps.is_available() else "CPU"
-    base = config.quantize if config.quantize else str(dtype).removeprefix("torch.")
+    base = config.quantize or str(dtype).removeprefix("torch.")
+    if config.quantize in ("nf4", "int8"):  # torchao's kinds say whose they are
+        base += " (bitsandbytes)"
     trained = "adapter in float32" if config.is_adapter else "all that is trained in the same"
     arithmetic = ", arithmetic in bfloat16 (autocast)" if mixed else ""
     processes = processes_asked()
