@@ -17,6 +17,7 @@ from doratune.study.plots import (
     MUTED,
     Tip,
     legend_outside,
+    log_scale,
     new_figure,
     ordered_colours,
     style,
@@ -174,7 +175,7 @@ def over_depth(run: Run, name: str, title: str, quantity: str, log: bool = True)
             axes.plot([], [], color=colour, marker=marker, markersize=4, linewidth=1, label=kind)
             tips[gid] = [Tip(_told(run, p), p.layer or "") for p, _ in shown]
         if log and tips:
-            axes.set_yscale("log")
+            log_scale(axes)
         elif quantity == "intruders":
             axes.set_ylim(-0.3, max(4, axes.get_ylim()[1]) + 0.3)
             axes.yaxis.get_major_locator().set_params(integer=True)
@@ -208,7 +209,7 @@ def spectra(run: Run, name: str, title: str) -> Plot:
             tips["weights"] = told
         for kind, colour in kinds.items():
             axes.plot([], [], color=colour, label=kind)
-        axes.set_yscale("log")
+        log_scale(axes)
         axes.set_ylim(LEAST, 1.4)
         axes.set_xlabel("singular value")
         axes.set_ylabel("share of the largest")

@@ -111,6 +111,15 @@ def ordered_colours(count: int) -> list[str]:
     return [colours.to_hex(ramp(i / max(1, count - 1))) for i in range(count)]
 
 
+def log_scale(axes: Axes) -> None:
+    """A logarithmic y axis with plain numbers at 1, 2 and 5: also where it spans less than a decade."""
+    ticker = require("matplotlib.ticker", "study")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))  # mathematics takes long to set
+    axes.yaxis.set_minor_locator(ticker.NullLocator())
+
+
 def legend_outside(figure: Figure, axes: Axes, columns: int = 5) -> None:
     """Put the legend below the axes, where it hides nothing."""
     handles, labels = axes.get_legend_handles_labels()
