@@ -67,10 +67,19 @@ def open_study(url: str, name: str, comparison: Comparison, heartbeat: int = HEA
 
 
 def _storage(optuna: Any, url: str, heartbeat: int, grace: int) -> Any:
-    options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None
+    sqlite = url.startswith("sqlite")
+    options = {"connect_args": {"timeout": 60}} if sqlite else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of heartbeats
-        return optuna.storages.RDBStorage(url, engine_kwargs=options, heartbeat_interval=heartbeat, grace_period=grace)
+        storage = optuna.storages.RDBStorage(
+            url, engine_kwargs=options, heartbeat_interval=heartbeat, grace_period=grace
+        )
+    if sqlite:
+        # Optuna hands out a trial by reading its state and then writing it. Other databases lock the row between the
+        # two (SELECT FOR UPDATE); SQLite has no such lock, and two workers would do the same run.
+        begin = require("sqlalchemy.event").listens_for(storage.engine, "begin")
+        begin(lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+    return storage
 
 
 def _without_password(url: str) -> str:
