@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import doratune as dt
+from doratune.study import analysis
 from doratune.study.analysis import OVERALL, analyze
 from doratune.study.decompose import decompose, moved
 from doratune.study.matrix import Matrix
@@ -188,9 +189,21 @@ def test_shards_are_read_one_weight_at_a_time(tmp_path):
     for one, other in zip(sharded.runs[0].points, whole.runs[0].points, strict=True):
         assert one.path == other.path
         assert one.change.direction == pytest.approx(other.change.direction, rel=1e-9)
-    assert seen[0] == (f"model.layers.0.{KINDS[1]}", 0)
+    assert seen[0][0] == f"model.layers.0.{KINDS[1]}"
+    assert 0 < seen[0][1] < 1
     assert seen[-1] == ("", 1.0)
     assert [share for _, share in seen] == sorted(share for _, share in seen)
+
+
+def test_weights_side_by_side_and_one_after_the_other_are_the_same(on_disk, monkeypatch):
+    together = analyze(on_disk / "base", {"x": on_disk / "dora"}).as_json()
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(analysis, "HELD", 300)  # large ones are not looked at side by side
+    try:
+        torch.set_num_threads(2)
+        assert analyze(on_disk / "base", {"x": on_disk / "dora"}).as_json() == together
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_only_the_last_checkpoint_has_spectra_unless_asked(tmp_path):

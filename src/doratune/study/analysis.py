@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,16 +14,16 @@ import torch
 from doratune.errors import AdapterError
 from doratune.study.correlation import Correlation, correlate, within_groups
 from doratune.study.decompose import Decomposition, has_spectrum, moved
-from doratune.study.matrix import Matrix
+from doratune.study.matrix import HELD, Matrix
 from doratune.study.names import align, layer_of, module_names, natural, short_kinds
 from doratune.study.runs import Snapshot, snapshots
-from doratune.study.spectrum import LARGEST, BaseSpectrum
+from doratune.study.spectrum import EXACT, LARGEST, BaseSpectrum
 from doratune.study.stored import StoredWeights, Weights
 from doratune.study.stored_adapter import StoredAdapter
 
 Spectra = Literal["last", "all", "none"]
 Watch = Callable[[str, float], None]
-"""Told the weight that is looked at, and the share of the work that is done."""
+"""Told the weight that was looked at, and the share of the work that is done."""
 
 PAPER = {"full fine-tuning": -0.62, "LoRA": 0.83, "DoRA": -0.31}
 """Correlations of delta D with delta M in the paper (section 3.2 and 4.2): VL-BART, query and value, 6 layers, 4
@@ -32,6 +33,9 @@ UNCHANGED = "not adapted: unchanged"
 ROUNDING = 3e-7
 """Lengths that changed by less, relatively, and angles that are smaller, are float32's rounding: they count as 0, or
 noise would be correlated."""
+
+AT_ONCE = 4
+"""Small weights that are looked at at the same time, if there are so many cores: each takes up to 150 MiB."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ class Analysis:
 def analyze(
     base: Path, tuned: Mapping[str, Path], spectra: Spectra = "last", watch: Watch = lambda what, share: None
 ) -> Analysis:
-    """Compare checkpoints with the base that they were trained from, one weight in memory at a time.
+    """Compare checkpoints with the base that they were trained from, one large weight in memory at a time.
 
     Args:
         base: a model's folder, or a safetensors file.
@@ -152,16 +156,33 @@ def analyze(
     names = short_kinds(path for path in stored.shapes if any(path in one.wanted for one in series.values()))
     total = sum(rows * columns for rows, columns in (stored.shapes[path] for path in names)) or 1
     done = 0
-    for path in sorted(names, key=natural):
-        watch(path, done / total)
+
+    def look(path: str) -> str:
         with stored.open(path) as mapped:
             weight = mapped.held()
             leading: list[BaseSpectrum] = []  # made once, when it is first asked for
             for one in series.values():
                 one.look(path, names[path], weight, leading)
-        done += weight.shape[0] * weight.shape[1]
+        return path
+
+    ordered = sorted(names, key=natural)
+    for path in _each(look, ordered, stored.shapes):
+        done += stored.shapes[path][0] * stored.shapes[path][1]
+        watch(path, done / total)
+    places = {path: place for place, path in enumerate(ordered)}
+    for one in series.values():
+        one.run.points.sort(key=lambda point: (places[point.path], point.checkpoint))
     watch("", 1.0)
     return Analysis(str(base), [one.run for one in series.values()])
+
+
+def _each(look: Callable[[str], str], paths: Sequence[str], shapes: Mapping[str, tuple[int, int]]) -> Iterator[str]:
+    """Look at every weight; at small ones side by side, since LAPACK makes little use of more than one core there."""
+    small = [p for p in paths if shapes[p][0] * shapes[p][1] <= HELD and min(shapes[p]) <= EXACT]
+    workers = min(AT_ONCE, torch.get_num_threads())
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from pool.map(look, small)
+    yield from map(look, (path for path in paths if path not in small))
 
 
 class _Series:

@@ -68,7 +68,6 @@ _STYLE = {
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.formatter.limits": (-3, 4),
-    "axes.formatter.use_mathtext": True,
     "grid.color": FAINT,
     "grid.linewidth": 0.6,
     "text.color": INK,

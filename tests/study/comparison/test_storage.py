@@ -1,5 +1,6 @@
 """The study's storage, with nothing but made-up runs in it."""
 
+import contextlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,10 +21,9 @@ def test_a_run_is_handed_out_once_however_close_two_workers_come(tmp_path, monke
 
     def between_reading_and_writing(self, *arguments):
         original(self, *arguments)
-        try:
+        # Or else the other one waits for this one's transaction to end, as it should.
+        with contextlib.suppress(threading.BrokenBarrierError):
             both_have_read.wait(1.0)
-        except threading.BrokenBarrierError:
-            pass  # the other one waits for this one's transaction to end, as it should
 
     monkeypatch.setattr(optuna.storages.RDBStorage, "check_trial_is_updatable", between_reading_and_writing)
 
