@@ -21,7 +21,7 @@ FOLDER = Path("runs/studies/assets")
 
 
 def images() -> None:
-    """Digits of MNIST: 10 and 100 of each to train on, 10 of each to choose on, and the same 500 to test on."""
+    """Digits of MNIST: 10 and 100 of each to train on, 50 of each to choose on, 50 others of each to test on."""
     _link("vit-small", assets.vit_small())
     digits = assets.digits()
     pool, test = np.load(digits / "train.npz"), np.load(digits / "test.npz")
@@ -29,7 +29,7 @@ def images() -> None:
     for name, source, indices, first, last in (
         ("digits-few", pool, order, 0, 10),
         ("digits-more", pool, order, 0, 100),
-        ("digits-eval", pool, order, 300, 310),
+        ("digits-eval", pool, order, 300, 350),
         ("digits-test", test, np.arange(len(test["labels"])), 0, 50),
     ):
         own = [indices[source["labels"][indices] == digit][first:last] for digit in range(10)]
@@ -54,12 +54,12 @@ def news() -> None:
 
 
 def tales() -> None:
-    """Tales of the brothers Grimm: seven ninths to train on, one to choose on, one to test on."""
+    """Tales of the brothers Grimm: seven ninths to train on, the beginnings of the others to choose and to test on."""
     _link("smollm2-135m", assets.smollm2())
     told = assets.grimm_tales().read_text(encoding="utf-8")
     cuts = [0, *(told.index("\n\n", len(told) * ninths // 9) for ninths in (7, 8)), len(told)]
     for name, begin, end in zip(("train", "eval", "test"), cuts, cuts[1:], strict=False):
-        _write(f"tales-{name}.txt", told[begin:end])
+        _write(f"tales-{name}.txt", told[begin : end if name == "train" else begin + 16_000])
 
 
 NEEDS: dict[str, Callable[[], None]] = {
