@@ -35,6 +35,9 @@ SHAPES = {
 }
 
 
+REAL = "real weights"
+
+
 class OneLayer(nn.Module):
     """A model that is one linear layer."""
 
@@ -56,7 +59,7 @@ def llama(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, str
     folder = assets.cache_folder() / assets.SMOLLM2.folder
     if name == "smollm2-135m" and (folder / assets.MARKER).is_file():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device)
-        return model.requires_grad_(False), "real weights"
+        return model.requires_grad_(False), REAL
     shape = SHAPES[name]
     config = LlamaConfig(
         vocab_size=shape.vocabulary,

@@ -1,5 +1,8 @@
 """Peak memory of a process in training: one process against FSDP2 on two, a model of 290 million parameters.
 
+The two share the batch of the one, as they do in training: a global batch of 2,048 tokens, and one of so few (128) that
+activations hardly count.
+
 python -m bench.fsdp_memory FOLDER
 """
 
@@ -40,10 +43,11 @@ def save_model(folder: Path, layers: int, width: int) -> None:
     LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="200MB")
 
 
-def peak(folder: Path, model: str, name: str, launch: list[str], *more: str) -> int:
-    """Highest resident memory of the first process, in bytes."""
+def peak(folder: Path, model: str, name: str, launch: list[str], batch: int, length: int, *more: str) -> int:
+    """Highest resident memory of the first process, in bytes; ``batch`` is that of a process."""
     data = ["--model", str(folder / model), "--data", str(folder / "text.txt"), "--output", str(folder / name)]
-    options = ["--rank", "8", "--steps", "2", "--batch-size", "1", "--max-length", "64", "--eval-fraction", "0.02"]
+    options = ["--rank", "8", "--steps", "2", "--eval-fraction", "0.02"]
+    options += ["--batch-size", str(batch), "--max-length", str(length)]
     subprocess.run([*launch, "train", *data, *options, *more], check=True, stdout=subprocess.DEVNULL, env=MALLOC)
     found: int = json.loads((folder / name / "results.json").read_text())["peak_memory"]
     return found
@@ -53,20 +57,21 @@ def main() -> None:
     """Print a Markdown table."""
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True)
-    (folder / "text.txt").write_text("once upon a time there was a wolf in the forest " * 60)
+    (folder / "text.txt").write_text("once upon a time there was a wolf in the forest " * 400)
     for name, layers, width in (("large", 40, 768), ("small", 1, 64)):
         # In a process of its own: children inherit the highest level of memory.
         maker = get_context("spawn").Process(target=save_model, args=(folder / name, layers, width))
         maker.start()
         maker.join()
-    libraries = peak(folder, "small", "nothing", ONE)
-    one = peak(folder, "large", "one", ONE)
-    two = peak(folder, "large", "two", TWO, "--fsdp")
-    print("| | resident MB | above the libraries' |\n|---|---|---|")
-    print(f"| libraries alone (a tiny model) | {libraries / 1e6:,.0f} | |")
-    print(f"| one process | {one / 1e6:,.0f} | {(one - libraries) / 1e6:,.0f} |")
-    print(f"| each of two, FSDP2 | {two / 1e6:,.0f} | {(two - libraries) / 1e6:,.0f} |")
-    print(f"| share | {two / one:.0%} | {(two - libraries) / (one - libraries):.0%} |")
+    libraries = peak(folder, "small", "nothing", ONE, 1, 64)
+    print(f"libraries alone (a tiny model): {libraries / 1e6:,.0f} MB resident\n")
+    print("| tokens of the global batch | one process, MB | each of two, FSDP2 | share | above the libraries |")
+    print("|---|---|---|---|---|")
+    for batch, length in ((2, 64), (16, 128)):
+        one = peak(folder, "large", f"one-{batch}", ONE, batch, length)
+        two = peak(folder, "large", f"two-{batch}", TWO, batch // 2, length, "--fsdp")
+        shares = f"{two / one:.0%} | {(two - libraries) / (one - libraries):.0%}"
+        print(f"| {batch * length:,} | {one / 1e6:,.0f} | {two / 1e6:,.0f} | {shares} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ class Options:
         if self.threads:
             torch.set_num_threads(self.threads)
         dtype = str(self.torch_dtype()).removeprefix("torch.")
-        settings = {"device": str(self.torch_device()), "dtype": dtype, "seconds": self.seconds}
+        settings = {"device": str(self.torch_device()), "dtype": dtype}  # how long is in each point's command
         record = Record(self.what, self.title, self.note, self.torch_device(), self.output, settings, type(self).draw)
         points = self.chosen_points()
         console = Console(stderr=True)

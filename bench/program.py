@@ -62,6 +62,7 @@ class Program:
                     turn: turn(replace(config, output=folder / f"run-{pair}")) for turn in turns[:: 1 - pair % 2 * 2]
                 }
                 ratios.append(found[self._program] / found[self._bare])
+                print(f"pair {pair + 1}: {found[self._program]:.1f} s, bare {found[self._bare]:.1f} s", flush=True)
             each = ", ".join(f"{ratio:.2f}" for ratio in sorted(ratios))
             print(f"doratune train takes {median(ratios):.3f} of the bare Trainer's time ({each})")
             self._watch(replace(config, output=folder / "long", steps=self.long))

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bench.bases import linear_paths, llama, quantise_nf4
+import torch
+
+from bench.bases import REAL, linear_paths, llama, quantise_nf4
 from bench.contestants import FULL, Setting
 from bench.options import Options, Report, Watch
 from bench.results import Point
 from bench.tasks import ModelTask
 from bench.trial import Trial
+
+CHECKED_TOKENS = 256
+"""Of a model whose arithmetic is compared apart from the race."""
 
 
 @dataclass
@@ -72,6 +78,12 @@ def model_trial(options: Options, point: Point, training: bool, *unwanted: str) 
     elif variant == "nf4":
         quantise_nf4(base)
         unwanted = (*unwanted, FULL, "LyCORIS")  # neither can train or decompose 4-bit weights
-    task = ModelTask(base, point.shape["tokens"])
+    tokens, names = point.shape["tokens"], options.contestants(*unwanted)
     setting = Setting(linear_paths(base), point.shape["rank"])
-    return Trial(base, setting, options.contestants(*unwanted), task, training), weights
+    twin = None
+    if weights == REAL and options.torch_dtype() != torch.float32:
+        # Real weights under random adapters: over 30 layers 16 bits' rounding passes any tolerance, whoever computes.
+        exact = copy.deepcopy(base).float()
+        twin = Trial(exact, setting, names, ModelTask(exact, min(tokens, CHECKED_TOKENS)), training)
+        weights += ", compared in float32"
+    return Trial(base, setting, names, ModelTask(base, tokens), training, twin), weights

@@ -47,9 +47,17 @@ class Trial:
     """Contestants on one base, and what is found out about each."""
 
     def __init__(
-        self, base: nn.Module, setting: Setting, names: Sequence[str], task: Task, training: bool = True
+        self,
+        base: nn.Module,
+        setting: Setting,
+        names: Sequence[str],
+        task: Task,
+        training: bool = True,
+        twin: Trial | None = None,
     ) -> None:
         self.base, self.setting, self.task, self.training = base, setting, task, training
+        self.twin = twin
+        """The same contestants in float32, to be compared in this one's place where 16 bits are too few to tell."""
         self.values = moved_adapters(base, setting)
         self.entries = {name: Entry(name, "reference") for name in names}
         self.contestants: dict[str, Contestant] = {}
@@ -82,8 +90,22 @@ class Trial:
 
     def check(self) -> None:
         """Compare everybody with the reference; who is wrong is out."""
+        if self.twin is not None:
+            self._adopt(self.twin)
+            return
         for name in list(self.contestants):
             self.attempt(name, self._check)
+
+    def _adopt(self, twin: Trial) -> None:
+        """What becomes of a contestant in the twin becomes of it here."""
+        twin.check()
+        for name in list(self.contestants):
+            found = twin.entries[name]
+            if name not in twin.contestants:
+                self.entries[name] = found
+                del self.contestants[name]
+            else:
+                self.entries[name].error, self.entries[name].status = found.error, found.status
 
     def _check(self, name: str) -> None:
         contestant = self.contestants[name]

@@ -94,6 +94,18 @@ def test_mistakes_are_wrong_and_have_no_speed(mistake, dtype, monkeypatch):
     assert found[LORA]["timing"]["rounds"] == FEWEST_ROUNDS
 
 
+def test_a_twin_in_float32_is_compared_in_its_place(monkeypatch):
+    monkeypatch.setitem(BUILDERS, "mistaken", wrong_gradient)
+    names = [FROZEN, "mistaken", LORA]
+    trial = layer_trial(names, torch.bfloat16)
+    trial.twin = layer_trial(names, torch.float32)
+    trial.race(trial.step, seconds=0.0)
+    assert status(trial) == {FROZEN: "reference", "mistaken": "wrong", LORA: "right"}
+    assert trial.entries["mistaken"].timing is None
+    assert trial.entries[LORA].timing
+    assert max(trial.entries[LORA].error.values()) < 1e-3  # no 16 bits' rounding
+
+
 def test_what_becomes_wrong_during_the_race_has_no_speed():
     trial = layer_trial([FROZEN, DORA])
     layer = adapted_layers(trial.contestants[DORA].model)["proj"]
