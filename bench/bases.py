@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.contestants import share
+
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
 
@@ -82,6 +84,14 @@ def llama(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, str
     finally:
         torch.set_default_dtype(before)
     return model.requires_grad_(False), "random weights"
+
+
+def first_layers(model: Any, count: int) -> Any:
+    """The same model with its first layers only, around the same tensors."""
+    part = share(model)
+    part.model.layers = part.model.layers[:count]
+    part.config.num_hidden_layers = count
+    return part
 
 
 def linear_paths(model: Any) -> tuple[str, ...]:

@@ -57,7 +57,7 @@ class Trial:
     ) -> None:
         self.base, self.setting, self.task, self.training = base, setting, task, training
         self.twin = twin
-        """The same contestants in float32, to be compared in this one's place where 16 bits are too few to tell."""
+        """The same contestants on a base whose rounding leaves mistakes to be seen; compared in this one's place."""
         self.values = moved_adapters(base, setting)
         self.entries = {name: Entry(name, "reference") for name in names}
         self.contestants: dict[str, Contestant] = {}
@@ -100,12 +100,13 @@ class Trial:
         """What becomes of a contestant in the twin becomes of it here."""
         twin.check()
         for name in list(self.contestants):
-            found = twin.entries[name]
-            if name not in twin.contestants:
+            if (found := twin.entries.get(name)) is None:
+                continue
+            if name in twin.contestants:
+                self.entries[name].error, self.entries[name].status = found.error, found.status
+            else:
                 self.entries[name] = found
                 del self.contestants[name]
-            else:
-                self.entries[name].error, self.entries[name].status = found.error, found.status
 
     def _check(self, name: str) -> None:
         contestant = self.contestants[name]

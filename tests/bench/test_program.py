@@ -9,6 +9,7 @@ from bench.program import Program
 @pytest.mark.filterwarnings("ignore")  # libraries about themselves, before they are quiet
 def test_a_tiny_race(capsys):
     Program(pairs=2, steps=2, long=6, hidden=16).run()
-    ratio, memory = capsys.readouterr().out.splitlines()
-    assert float(re.search(r"takes (\S+) of the bare Trainer's time", ratio)[1]) > 0
+    *pairs, ratio, memory = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in pairs] == ["pair 1", "pair 2"]
+    assert float(re.search(r"takes (\S+) \(\S+ to \S+\) of the bare", ratio)[1]) > 0
     assert re.search(r"checkpoint 1: \S+ MiB, at checkpoint 6: ", memory)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bench.bases import OneLayer, linear_paths, llama, quantise_nf4
+from bench.bases import OneLayer, first_layers, linear_paths, llama, quantise_nf4
 from bench.contestants import BUILDERS, DORA, EIGHT_BIT, FROZEN, FULL, LORA, Setting, merged, share
 from bench.tasks import DecodeTask, LayerTask, ModelTask
 from bench.trial import Trial, moved_adapters
@@ -94,7 +94,7 @@ def test_mistakes_are_wrong_and_have_no_speed(mistake, dtype, monkeypatch):
     assert found[LORA]["timing"]["rounds"] == FEWEST_ROUNDS
 
 
-def test_a_twin_in_float32_is_compared_in_its_place(monkeypatch):
+def test_a_twin_is_compared_in_its_place(monkeypatch):
     monkeypatch.setitem(BUILDERS, "mistaken", wrong_gradient)
     names = [FROZEN, "mistaken", LORA]
     trial = layer_trial(names, torch.bfloat16)
@@ -128,6 +128,17 @@ def test_a_contestant_that_cannot_run_is_out_with_its_reason(monkeypatch):
     trial.race(trial.step, seconds=0.0)
     assert trial.entries["broken"].note == "RuntimeError: no such thing"
     assert trial.entries[DORA].timing
+
+
+def test_the_first_layers_share_the_tensors_and_leave_the_model_whole():
+    base, _ = llama("tiny", torch.float32, CPU)
+    part = first_layers(base, 1)
+    assert (len(part.model.layers), len(base.model.layers)) == (1, 2)
+    assert (part.config.num_hidden_layers, base.config.num_hidden_layers) == (1, 2)
+    assert part.model.layers[0].mlp.up_proj.weight is base.model.layers[0].mlp.up_proj.weight
+    ids = torch.arange(8)[None]
+    base.model.layers[1] = torch.nn.Identity()
+    assert torch.isfinite(part(ids).logits).all()
 
 
 def test_contestants_share_the_base_and_leave_it_as_it_was():
