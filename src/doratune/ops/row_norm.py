@@ -43,16 +43,13 @@ def base_squared_norm(tiles: Tiles) -> Tensor:
     return torch.cat(sums)
 
 
-SIXTEEN_BITS = (torch.float16, torch.bfloat16)
-HIGH_RANK = 256
-"""From here on float32 products of A and B with themselves take longer than the 16-bit ones with W (on CPUs)."""
 SMALL = 512 * 512
 """Up to this many elements a float32 copy of a 16-bit tile costs less than starting more products."""
 
 
 def _product(tile: Tensor, A: Tensor) -> Tensor:
     """``tile A^T`` in float32. A 16-bit tile (large) stays as it is: A (small) goes through in two 16-bit parts."""
-    if tile.dtype not in SIXTEEN_BITS:
+    if tile.dtype not in (torch.float16, torch.bfloat16):
         return (tile @ A.to(tile.dtype).T).float()
     if tile.numel() <= SMALL:
         return tile.float() @ A.T
@@ -67,23 +64,17 @@ def _product(tile: Tensor, A: Tensor) -> Tensor:
     return U
 
 
-def _tiled_product(A: Tensor, tiles: Tiles) -> tuple[Tensor, torch.dtype]:
-    """``U = W A^T``, float32 ``[out, r]``, for A of float32, and W's dtype."""
-    parts, dtype = [], A.dtype
-    for _, tile in tiles():
-        parts.append(_product(tile, A))
-        dtype = tile.dtype
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)), dtype
+def _tiled_product(A: Tensor, tiles: Tiles) -> Tensor:
+    parts = [_product(tile, A) for _, tile in tiles()]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _TiledProduct(torch.autograd.Function):
-    """The same with a gradient for A: the backward pass walks the tiles again, keeping none."""
-
     @staticmethod
     def forward(ctx: Any, A: Tensor, tiles: Tiles) -> Tensor:
         ctx.tiles = tiles
         ctx.like = A
-        return _tiled_product(A, tiles)[0]
+        return _tiled_product(A, tiles)
 
     @staticmethod
     @once_differentiable
@@ -92,6 +83,11 @@ class _TiledProduct(torch.autograd.Function):
         for rows, tile in ctx.tiles():
             dA += (dU[rows].to(tile.dtype).T @ tile).to(dA.dtype)
         return dA, None
+
+
+def skinny_product(tiles: Tiles, A: Tensor) -> Tensor:
+    """``U = W A^T``, float32 ``[out, r]``, for A of float32; the backward walks the tiles again, keeping none."""
+    return _TiledProduct.apply(A, tiles) if torch.is_grad_enabled() else _tiled_product(A, tiles)
 
 
 def squared_row_norm(base_squared: Tensor, tiles: Tiles, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -106,15 +102,8 @@ def squared_row_norm(base_squared: Tensor, tiles: Tiles, A: Tensor, B: Tensor, s
     Differentiable with respect to A and B; run it under ``torch.no_grad`` for the detached norm.
     """
     A, B = A.float(), B.float()
-    if torch.is_grad_enabled():
-        V = torch.addmm(_TiledProduct.apply(A, tiles), B, A @ A.T, beta=2, alpha=scale)
-    else:
-        U, dtype = _tiled_product(A, tiles)
-        if dtype in SIXTEEN_BITS and A.shape[0] >= HIGH_RANK:
-            V = U.mul_(2).add_(_product(B.to(dtype), _product(A.to(dtype), A)), alpha=scale)
-        else:
-            V = torch.addmm(U, B, A @ A.T, beta=2, alpha=scale)
-    change = (B * V).sum(1)
+    U = skinny_product(tiles, A)
+    change = (B * torch.addmm(U, B, A @ A.T, beta=2, alpha=scale)).sum(1)
     return torch.add(base_squared, change, alpha=scale).clamp_min(0)
 
 
