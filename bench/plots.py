@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +102,7 @@ def bars(record: Record, path: Path) -> None:
             axes.text(_end(entry, key, value), row, f" {text}", va="center", fontsize=9)
         axes.set_yticks(range(len(names)), names, fontsize=9)
         axes.set_xlim(0, 1.25 * max(_end(entries.get(n, {}), key, v) for n, v in zip(names, values, strict=True)))
-        axes.set_title(point["title"], fontsize=9)
+        axes.set_title(textwrap.fill(point["title"], 30), fontsize=9)
         axes.set_xlabel(key, fontsize=8)
         axes.tick_params(axis="x", labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
