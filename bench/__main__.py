@@ -14,10 +14,10 @@ from bench.files import Files
 from bench.layer import Layer
 from bench.losses import Losses
 from bench.memory import Memory
-from bench.options import Options
+from bench.options import Benchmark, Options
 from bench.step import Step
 
-PARTS: tuple[type[Options], ...] = (Layer, Step, Decode, Eval, Files, Memory, Losses)
+PARTS: tuple[type[Benchmark], ...] = (Layer, Step, Decode, Eval, Files, Memory, Losses)
 
 
 @dataclass
@@ -27,7 +27,8 @@ class All(Options):
     seconds: float | None = None  # type: ignore[assignment]
     """Length of each race; none: what each benchmark takes by itself."""
 
-    def run(self) -> None:  # type: ignore[override]
+    def run(self) -> None:
+        """Run every benchmark."""
         shared = {field.name: getattr(self, field.name) for field in fields(Options)}
         if self.seconds is None:
             del shared["seconds"]

@@ -9,7 +9,7 @@ import torch
 
 from bench.bases import linear_paths, llama
 from bench.contestants import EIGHT_BIT, FULL, Contestant, Setting, merged
-from bench.options import Options, Report, Watch
+from bench.options import Benchmark, Options, Report, Watch
 from bench.results import Point
 from bench.step import model_trial
 from bench.tasks import DecodeTask
@@ -17,7 +17,7 @@ from bench.trial import Trial
 
 
 @dataclass
-class Decode(Options):
+class Decode(Benchmark):
     """The next token with a real cache of keys and values, adapters unmerged and merged."""
 
     seconds: float = 60.0
@@ -52,7 +52,7 @@ class Decode(Options):
 
 
 @dataclass
-class Eval(Options):
+class Eval(Benchmark):
     """The forward pass of an evaluation: no gradients, many tokens."""
 
     what: ClassVar[str] = "eval"

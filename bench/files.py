@@ -14,7 +14,7 @@ import torch
 import doratune as dt
 from bench.bases import OneLayer, linear_paths, llama
 from bench.contestants import BUILDERS, DORA, LORA, Contestant, Setting, share
-from bench.options import Options, Report, Watch
+from bench.options import Benchmark, Report, Watch
 from bench.results import Point
 from bench.tasks import ModelTask
 from bench.trial import Entry, moved_adapters, report
@@ -27,7 +27,7 @@ TOLERANCE = 6e-2
 
 
 @dataclass
-class Files(Options):
+class Files(Benchmark):
     """Times of attaching, saving, loading and merging; memory of attaching to a large layer."""
 
     seconds: float = 15.0

@@ -10,7 +10,7 @@ from typing import ClassVar
 from bench import plots
 from bench.bases import OneLayer
 from bench.contestants import EIGHT_BIT, Setting
-from bench.options import Options, Report, Watch
+from bench.options import Benchmark, Report, Watch
 from bench.results import Point, Record
 from bench.tasks import LayerTask
 from bench.trial import Trial
@@ -26,7 +26,7 @@ NAMED = {"rank": 64, "tokens": 2048, "width": 4096}
 
 
 @dataclass
-class Layer(Options):
+class Layer(Benchmark):
     """One square linear layer, forward and backward: sweeps of rank, tokens and width around 16, 1024, 2048."""
 
     what: ClassVar[str] = "layer"

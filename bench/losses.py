@@ -10,7 +10,7 @@ import torch
 
 from bench.bases import linear_paths, llama
 from bench.contestants import ACCELERATED, BUILDERS, Contestant, Setting
-from bench.options import Options, Report, Watch
+from bench.options import Benchmark, Report, Watch
 from bench.results import Point
 from bench.tasks import ModelTask
 from bench.trial import moved_adapters
@@ -23,7 +23,7 @@ on in ways of their own."""
 
 
 @dataclass
-class Losses(Options):
+class Losses(Benchmark):
     """Training losses of PEFT's DoRA with and without doratune underneath, same seeds, dropout 0 and 0.05."""
 
     steps: int = 20

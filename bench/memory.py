@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bench.contestants import Contestant
-from bench.options import Options, Report, Watch
+from bench.options import Benchmark, Report, Watch
 from bench.results import Point
 from bench.step import model_trial
 from bench.trial import Trial
@@ -15,7 +15,7 @@ from doratune.study.footprint import peak_bytes, saved_bytes
 
 
 @dataclass
-class Memory(Options):
+class Memory(Benchmark):
     """Memory of a training step of a language model."""
 
     what: ClassVar[str] = "memory"

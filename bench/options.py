@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,24 +49,6 @@ class Options:
     output: Path = HERE / "results"
     """Folder for JSON, Markdown and PNG."""
 
-    what: ClassVar[str]
-    title: ClassVar[str]
-    note: ClassVar[str]
-    draw: ClassVar[Callable[[Record, Path], None]] = staticmethod(plots.bars)
-
-    def points(self) -> Sequence[Point]:
-        """The settings to measure."""
-        raise NotImplementedError
-
-    def chosen_points(self) -> list[Point]:
-        """The points that ``select`` asks for."""
-        texts = self.select
-        return [point for point in self.points() if not texts or any(text in point.title for text in texts)]
-
-    def measure(self, point: Point, watch: Watch) -> Report:
-        """Entries of one point, and what else is to be noted about it."""
-        raise NotImplementedError
-
     def torch_device(self) -> torch.device:
         wanted = self.device
         if wanted == "auto":
@@ -89,6 +72,29 @@ class Options:
         if self.torch_dtype() == torch.float32:  # PEFT's adapters are float32 then in any case
             names = [name for name in names if "bf16" not in name]
         return [name for name in names if name == FROZEN or not self.only or any(text in name for text in self.only)]
+
+
+@dataclass
+class Benchmark(Options, ABC):
+    """One benchmark: its points, and what is done at each."""
+
+    what: ClassVar[str]
+    title: ClassVar[str]
+    note: ClassVar[str]
+    draw: ClassVar[Callable[[Record, Path], None]] = staticmethod(plots.bars)
+
+    @abstractmethod
+    def points(self) -> Sequence[Point]:
+        """The settings to measure."""
+
+    def chosen_points(self) -> list[Point]:
+        """The points that ``select`` asks for."""
+        texts = self.select
+        return [point for point in self.points() if not texts or any(text in point.title for text in texts)]
+
+    @abstractmethod
+    def measure(self, point: Point, watch: Watch) -> Report:
+        """Entries of one point, and what else is to be noted about it."""
 
     def run(self) -> Record:
         """Measure every point, write after each."""

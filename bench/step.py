@@ -10,7 +10,7 @@ import torch
 
 from bench.bases import REAL, first_layers, linear_paths, llama, quantise_nf4
 from bench.contestants import FULL, Setting
-from bench.options import Options, Report, Watch
+from bench.options import Benchmark, Options, Report, Watch
 from bench.results import Point
 from bench.tasks import ModelTask
 from bench.trial import Trial
@@ -22,7 +22,7 @@ CHECKED_TOKENS = 256
 
 
 @dataclass
-class Step(Options):
+class Step(Benchmark):
     """A training step of a language model: forward, loss, backward; the optimiser's part is left out."""
 
     rank: int = 16

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from bench.bases import OneLayer, first_layers, linear_paths, llama, quantise_nf4
+from bench.bases import REAL, OneLayer, first_layers, linear_paths, llama, quantise_nf4
 from bench.contestants import BUILDERS, DORA, EIGHT_BIT, FROZEN, FULL, LORA, Setting, merged, share
 from bench.tasks import DecodeTask, LayerTask, ModelTask
 from bench.trial import Trial, moved_adapters
 
-from bench import contestants
+from bench import contestants, step
 from doratune.study.race import FEWEST_ROUNDS
 from doratune.targets import adapted_layers
 
@@ -137,8 +137,23 @@ def test_the_first_layers_share_the_tensors_and_leave_the_model_whole():
     assert (part.config.num_hidden_layers, base.config.num_hidden_layers) == (1, 2)
     assert part.model.layers[0].mlp.up_proj.weight is base.model.layers[0].mlp.up_proj.weight
     ids = torch.arange(8)[None]
-    base.model.layers[1] = torch.nn.Identity()
-    assert torch.isfinite(part(ids).logits).all()
+    whole, first = base(ids).logits, part(ids).logits
+    assert not torch.equal(first, whole)
+    base.model.layers, base.config.num_hidden_layers = base.model.layers[:1], 1
+    assert torch.equal(first, base(ids).logits)
+
+
+@pytest.mark.parametrize(("weights", "dtype"), [("random weights", torch.bfloat16), (REAL, torch.float32)])
+def test_deep_models_in_16_bits_are_compared_on_their_first_layers(weights, dtype, monkeypatch):
+    monkeypatch.setattr(step, "SHALLOW", 1)
+    monkeypatch.setattr(step, "llama", lambda *args: (llama(*args)[0], weights))
+    options = step.Step(quick=True, dtype="bfloat16", device="cpu", only=("doratune DoRA",))
+    trial, about = step.model_trial(options, options.points()[0], True)
+    assert trial.twin.task.inputs.dtype == dtype
+    assert (len(trial.base.model.layers), len(trial.twin.base.model.layers)) == (2, 1)
+    assert about.startswith(f"{weights}, compared on the first 1 layers")
+    trial.check()
+    assert trial.entries[DORA].status == "right"
 
 
 def test_contestants_share_the_base_and_leave_it_as_it_was():

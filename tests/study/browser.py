@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import sync_playwright
 
 FLAGS = [
     "--no-sandbox",
@@ -46,10 +47,9 @@ def browser():
     if _launched:  # every module that imports this fixture has one of its own; playwright allows one browser a thread
         yield _launched[0]
         return
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
     found = next((path for name in NAMES if (path := shutil.which(name))), None)
     with contextlib.ExitStack() as stack:
-        playwright = stack.enter_context(api.sync_playwright())
+        playwright = stack.enter_context(sync_playwright())
         if found is None and not Path(playwright.chromium.executable_path).is_file():
             pytest.skip("no browser found: apt-get install chromium, or playwright install chromium")
         launched = playwright.chromium.launch(executable_path=found, args=FLAGS)
