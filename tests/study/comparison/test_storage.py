@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import optuna
@@ -32,3 +33,21 @@ def test_a_run_is_handed_out_once_however_close_two_workers_come(tmp_path, monke
 
     with ThreadPoolExecutor(2) as pool:
         assert sorted(pool.map(take, workers)) == [False, True]
+
+
+def test_a_run_whose_worker_was_killed_before_its_first_sign_of_life_is_lost(tmp_path):
+    of = simulated.comparison(methods=("lora 4", "dora 4"))
+    url = storage.database(tmp_path / "study.db")
+    study = storage.open_study(url, "compare", of, heartbeat=1, grace=1)
+    storage.add(study, of, [storage.Trial("test", key, 1e-3, 0) for key in ("lora-4", "dora-4")])
+    taken, alive = study.get_trials()
+    for one in (taken, alive):
+        assert study._storage.set_trial_state_values(one._trial_id, optuna.trial.TrialState.RUNNING)
+    watched, until = set(), time.monotonic() + 30
+    while (states := [one.state for one in study.get_trials()])[taken.number] == optuna.trial.TrialState.RUNNING:
+        assert time.monotonic() < until, "it is waited for, for ever"
+        study._storage.record_heartbeat(alive._trial_id)
+        storage.fail_lost(study, watched)
+        time.sleep(0.1)
+    assert states[taken.number] == optuna.trial.TrialState.FAIL
+    assert states[alive.number] == optuna.trial.TrialState.RUNNING

@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import threading
-import warnings
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -43,6 +42,8 @@ class Worker:
     number: int = 0
     workers: int = 1
     stopped: threading.Event = dataclasses.field(default_factory=threading.Event)
+    watched: set[int] = dataclasses.field(default_factory=set)
+    """Numbers of runs that others were seen doing."""
 
     def work(self) -> None:
         """Do runs until the comparison is complete or somebody stops.
@@ -52,7 +53,7 @@ class Worker:
         """
         states = require("optuna").trial.TrialState
         while not self.stopped.is_set():
-            self._fail_stale()
+            storage.fail_lost(self.study, self.watched)
             over = storage.outcomes(self.study)
             wanted = trials.grid(self.comparison, over)
             storage.add(self.study, self.comparison, wanted)
@@ -70,12 +71,6 @@ class Worker:
             # The machine slept, others took the run over, and Optuna does not take its result any more.
             if not str(error).startswith("Cannot tell a"):
                 raise
-
-    def _fail_stale(self) -> None:
-        optuna = require("optuna")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            optuna.storages.fail_stale_trials(self.study)
 
     def _objective(self, found: Any) -> float:
         """Do the run that the study has handed out."""

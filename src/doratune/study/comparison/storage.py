@@ -94,6 +94,22 @@ def _differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str
     ]
 
 
+def fail_lost(study: Any, watched: set[int]) -> None:
+    """Fail the runs whose workers were killed: they have given no sign of life for the grace period.
+
+    Optuna passes over a run without any sign: its worker was killed between taking it and giving the first. So one is
+    recorded for every run that is seen for the first time; ``watched`` holds the numbers of those that were.
+    """
+    optuna = require("optuna")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        optuna.storages.fail_stale_trials(study)
+    for one in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+        if one.number not in watched:
+            study._storage.record_heartbeat(one._trial_id)
+            watched.add(one.number)
+
+
 def trial_of(params: Mapping[str, Any]) -> Trial | None:
     """The run that a trial's parameters stand for; None if it has none: asked for when nothing was waiting."""
     return Trial(**params) if params else None
