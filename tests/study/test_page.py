@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 
 import pytest
 
@@ -63,6 +64,20 @@ def test_tips_have_to_fit_their_marks():
         axes.scatter([1, 2], [1, 2], gid="marks")
     with pytest.raises(ValueError, match="zip"):
         themed_svg(as_svg(figure), "p", {"marks": [Tip("only one")]}, {})
+
+
+def test_what_is_written_in_a_figure_stays_as_it_is():
+    ticks = [0.0, 0.005, 0.01, 0.0125, 1.2345]
+    with style():
+        figure, axes = new_figure()
+        axes.scatter([0.1], [0.1])
+        axes.set_xticks(ticks, [f"{tick:.4f}" for tick in ticks])
+    svg = themed_svg(as_svg(figure), "p", {}, {})
+    for tick in ticks:
+        assert f">{tick:.4f}</text>" in svg
+    places = re.findall(r' x="([\d.]+)"', svg)
+    assert places
+    assert all(len(place.partition(".")[2]) <= 2 for place in places), "coordinates are short"
 
 
 @pytest.mark.parametrize("width", [1280, 390])

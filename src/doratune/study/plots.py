@@ -176,7 +176,8 @@ def themed_svg(svg: str, name: str, tips: Tips, texts: dict[str, int]) -> str:
     text = ElementTree.tostring(root, encoding="unicode")
     for colour, variable in _THEMED.items():
         text = text.replace(colour, variable)
-    text = re.sub(r"(\d\.\d\d)\d+", r"\g<1>", text)  # hundredths of a point are enough, and half the size
+    # Of coordinates hundredths of a point are enough, and half the size; what is written stays as it is.
+    text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\g<1>", tag[0]), text)
     # Several figures share a page: what one refers to by id has to be its own.
     return re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", text)
 
