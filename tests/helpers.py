@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -173,3 +174,15 @@ def tiny_llama(**options: Any) -> Any:
 
 DORA = dt.AdapterConfig(rank=4, alpha=8)
 LORA = dt.AdapterConfig(rank=4, alpha=8, method="lora")
+
+
+def replicas(model: nn.Module, monkeypatch: Any) -> list[nn.Module]:
+    """Two copies as ``nn.DataParallel`` makes them for two GPUs, but on the CPU."""
+    replicate = importlib.import_module("torch.nn.parallel.replicate")
+
+    def copies(tensors: list[Tensor], devices: list[int], detach: bool = False) -> list[list[Tensor]]:
+        return [[t.detach().clone() if detach else t.clone() for t in tensors] for _ in devices]
+
+    monkeypatch.setattr(replicate, "_broadcast_coalesced_reshape", copies)
+    monkeypatch.setattr(replicate, "_get_device_index", lambda device, optional: device)
+    return replicate.replicate(model, [0, 1], not torch.is_grad_enabled())

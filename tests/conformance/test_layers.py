@@ -13,7 +13,7 @@ import doratune as dt
 from doratune.layers.linear import Linear
 from doratune.merge import merged_weight
 from doratune.ops.dropout import dropped_elements
-from helpers import assert_same, elementwise_error, error, snapshot
+from helpers import assert_same, elementwise_error, error, replicas, snapshot
 from helpers_cases import CASES, FLOAT32, METHODS, PRECISIONS, found_gradients, setup, upstream
 
 every_case = pytest.mark.parametrize("case", CASES, ids=repr)
@@ -256,6 +256,27 @@ def test_both_kinds_of_checkpointing_find_the_same_gradients(case, method):
         found = found_gradients(s, dy, run)
         for part, gradient in expected.items():
             assert error(found[part], gradient) < 1e-5 * case.tolerance, (name, part)
+
+
+@every_method
+@every_case
+def test_replicas_of_data_parallel_compute_what_the_layer_does(case, method, monkeypatch):
+    s = setup(case, method, **({"bias": "lora_only"} if case.bias else {}))
+
+    def run(x):
+        first, second = replicas(s.model, monkeypatch)
+        return torch.cat([first(x[:1]), second(x[1:])])
+
+    dy, ref = upstream(s.run()), s.reference()
+    found = found_gradients(s, dy, run)
+    for part, gradient in ref.gradients(dy).items():
+        assert error(found[part], gradient) < 1e-5 * case.tolerance, part
+    s.model.eval()
+    with torch.no_grad():
+        s.run()  # what the layer remembers must not be its replicas'
+        assert error(run(s.x), ref.y) < 1e-5 * case.tolerance
+        with dt.frozen_scales(s.model):
+            assert error(run(s.x), ref.y) < 1e-5 * case.tolerance
 
 
 @every_case

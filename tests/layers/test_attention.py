@@ -9,7 +9,7 @@ from torch import nn
 import doratune as dt
 from doratune.layers import AttentionHost
 from doratune.ops import reference
-from helpers import assert_same, error, snapshot
+from helpers import assert_same, error, replicas, snapshot
 
 # The base encoder's own fast path makes nested tensors, and torch says that they are a prototype.
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -359,3 +359,12 @@ def test_a_vision_transformer_trains_in_all_its_parts():
         y = model(images)
         dt.merge(model, verify=True)
         assert error(model(images), y) < 1e-5
+
+
+def test_data_parallel_is_refused_by_name(x, monkeypatch):
+    model = made(SelfAttention)
+    dt.attach(model, dt.AdapterConfig(rank=2))
+    with pytest.raises(dt.AdapterError, match=r"nn.DataParallel.*use DistributedDataParallel"):
+        replicas(model, monkeypatch)
+    dt.detach(model)
+    assert len(replicas(model, monkeypatch)) == 2

@@ -11,7 +11,7 @@ import doratune as dt
 from doratune.train import AdapterOptions, TrainConfig, train
 from doratune.train.config import Quantize
 from doratune.train.models import load_model
-from doratune.train.placement import quantization
+from doratune.train.placement import loading_options, quantization
 from train.tiny import tokenizer, write_text
 
 
@@ -74,3 +74,13 @@ def test_fsdp_is_refused_where_it_cannot_work(folder, monkeypatch):
     assert "serves adapters on language models" in told
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert "use --fsdp instead" in "\n".join(TrainConfig("m", ("d",)).problems())
+
+
+@pytest.mark.parametrize("kind", get_args(Quantize))
+def test_each_process_quantises_on_its_own_gpu(kind, monkeypatch):
+    config = TrainConfig("model", ("text.txt",), quantize=kind)
+    assert "device_map" not in loading_options(config, torch.float32)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert loading_options(config, torch.float32)["device_map"] == {"": 1}
+    assert "device_map" not in loading_options(TrainConfig("model", ("text.txt",)), torch.float32)

@@ -214,3 +214,20 @@ def test_metrics_go_to_tensorboard_too(assets, tmp_path, monkeypatch):
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     losses = [record["loss"] for record in records if "loss" in record]
     assert [point.value for point in found.Scalars("train/loss")] == pytest.approx(losses)
+
+
+def test_one_process_trains_on_one_of_several_gpus(assets, tmp_path, monkeypatch):
+    from transformers import TrainingArguments
+
+    def with_four(self):
+        prepare(self)
+        _ = self.device
+        self._n_gpu = 4
+
+    prepare = TrainingArguments.__post_init__
+    monkeypatch.setattr(TrainingArguments, "__post_init__", with_four)
+    monkeypatch.setattr(torch.nn.DataParallel, "__init__", None)  # what Trainer would run the model with
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    screen = io.StringIO()
+    train(config(assets, tmp_path / "run"), Console(file=screen, width=200))
+    assert "one of 4 GPUs (all of them: torchrun --nproc-per-node 4 -m doratune train ...)" in screen.getvalue()

@@ -267,6 +267,13 @@ class AdaptedLayer(AdapterHolder):
         self.cache.clear()
         return self
 
+    def _replicate_for_data_parallel(self) -> AdaptedLayer:
+        """Of ``nn.DataParallel``: replicas run in threads, so none of them shares what is remembered."""
+        replica: AdaptedLayer = super()._replicate_for_data_parallel()
+        replica.cache = ScaleCache()
+        replica.cache.frozen = self.cache.frozen
+        return replica
+
     def extra_repr(self) -> str:
         """Adapters of this layer, for ``print(model)``."""
         names = (f"{n}: {a.config.method} rank {a.rank}" for n, a in self.adapters.items())

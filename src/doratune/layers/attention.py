@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from doratune.config import AdapterConfig
+from doratune.errors import AdapterError
 from doratune.layers.adapted import AdaptedLayer
 from doratune.layers.cache import without_autocast
 from doratune.layers.holder import base_attribute
@@ -180,6 +181,15 @@ class AttentionHost(nn.Module):
         if not changed:
             return self.base_layer(*args, **kwargs)
         return functional_call(self.base_layer, self._assembled(changed), args, kwargs)
+
+    def _replicate_for_data_parallel(self) -> AttentionHost:
+        if self.adapted():
+            raise AdapterError(
+                "nn.DataParallel: adapted projections of nn.MultiheadAttention share its weights, which its replicas "
+                "would take from the first device; use DistributedDataParallel (torchrun)"
+            )
+        replica: AttentionHost = super()._replicate_for_data_parallel()
+        return replica
 
     def _assembled(self, changed: dict[str, tuple[Tensor, Tensor | None]]) -> dict[str, Tensor]:
         """Changed weights and biases under the names of the module's parameters."""

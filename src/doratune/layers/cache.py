@@ -88,6 +88,9 @@ class AdapterParameters(nn.ParameterDict):
             before = self._parameters.get(name)
             self.gathered = is_dtensor(before) and not is_dtensor(value)
             self.cache.clear_scale()
+        if isinstance(value, Tensor) and "_is_replica" in self.__dict__:
+            self._parameters[name] = value  # type: ignore[assignment]  # torch keeps replicas' tensors elsewhere
+            return
         super().__setattr__(name, value)
 
 
@@ -185,7 +188,7 @@ class ScaleCache:
         Between calls g is remembered with ``reuse`` (evaluation), n with ``reuse_norm`` (until A, B or W change).
         """
         if self.frozen is not None:
-            return self.frozen
+            return self.frozen.to(rows.device)  # another one in replicas
         made_from = [rows.stored, magnitude] if A is None or B is None else [rows.stored, magnitude, A, B]
         reuse = reuse and not torch.compiler.is_compiling()
         if reuse and _remembered(self._scale, scale, made_from):

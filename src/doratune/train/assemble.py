@@ -61,6 +61,9 @@ def precision(config: TrainConfig, dtype: torch.dtype, mixed: bool) -> str:
     processes = processes_asked()
     way = "parts of the model" if config.fsdp else "a copy of the model"
     spread = f"; {processes} processes, each with {way}" if processes > 1 else ""
+    gpus = torch.cuda.device_count() if processes == 1 else 1
+    if gpus > 1:
+        spread = f"; one of {gpus} GPUs (all of them: torchrun --nproc-per-node {gpus} -m doratune train ...)"
     return f"{device}: base weights in {base}, {trained}{arithmetic}{spread}"
 
 
@@ -108,6 +111,8 @@ def make_trainer(config: TrainConfig, model: Any, prepared: Prepared, dtype: tor
         report_to=list(config.report_to) or "none",
         run_name=config.output.name,
     )
+    # Trainer would run the model on all GPUs in threads (nn.DataParallel), with a batch each; processes are the way.
+    arguments._n_gpu = min(1, arguments.n_gpu)
     callbacks = [MetricsFile(config.output / METRICS, prepared.unit, writes=is_first_asked())]
     if config.augment:
         callbacks.append(NewEpoch(prepared.train))

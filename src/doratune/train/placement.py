@@ -9,7 +9,7 @@ import torch
 from doratune.extras import require
 from doratune.targets import HEAD_NAMES
 from doratune.train.config import TrainConfig
-from doratune.train.processes import processes_asked
+from doratune.train.processes import local_rank_asked, processes_asked
 
 TRAINED_WHOLE = (*HEAD_NAMES, r".*\.pooler", "pre_classifier")
 """Modules of classifiers that a base's files may lack: names, or regular expressions of paths."""
@@ -23,6 +23,9 @@ def loading_options(config: TrainConfig, dtype: torch.dtype) -> dict[str, Any]:
     if config.quantize:
         classifier = config.task != "text-generation"
         options["quantization_config"] = quantization(config.quantize, dtype, config.double_quant, classifier)
+        if torch.cuda.is_available():
+            # Each process its own GPU: transformers would quantise all of them on the first, where DDP refuses them.
+            options["device_map"] = {"": local_rank_asked()}
     if config.fsdp:
         shards = require("transformers.distributed").DistributedConfig(fsdp_size=processes_asked())
         options["distributed_config"] = shards

@@ -13,3 +13,8 @@ def processes_asked() -> int:
 def is_first_asked() -> bool:
     """Whether this is the one that writes and speaks for all."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def local_rank_asked() -> int:
+    """The number of this one among those of its machine: the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
