@@ -43,6 +43,8 @@ def test_it_answers_and_goes_on(recipe, tmp_path, trained, capsys):
     said = " ".join(printed.out.split()).replace("\u00a0", " ")
     assert "DoRA rank 4 minus LoRA rank 4: −0.1000 nats in every one of 3 pairs" in said
     assert "[10/10] test: " in printed.err
+    lines = [line.partition("] ")[2] for line in printed.err.splitlines() if ": LoRA" in line or ": DoRA" in line]
+    assert len(lines) == len(set(lines)) == 10, "each run once"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report", "study.db"]
     assert main([*command, "--seeds", "5", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -136,6 +136,7 @@ def on_disk(tmp_path_factory):
         "magnitude": dt.AdapterConfig(rank=0),
         "embedding": dt.AdapterConfig(rank=4, targets=["embed_tokens", "up_proj"]),
         "whole": dt.AdapterConfig(rank=4, targets=["v_proj"], modules_to_save=["o_proj"]),
+        "vocabulary": dt.AdapterConfig(rank=4, targets=["v_proj"], modules_to_save=["embed_tokens"]),
     }.items():
         model = dt.attach(llama(), config)
         torch.manual_seed(1)
@@ -147,7 +148,7 @@ def on_disk(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["dora", "lora", "magnitude", "embedding", "whole"])
+@pytest.mark.parametrize("name", ["dora", "lora", "magnitude", "embedding", "whole", "vocabulary"])
 def test_an_adapter_and_its_merged_checkpoint_are_the_same(on_disk, name):
     tuned = {"adapter": on_disk / name, "merged": on_disk / f"{name}-merged"}
     adapter, merged = analyze(on_disk / "base", tuned).runs
@@ -327,3 +328,14 @@ def test_layers_and_kinds():
         "intermediate.dense",
         "output.dense",
     ]
+
+
+def test_weights_that_hold_nan_are_named_and_not_compared(tmp_path):
+    weights = base_weights()
+    base = write(tmp_path / "base", weights)
+    weights["model.layers.2.mlp.up_proj.weight"][3, 4] = math.nan
+    for spectra in ("last", "none"):
+        (run,) = analyze(base, {"x": write(tmp_path / spectra, weights)}, spectra).runs
+        assert run.left_out == {"model.layers.2.mlp.up_proj": "holds NaN or infinity"}
+        assert run.troubling
+        assert len(run.points) == 2 * LAYERS - 1

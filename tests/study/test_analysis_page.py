@@ -91,8 +91,8 @@ def test_sentences_say_no_more_than_the_interval():
         for value, low, high in [(0.5, 0.2, 0.8), (-0.5, -0.8, -0.2), (0.1, -0.3, 0.5), (0.9, None, None), (None,) * 3]
     }
     assert told == {
-        "x: r = +0.50 [+0.20, +0.80], weights that turn more are stretched more.",
-        "x: r = −0.50 [−0.80, −0.20], weights that turn more are stretched less.",
+        "x: r = +0.50 [+0.20, +0.80], weights that turn more change length more.",
+        "x: r = −0.50 [−0.80, −0.20], weights that turn more change length less.",
         "x: r = +0.10 [−0.30, +0.50], the interval holds 0, so neither sign is shown.",
         "x: r = +0.90, too few layers for an interval.",
         "x: no correlation, as there are too few weights that changed.",

@@ -114,3 +114,12 @@ def test_refusals():
         decompose(llama().state_dict(), model.state_dict())
     with pytest.raises(dt.AdapterError, match="no adapter is active"):
         adapter_change(llama())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_has_not_moved_by_a_number(value):
+    before, after = torch.randn(4, 3), torch.randn(4, 3)
+    after[1, 2] = value
+    found = decompose({"w": before}, {"w": after}, spectra=True)["w"]
+    assert all(number != number for number in (found.magnitude, found.direction, found.size, found.magnitude_share))
+    assert found.spectrum is None

@@ -38,7 +38,7 @@ def test_files_and_their_numbers(tmp_path):
     assert names == {"report.html", "numbers.json", "values.csv", *plots}
     assert json.loads((folder / "numbers.json").read_text()) == {"r": [1.0, None], "t": [None, 2]}
     with (folder / "values.csv").open() as file:
-        assert list(csv.reader(file))[1:3] == [["b 10", "2.0", "1"], ["b 9", "-10.0", "30"]]
+        assert list(csv.reader(file))[1:3] == [["b 10", "2", "1"], ["b 9", "-10", "30"]]
     first = (folder / "report.html").read_text()
     assert "Found &lt;this&gt; &amp; that." in first
     assert "http" not in first.replace("http://www.w3.org/", ""), "something is fetched"
@@ -63,7 +63,7 @@ def test_tips_have_to_fit_their_marks():
         figure, axes = new_figure()
         axes.scatter([1, 2], [1, 2], gid="marks")
     with pytest.raises(ValueError, match="zip"):
-        themed_svg(as_svg(figure), "p", {"marks": [Tip("only one")]}, {})
+        themed_svg(as_svg(figure), "p", "a plot", {"marks": [Tip("only one")]}, {})
 
 
 def test_what_is_written_in_a_figure_stays_as_it_is():
@@ -72,12 +72,18 @@ def test_what_is_written_in_a_figure_stays_as_it_is():
         figure, axes = new_figure()
         axes.scatter([0.1], [0.1])
         axes.set_xticks(ticks, [f"{tick:.4f}" for tick in ticks])
-    svg = themed_svg(as_svg(figure), "p", {}, {})
+        axes.set_title("costs $\\x$ and $5")
+    svg = themed_svg(as_svg(figure), "p", 'say "a"', {}, {})
+    assert 'aria-label="say &quot;a&quot;"' in svg
+    assert "costs $\\x$ and $5</text>" in svg
     for tick in ticks:
         assert f">{tick:.4f}</text>" in svg
     places = re.findall(r' x="([\d.]+)"', svg)
     assert places
     assert all(len(place.partition(".")[2]) <= 2 for place in places), "coordinates are short"
+
+
+READ = "[...document.querySelectorAll('figure svg text')].map(e => e.getBoundingClientRect().height)"
 
 
 @pytest.mark.parametrize("width", [1280, 390])
@@ -92,6 +98,8 @@ def test_in_a_browser(tmp_path, opened, width, theme):  # noqa: F811
         assert box["x"] + box["width"] <= width
     assert page.locator("figure svg").count() == 2
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
+    sizes = page.evaluate(READ)
+    assert min(sizes) > 9, "text in plots is too small to read"
     ids = page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
     assert len(ids) == len(set(ids))
     ink, paper = ("27", "253") if theme == "light" else ("230", "20")

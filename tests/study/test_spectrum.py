@@ -104,3 +104,9 @@ def test_left_vectors_of_a_matrix_with_zero_rows():
     vectors = left_vectors(W, None)
     assert vectors.shape == (6, 2)
     assert vectors.abs() == pytest.approx(torch.eye(6)[:, :2].numpy(), abs=1e-6)
+
+
+def test_everything_is_new_to_a_base_of_zeros():
+    found = BaseSpectrum(Matrix.of(torch.zeros(12, 6))).of(Matrix.of(torch.eye(12, 6)))
+    assert found.intruders == len(found.similarities) == 6
+    assert set(found.similarities) == {0.0}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from doratune.study.comparison.findings import Findings
     from doratune.study.comparison.recipe import Comparison
-    from doratune.study.comparison.trials import Outcome
+    from doratune.study.comparison.trials import Outcome, Trial
 
 
 @dataclass
@@ -127,6 +127,8 @@ class _Progress:
         )
         self.task = self.bar.add_task("runs", total=None, told="")
         self.over = -1
+        self.told: set[Trial] = set()
+        """Runs of which a line was said."""
 
     def __enter__(self) -> _Progress:
         self.bar.start()
@@ -146,14 +148,16 @@ class _Progress:
 
         self.over = len(over)
         told = f"{running} running"
-        if over:
-            last = over[-1]
-            score, unit = last.score(self.comparison.by_accuracy), "points" if self.comparison.by_accuracy else "nats"
+        for done in (one for one in over if one.trial not in self.told):
+            self.told.add(done.trial)
+            score, unit = done.score(self.comparison.by_accuracy), "points" if self.comparison.by_accuracy else "nats"
             result = "diverged" if score is None else f"{number(score, unit)} {unit}"
-            told = f"{last.trial.stage}: {name_of(self.comparison, last.trial)}: {result}"
+            told = f"{done.trial.stage}: {name_of(self.comparison, done.trial)}: {result}"
+            if not self.console.is_terminal:
+                self.say(f"[{len(self.told)}/{count}] {told}")
         self.bar.update(self.task, completed=len(over), total=count, told=told)
-        if not self.console.is_terminal:
-            self.say(f"[{len(over)}/{count}] {told}")
+        if not over and not self.console.is_terminal:
+            self.say(f"[0/{count}] {told}")
 
 
 def _print(findings: Findings, page: Path) -> None:
@@ -183,6 +187,7 @@ def _print(findings: Findings, page: Path) -> None:
         )
     out.print(table)
     told = [sentences.about_gap(findings, gap) for gap in findings.gaps]
-    for line in (*told, *sentences.about_ranks(findings), *findings.problems):
-        out.print(line, markup=False, highlight=False)
+    for line in (*told, sentences.about_edges(findings), *sentences.about_ranks(findings), *findings.problems):
+        if line:
+            out.print(line, markup=False, highlight=False)
     out.print(f"Written to {page.parent}: {page.name}", markup=False, highlight=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -208,6 +209,8 @@ class _Series:
             renamed = align(modern, checkpoint.shapes)
             if len(renamed) > len(names):
                 names = {modern[path]: own for path, own in renamed.items()}
+        if isinstance(checkpoint, StoredAdapter):
+            checkpoint.turn(own for path, own in names.items() if base.is_transposed(path))
         fitting: dict[str, str] = {}
         for path, own in names.items():
             if checkpoint.shapes[own] == base.shapes[path]:
@@ -241,6 +244,9 @@ class _Series:
                 self.run.left_out[f"spectrum of {path}"] = f"more than {LARGEST:,} numbers"
             with ExitStack() as stack:
                 change = moved(weight, stack.enter_context(checkpoint.open(paths[path], weight)).held(), base)
+            if not math.isfinite(change.size):
+                self.run.left_out[path] = "holds NaN or infinity"
+                continue
             self.run.points.append(Point(path, kind, layer_of(path)[0], index, change, paths[path]))
 
 

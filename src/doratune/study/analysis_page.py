@@ -16,7 +16,7 @@ from doratune.study.spectrum import COMPARED, EXACT, LOOKED_AT, SIMILAR
 PATTERN = (
     "Each mark is one weight at one checkpoint. ΔM is how much the lengths of its rows changed, mean |m′ − m|; ΔD is "
     "how much their directions changed, mean (1 − cos). A positive correlation means that weights change both or "
-    "neither; a negative one that those which turn more are stretched less. Both grow while a model trains, which "
+    "neither; a negative one that those which turn more change length less. Both grow while a model trains, which "
     "pulls r up where checkpoints are pooled, as they are here and in the paper. Intervals are bootstrapped over "
     "layers, because checkpoints of one run are not independent. Rest the mouse on a mark: its layer lights up "
     "everywhere."
@@ -58,8 +58,8 @@ def sentence(run: Run, c: Correlation) -> str:
     if c.value is None:
         return f"{run.label}: no correlation, as there are too few weights that changed."
     told = {
-        "positive": "weights that turn more are stretched more",
-        "negative": "weights that turn more are stretched less",
+        "positive": "weights that turn more change length more",
+        "negative": "weights that turn more change length less",
         "undecided": "the interval holds 0, so neither sign is shown",
         "too few layers to tell": "too few layers for an interval",
     }[c.sign]

@@ -157,7 +157,11 @@ def over_depth(run: Run, name: str, title: str, quantity: str, log: bool = True)
     """One quantity of each weight at the last checkpoint, layer by layer, a line for each kind."""
     last = [p for p in run.last() if p.layer is not None and p.change.size > 0]
     layers = sorted({p.layer or "" for p in last}, key=natural)
-    at = {layer: index for index, layer in enumerate(layers)}
+    numbers = {layer: tail for layer in layers if (tail := layer.rpartition(".")[2]).isdecimal()}
+    if len(set(numbers.values())) == len(layers):  # an adapter may begin in the middle of the model
+        at = {layer: int(tail) for layer, tail in numbers.items()}
+    else:
+        at = {layer: index for index, layer in enumerate(layers)}
     tips: dict[str, list[Tip]] = {}
     with style():
         figure, axes = new_figure(4.0, 3.5)

@@ -30,7 +30,7 @@ Source = nn.Module | Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Decomposition:
-    """How far one weight moved."""
+    """How far one weight moved; all NaN where it holds NaN or infinity, before or after."""
 
     magnitude: float
     """delta M, in the weight's own units."""
@@ -126,6 +126,9 @@ def moved(old: Matrix, new: Matrix, base: BaseSpectrum | None = None) -> Decompo
         by_direction += float(turned.sum())
         before += float(m.square().sum())
     count, change = old.shape[0], by_magnitude + by_direction
+    if not math.isfinite(change):
+        nan = math.nan
+        return Decomposition(nan, nan, nan, count, nan, nan, nan)
     return Decomposition(
         magnitude=magnitude / count,
         direction=direction / count,

@@ -54,7 +54,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table that sorts; the page's folder gets its numbers unrounded as ``NAME.csv``."""
+    """A table that sorts; the page's folder gets its numbers with 12 digits as ``NAME.csv``."""
 
     name: str
     columns: Sequence[Column]
@@ -79,7 +79,7 @@ class Table:
         with (folder / f"{self.name}.csv").open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow([column.name for column in self.columns])
-            writer.writerows([["" if value is None else value for value in row] for row in self.rows])
+            writer.writerows([[_plain(value) for value in row] for row in self.rows])
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,12 @@ class Plot:
     """Across the whole page; others share a row."""
 
     kind = "plot"
+
+    @property
+    def label(self) -> str:
+        """What it shows, in words."""
+        titles = [title for axes in self.figure.axes if (title := axes.get_title())]
+        return ". ".join([*titles, *([self.caption] if self.caption else [])]).replace("\n", ", ") or self.name
 
     @cached_property
     def svg(self) -> str:
@@ -186,7 +192,7 @@ class Page:
         tips: dict[
             str, int
         ] = {}  # many marks, in several plots, are the same weight: each text stands in the page once
-        svgs = {plot.name: themed_svg(plot.svg, plot.name, plot.tips, tips) for plot in self._plots()}
+        svgs = {plot.name: themed_svg(plot.svg, plot.name, plot.label, plot.tips, tips) for plot in self._plots()}
         text: str = environment.get_template("page.html.j2").render(page=self, svgs=svgs, tips=list(tips), files=files)
         return text
 
@@ -243,6 +249,11 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_nan(inner) for inner in value]
     return value
+
+
+def _plain(value: Any) -> Any:
+    """As a table of numbers has it, without the noise of float64's last digits."""
+    return "" if value is None else f"{value:.12g}" if isinstance(value, float) else value
 
 
 def _sort_key(value: Any) -> str:

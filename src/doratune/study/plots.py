@@ -71,6 +71,7 @@ _STYLE = {
     "grid.color": FAINT,
     "grid.linewidth": 0.6,
     "text.color": INK,
+    "text.parse_math": False,
     "xtick.color": MUTED,
     "ytick.color": MUTED,
     "xtick.labelsize": 8,
@@ -149,12 +150,13 @@ def save_png(figure: Figure, path: Path) -> None:
         figure.savefig(path, dpi=200)
 
 
-def themed_svg(svg: str, name: str, tips: Tips, texts: dict[str, int]) -> str:
+def themed_svg(svg: str, name: str, label: str, tips: Tips, texts: dict[str, int]) -> str:
     """The figure as an ``<svg>`` for a page: its theme's colours, as wide as there is room, tips on its marks.
 
     Args:
         svg: of a figure made inside ``style()``.
         name: what its ids begin with.
+        label: what it shows, for those who do not see it.
         tips: on its marks.
         texts: numbers of all tips' texts, to which new ones are added; marks refer to them.
     """
@@ -164,7 +166,7 @@ def themed_svg(svg: str, name: str, tips: Tips, texts: dict[str, int]) -> str:
     for metadata in root.findall(f"{{{_SVG}}}metadata"):
         root.remove(metadata)
     root.set("role", "img")
-    root.set("aria-label", name)
+    root.set("aria-label", label)
     by_id = {element.get("id"): element for element in root.iter()}
     for gid, marks in tips.items():
         for element, tip in zip(_marks(by_id[gid]), marks, strict=True):

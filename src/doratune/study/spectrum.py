@@ -59,7 +59,10 @@ class BaseSpectrum:
         """Look at a changed weight: in float32, its change in float64 where that is exact."""
         values, effective_rank, exact = change_values(self.base, after)
         leading = left_vectors(after.dense(), LOOKED_AT)
-        cosines = (self.vectors.T @ leading).abs().amax(0).clamp(max=1.0).tolist()
+        if self.vectors.shape[1]:
+            cosines = (self.vectors.T @ leading).abs().amax(0).clamp(max=1.0).tolist()
+        else:
+            cosines = [0.0] * leading.shape[1]  # a base of zeros has no directions
         intruders = sum(cosine < SIMILAR for cosine in cosines)
         whole = exact and min(after.shape) <= EXACT
         return Spectrum(tuple(values[:LEADING]), effective_rank, intruders, tuple(cosines), whole)

@@ -99,6 +99,10 @@ class StoredWeights:
         rows, columns = flat(shape)
         self.shapes[path] = (columns, rows) if transposed else (rows, columns)
 
+    def is_transposed(self, path: str) -> bool:
+        """Whether the file holds the weight as ``[in, out]``."""
+        return self._places[path].transposed
+
     @contextlib.contextmanager
     def open(self, path: str, base: Matrix | None = None) -> Iterator[Matrix]:
         """One weight. The file is mapped for it alone: pages that were read for another one are given back."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from doratune.contents import KEY, METADATA, PREFIX
@@ -40,6 +40,7 @@ class StoredAdapter:
         self.left_out: dict[str, str] = {}
         self._parts: dict[str, dict[str, str]] = {}
         self._whole: dict[str, str] = {}
+        self._turned: set[str] = set()
         self._sort()
 
     @property
@@ -64,11 +65,18 @@ class StoredAdapter:
             A, B = sizes[_one(parts, _A)][1], sizes[_one(parts, _B)][1]
             self.shapes[path] = (B[0], flat(A)[1])
 
+    def turn(self, paths: Iterable[str]) -> None:
+        """Read these as ``[in, out]`` if they are held whole, as the base's file holds them."""
+        for path in set(paths) & self._whole.keys() - self._turned:
+            self._turned.add(path)
+            self.shapes[path] = self.shapes[path][::-1]
+
     @contextlib.contextmanager
     def open(self, path: str, base: Matrix) -> Iterator[Matrix]:
         """``W'`` of one layer."""
         if path in self._whole:
-            yield Matrix.of(read_tensor(self.file, self._whole[path]).flatten(1))
+            whole = read_tensor(self.file, self._whole[path]).flatten(1)
+            yield Matrix.of(whole.T if path in self._turned else whole)
             return
         parts = self._parts[path]
         A, B = (read_tensor(self.file, _one(parts, names)).flatten(1) for names in (_A, _B))

@@ -73,6 +73,33 @@ def test_learning_rates_and_ranks_in_words():
     assert ranked.gaps[0].together == 3
 
 
+def test_equal_differences_are_told_as_such():
+    of = simulated.comparison(methods=("lora 4", "dora 4"), seeds=2)
+    made = find(of, simulated.outcomes(of, lambda trial: (0.9 if trial.contestant == "dora-4" else 0.8, 1.0)))
+    told = "DoRA rank 4 minus LoRA rank 4: +10.00 points in every one of 2 pairs."
+    assert sentences.about_gap(made, made.gaps[0]) == sentences.lead(made) == told
+    assert made.as_json()["differences"][0]["found"] is False
+
+
+def test_rates_at_an_end_are_told_first():
+    assert sentences.lead(findings()).endswith(
+        " Best at an end of the learning rates that were tried, so that a better one may lie beyond: LoRA rank 8 the "
+        "highest, DoRA rank 8 the highest, DoRA rank 4 the highest, head only the highest."
+    )
+    assert sentences.about_edges(findings(**simulated.FIXED)) == ""
+
+
+def test_ranks_are_compared_where_both_methods_have_them():
+    made = findings(methods=("lora r", "dora r", "dora r/2"), ranks=(4, 8, 16), **simulated.FIXED)
+    assert [(one.method, list(one.ranks)) for one in made.rank_spreads] == [("lora", [4, 8, 16]), ("dora", [4, 8, 16])]
+    assert made.rank_difference is not None
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.95, "95"), (0.995, "99.5"), (0.975, "97.5"), (0.57, "57")])
+def test_shares(share, told):
+    assert sentences.percent(share) == f"{told}\u00a0%"
+
+
 def test_costs():
     one = next(s for s in findings().standings if s.contestant.key == "dora-8")
     assert (one.extra_over_lora, one.extra_over_model) == (0.1, 0.001)

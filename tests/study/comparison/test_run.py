@@ -86,6 +86,28 @@ def test_runs_that_diverge_are_results(tmp_path, of, trained):
     assert len(trained) == size(of), "none is tried again"
 
 
+def test_a_score_that_is_no_number_is_a_result_too(tmp_path, of, trained, monkeypatch):
+    train = module.train_apart
+
+    def broken(config, worker, workers):
+        result = train(config, worker, workers)
+        return dataclasses.replace(result, test_accuracy=float("nan")) if config.method == "dora" else result
+
+    monkeypatch.setattr(module, "train_apart", broken)
+    found = run_all(of, opened(tmp_path, of), tmp_path)
+    assert len(trained) == size(of), "none is tried again"
+    told = {(o.trial.contestant, o.problem) for o in found if o.trial.stage == "test"}
+    assert told == {("lora-4", None), ("dora-4", "the score is nan")}
+
+
+def test_studies_of_one_output_keep_out_of_each_others_way(tmp_path, of, trained):
+    other = tmp_path / "runs" / "another" / "0-lora-4"
+    other.mkdir(parents=True)
+    run_all(of, opened(tmp_path, of), tmp_path)
+    assert other.is_dir()
+    assert not (tmp_path / "runs" / "compare").exists()
+
+
 def test_a_killed_run_is_done_again_but_not_for_ever(tmp_path, of, trained):
     attempts = Counter()
 

@@ -39,6 +39,7 @@ def test_too_few_or_equal_values():
     assert not lonely.is_found
     same = difference([3.0, 3.0], [3.0, 3.0], 0.95)
     assert (same.low, same.high, same.detectable, same.is_found) == (0, 0, 0, False)
+    assert not difference([4.0, 4.0], [3.0, 3.0], 0.95).is_found, "two equal differences say nothing of a third"
 
 
 REPETITIONS = 300

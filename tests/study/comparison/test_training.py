@@ -128,7 +128,22 @@ def test_errors_of_a_run_apart_are_told(folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("visible", "count", "worker", "expected"),
-    [(None, 0, 0, None), (None, 1, 3, None), (None, 4, 1, "1"), (None, 2, 3, "1"), ("4, 6", 2, 1, "6")],
+    [
+        (None, 0, 0, None),
+        (None, 1, 3, None),
+        (None, 4, 1, "1"),
+        (None, 2, 3, "1"),
+        ("4, 6", 2, 1, "6"),
+        ("0,1,7", 2, 2, "0"),  # there is no 7
+        ("", 0, 0, None),
+    ],
 )
 def test_each_worker_has_a_gpu(visible, count, worker, expected):
-    assert process.visible_gpu(visible, count, worker) == expected
+    assert process.visible_gpu(visible, lambda: count, worker) == expected
+
+
+def test_parts_of_a_gpu_are_shared_without_a_look_at_them():
+    def look():
+        raise AssertionError("CUDA was asked")
+
+    assert process.visible_gpu("MIG-a,MIG-b", look, 3) == "MIG-b"

@@ -91,6 +91,9 @@ def learning_rates(findings: Findings) -> Drawn:
                 for rate, mean in means.items()
             ]
         axes.set_xscale("log")
+        tried = sorted({rate for one in findings.standings for rate in one.sweep})
+        axes.set_xticks(tried, [f"{rate:g}" for rate in tried], rotation=30 if len(tried) > 5 else 0)
+        axes.set_xticks([], minor=True)
         axes.set_xlabel("learning rate")
         axes.set_ylabel(_score_label(findings, "evaluation"))
         legend_outside(figure, axes, columns=2)

@@ -226,8 +226,12 @@ def _over_ranks(
     level = comparison.grid.confidence
     spreads: dict[str, dict[int, float]] = {}
     found = []
+    of_method = {method: {one.rank for one in scores if one.method == method} for method in RANKED}
+    common = set.intersection(*of_method.values())
     for method in RANKED:
-        ranked = [one for one in scores if one.method == method]
+        # Over the same ranks, so that the two can be compared: "dora r/2" adds lower ones.
+        wanted = common if len(common) >= 3 else of_method[method]
+        ranked = [one for one in scores if one.method == method and one.rank in wanted]
         if len(ranked) < 3:
             continue
         seeds = set.intersection(*(set(scores[one]) for one in ranked))

@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any
@@ -69,19 +70,27 @@ def _train(config: TrainConfig, worker: int, threads: int) -> TrainResult:
 
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
-    visible = visible_gpu(os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count(), worker)
-    if visible is not None:  # of several, or else the Trainer would spread each run over all
+    visible = visible_gpu(os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count, worker)
+    if visible is not None:  # one of several
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
     quiet_libraries()
     return train(config)
 
 
-def visible_gpu(visible: str | None, count: int, worker: int) -> str | None:
-    """Which GPU a worker may see, as ``CUDA_VISIBLE_DEVICES``; None where there is no choice."""
-    if count < 2:
-        return None
-    names = [name.strip() for name in visible.split(",")] if visible else [str(i) for i in range(count)]
-    return names[worker % len(names)]
+def visible_gpu(visible: str | None, count: Callable[[], int], worker: int) -> str | None:
+    """Which GPU a worker may see, as ``CUDA_VISIBLE_DEVICES``; None where there is no choice.
+
+    Args:
+        visible: its present value.
+        count: how many GPUs CUDA sees. It is not asked about parts of GPUs (MIG): of those CUDA sees one at a time, and
+            to look would settle which.
+        worker: number of the worker.
+    """
+    names = [name.strip() for name in visible.split(",")] if visible is not None else []
+    if not any(name.startswith("MIG-") for name in names):
+        usable = count()
+        names = names[:usable] if names else [str(i) for i in range(usable)]
+    return names[worker % len(names)] if len(names) > 1 else None
 
 
 def _watch_the_worker() -> None:

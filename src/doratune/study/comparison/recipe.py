@@ -101,7 +101,13 @@ class Comparison:
             values |= {"rank": one.rank, "alpha": adapter.alpha / adapter.rank * one.rank}
             adapter = AdapterOptions(**values)
         return dataclasses.replace(
-            self.train, method=one.method, adapter=adapter, learning_rate=learning_rate, seed=seed, output=output
+            self.train,
+            method=one.method,
+            adapter=adapter,
+            learning_rate=learning_rate,
+            seed=seed,
+            output=output,
+            eval_every=None,  # measured at the end; in between it would count as training's time
         )
 
     def identity(self) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from doratune.train.recipe import version
 
 COVERED = (
     "Every pair shares seed, order of the data and start of the head. Intervals are Student's t over seeds: they cover "
-    "what changes from seed to seed on these test data, not what other test data would show."
+    "what changes from seed to seed with the chosen learning rates on these test data, not what other data or rates "
+    "would show."
 )
 
 
@@ -144,7 +145,7 @@ def _learning_rates(section: Section, findings: Findings) -> None:
         for one in findings.standings
         for rate in one.sweep
     ]
-    columns = [Column("method"), Column("learning rate", "g"), Column("evaluation score", digits), Column("")]
+    columns = [Column("method"), Column("learning rate", "g"), Column("evaluation score", digits), Column("choice")]
     section.add(Table("sweep", columns, rows, "No score: a run diverged."))
 
 
@@ -168,10 +169,13 @@ def _costs(section: Section, findings: Findings) -> None:
         Column("high", ".2f"),
         Column("peak MiB", ".0f"),
     ]
+    memory = "the peak of a run's own process, libraries and data included"
+    if findings.device.startswith("cuda"):
+        memory = "the peak of what a run's tensors took on the GPU"
     caption = (
-        "Time is the median over test runs, its ratio that of runs of one seed with a 95 % interval; memory is the "
-        "peak of a run's own process, libraries and data included. Runs share the machine with whatever else it "
-        "does: for exact costs, doratune bench."
+        "Time is the median over test runs, its ratio that of runs of one seed with a 95 % interval (below six seeds: "
+        f"lowest and highest); memory is {memory}. Runs share the machine with whatever else it does, and those of one "
+        "seed may have run on different ones: for exact costs, doratune bench."
     )
     section.add(Table("costs", columns, [_cost(one) for one in findings.standings if one.sizes], caption))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import os
 import platform
 import shutil
@@ -12,6 +14,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from doratune.errors import AdapterError, DivergedError
 from doratune.extras import require
@@ -27,7 +30,7 @@ POLL = 1.0
 UNINTERESTING = ("labels", "prompt", "sample_before", "sample_after", "adapter")
 """Fields of a run's result that are not kept."""
 RUNS = "runs"
-"""Folder within the output, for what is being trained."""
+"""Folder within the output, for what is being trained; in it one for each study."""
 Watch = Callable[[list[Outcome], int, int], None]
 """Called with the runs that are over, how many there are in all, and how many others are doing."""
 
@@ -83,7 +86,7 @@ class Worker:
         self._refuse_hopeless(trial)
         found.set_user_attr("worker", f"{platform.node()} {os.getpid()}.{self.number}")
         contestant = next(one for one in self.comparison.contestants if one.key == trial.contestant)
-        folder = self.output / RUNS / f"{found.number}-{trial.contestant}"
+        folder = folder_of_runs(self.output, self.study) / f"{found.number}-{trial.contestant}"
         shutil.rmtree(folder, ignore_errors=True)  # of a worker that was killed
         config = self.comparison.config(contestant, trial.learning_rate, trial.seed, folder)
         try:
@@ -95,9 +98,12 @@ class Worker:
             found.set_user_attr(storage.PROBLEM, str(error).splitlines()[0])
             raise pruned(str(error)) from error
         values = {key: value for key, value in dataclasses.asdict(result).items() if key not in UNINTERESTING}
-        found.set_user_attr(storage.RESULT, values)
         score = Outcome(trial, values).score(self.comparison.by_accuracy)
-        assert score is not None
+        if score is None or not math.isfinite(score):
+            told = f"the score is {score}"
+            found.set_user_attr(storage.PROBLEM, told)
+            raise pruned(told)
+        found.set_user_attr(storage.RESULT, values)
         return score
 
     def _refuse_hopeless(self, trial: Trial) -> None:
@@ -145,8 +151,15 @@ def run_all(
                     job.result()
         finally:
             stopped.set()
-    shutil.rmtree(output / RUNS, ignore_errors=True)
+    shutil.rmtree(folder_of_runs(output, own), ignore_errors=True)
+    with contextlib.suppress(OSError):  # another study of this output is being done
+        (output / RUNS).rmdir()
     return storage.outcomes(own)
+
+
+def folder_of_runs(output: Path, study: Any) -> Path:
+    """Where a study's runs train."""
+    return output / RUNS / quote(study.study_name, safe="")
 
 
 def _watch(comparison: Comparison, study: Any, watch: Watch) -> None:

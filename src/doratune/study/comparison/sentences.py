@@ -15,8 +15,8 @@ def number(value: float, unit: str, signed: bool = False) -> str:
 
 
 def percent(share: float, digits: int = 0) -> str:
-    """A share in percent."""
-    return f"{100 * share:.{digits}f}\u00a0%"
+    """A share in percent; without digits after the point only if there are none."""
+    return f"{100 * share:.{digits}f}\u00a0%" if digits else f"{round(100 * share, 6):g}\u00a0%"
 
 
 def interval(found: Difference, unit: str) -> str:
@@ -33,7 +33,7 @@ def about_gap(findings: Findings, gap: Gap) -> str:
         level += f" for all {gap.together} differences together"
     measured = f"{number(d.mean, unit, signed=True)} {unit} ({level}: {interval(d, unit)}; {d.count} seeds)"
     if d.low == d.high:
-        return f"{other} minus {base}: {number(d.mean, unit, signed=True)} {unit} in every one of {d.count} pairs."
+        return _without_scatter(findings, gap)
     seen = f"{d.count} seeds could have seen {number(d.detectable, unit)} with a chance of {percent(POWER)}"
     if d.is_found:
         what = "better" if d.mean * findings.sign > 0 else "worse"
@@ -44,9 +44,17 @@ def about_gap(findings: Findings, gap: Gap) -> str:
     )
 
 
+def _without_scatter(findings: Findings, gap: Gap) -> str:
+    d, unit = gap.difference, findings.unit
+    names = f"{gap.pair.other.name} minus {gap.pair.base.name}"
+    return f"{names}: {number(d.mean, unit, signed=True)} {unit} in every one of {d.count} pairs."
+
+
 def verdict(findings: Findings, gap: Gap) -> str:
     """The same in short."""
     d, unit = gap.difference, findings.unit
+    if d.low == d.high:
+        return _without_scatter(findings, gap)
     other, base = gap.pair.other.name, gap.pair.base.name
     if d.is_found:
         what = "better" if d.mean * findings.sign > 0 else "worse"
@@ -75,6 +83,15 @@ def about_learning_rates(findings: Findings) -> Iterator[str]:
         if one.chosen.at_edge:
             text += f"; the chosen rate is the {one.chosen.at_edge} that was tried, a better one may lie beyond it"
         yield text + "."
+
+
+def about_edges(findings: Findings) -> str:
+    """Who was given the lowest or the highest rate that was tried; "" if nobody was."""
+    ends = [f"{one.contestant.name} the {one.chosen.at_edge}" for one in findings.standings if one.chosen.at_edge]
+    if not ends:
+        return ""
+    who = ", ".join(ends)
+    return f"Best at an end of the learning rates that were tried, so that a better one may lie beyond: {who}."
 
 
 def sweep_mean(one: Standing, rate: float) -> float | None:
@@ -122,7 +139,7 @@ def lead(findings: Findings) -> str:
     told = [verdict(findings, gap) for gap in shown]
     if len(told) > 3:
         told = [_summary(findings)]
-    return " ".join(told) or "There are too few runs for a difference."
+    return " ".join([*told, about_edges(findings)]).strip() if told else "There are too few runs for a difference."
 
 
 def _summary(findings: Findings) -> str:

@@ -37,8 +37,8 @@ class Difference(Estimate):
 
     @property
     def is_found(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return self.low > 0 or self.high < 0
+        """Whether the interval leaves out 0; equal differences have none that would mean something."""
+        return self.low < self.high and (self.low > 0 or self.high < 0)
 
     @property
     def largest(self) -> float:

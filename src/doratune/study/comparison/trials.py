@@ -40,7 +40,7 @@ class Outcome:
         if self.result is None:
             return None
         names = ("test_accuracy", "test_loss") if self.trial.stage == "test" else ("accuracy_after", "loss_after")
-        return 100.0 * self.result[names[0]] if by_accuracy else float(self.result[names[1]])
+        return round(100.0 * self.result[names[0]], 9) if by_accuracy else float(self.result[names[1]])
 
 
 @dataclass(frozen=True)
