@@ -197,11 +197,12 @@ class Precision:
 
 
 FLOAT32 = Precision("float32", torch.float32, 1e-5, 2e-6)
+AUTOCAST = Precision("autocast", torch.float32, 2e-2, 2e-6, autocast=True)
 PRECISIONS = (
     FLOAT32,
     Precision("bfloat16", torch.bfloat16, 2e-2, 4e-3),
     Precision("float16", torch.float16, 3e-3, 1e-3),
-    Precision("autocast", torch.float32, 2e-2, 2e-6, autocast=True),
+    AUTOCAST,
 )
 
 

@@ -303,3 +303,16 @@ def test_what_peft_cannot_express_is_written_for_doratune_only(tmp_path, caplog)
         peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     again = dt.load_adapter(base, tmp_path)
     assert (again(x) - model(x)).abs().max() < 1e-6  # frozen or trained, torch multiplies in another order
+
+
+@pytest.mark.parametrize("first", ["body", "b.*y"])
+def test_patterns_keep_their_order(first, base, tmp_path):
+    """Of those that fit a layer the first counts, here and in PEFT."""
+    patterns = {first: 64, "b.*y" if first == "body" else "body": 4}
+    model = dt.attach(copy.deepcopy(base), dt.AdapterConfig(rank=2, targets=["body"], alpha_pattern=patterns))
+    dt.save_adapter(model, tmp_path)
+    again = dt.load_adapter(copy.deepcopy(base), tmp_path)
+    scales = [[layer.adapters["default"].scale for layer in adapted_layers(m).values()] for m in (model, again)]
+    assert scales[0] == scales[1] == [32.0]
+    by_peft = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path))
+    assert [m.scaling["default"] for m in by_peft.modules() if hasattr(m, "scaling")] == [32.0]

@@ -238,3 +238,16 @@ def test_generation_is_the_same_before_and_after():
     with dt.frozen_scales(model):
         assert torch.equal(model.generate(x, **settings), expected)
     assert torch.equal(dt.merge(model).generate(x, **settings), expected)
+
+
+@pytest.mark.parametrize("allowed", ["high", "medium"])
+def test_verification_does_not_take_coarser_products_for_a_wrong_merge(allowed):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 256))
+    dt.attach(model, dt.AdapterConfig(rank=4, targets=["0"]))
+    move(model)
+    try:
+        torch.set_float32_matmul_precision(allowed)
+        dt.merge(model, verify=True)
+    finally:
+        torch.set_float32_matmul_precision("highest")

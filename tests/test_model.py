@@ -724,3 +724,27 @@ def test_blocks_compiled_one_by_one_may_have_different_scales():
     found = gradients(model, loss_of(model))
     assert all(error(found[n], g) < 1e-5 for n, g in expected.items())
     torch._dynamo.reset()
+
+
+def test_weights_that_accelerate_keeps_elsewhere(tmp_path):
+    from accelerate import cpu_offload
+
+    def made(offloaded):
+        model = tiny_llama()
+        return cpu_offload(model, execution_device=torch.device("cpu")) if offloaded else model
+
+    expected, model = move(dt.attach(made(False), DORA)), made(True)
+    assert any(p.is_meta for p in model.parameters())
+    move(dt.attach(model, DORA))
+    assert {p.device.type for p in dt.trainable_parameters(model).values()} == {"cpu"}
+    x = ids()
+    for one in (expected, model):
+        one(input_ids=x, labels=x).loss.backward()
+    grads = {n: p.grad for n, p in dt.trainable_parameters(expected).items()}
+    assert all(error(p.grad, grads[n]) < 1e-5 for n, p in dt.trainable_parameters(model).items())
+    dt.save_adapter(model, tmp_path)
+    again = dt.load_adapter(made(True), tmp_path).eval()
+    with torch.no_grad():
+        assert error(again(x).logits, expected.eval()(x).logits) < 1e-5
+    with pytest.raises(dt.AdapterError, match="accelerate keeps its weight elsewhere between forwards"):
+        dt.merge(again)

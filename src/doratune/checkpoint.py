@@ -115,14 +115,15 @@ def _saved_state(path: str, saved: SavedModule, name: str, layers: dict[str, Ada
 @torch.no_grad()
 def _parts(layer: AdaptedLayer, name: str) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """A, B and m for a file. Rows of W that are zero get an m, or a row of B, that others can divide by."""
-    rows = layer.kind.rows(layer.base_layer)
     A, B, m = layer.whole_parts(name)
     if A is None or B is None:
-        A = torch.full((1, rows.shape[1]), rows.shape[1] ** -0.5, device=rows.device)
-        B = torch.zeros(rows.shape[0], 1, device=rows.device)
+        assert m is not None
+        out, columns = layer.kind.rows(layer.base_layer).shape
+        A = torch.full((1, columns), columns**-0.5, device=m.device)
+        B = torch.zeros(out, 1, device=m.device)
     if m is None:
         return A, B, None
-    zero = layer.cache.base_squared(rows) == 0
+    zero = layer.base_squared() == 0
     if zero.any():
         n = layer.squared_norm(name).sqrt()
         m = torch.where(zero & (m == 0), n, m)
@@ -247,7 +248,7 @@ def _fill_layer(path: str, layer: AdaptedLayer, name: str, parts: dict[str, Tens
 
 def _recognise_plain_rows(layer: AdaptedLayer, name: str) -> None:
     """Zero rows of W whose m is their norm train as plain LoRA rows again; any other m is honoured."""
-    zero = layer.cache.base_squared(layer.kind.rows(layer.base_layer)) == 0
+    zero = layer.base_squared() == 0
     if not zero.any():
         return
     A, B, m = layer.whole_parts(name)

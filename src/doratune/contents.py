@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from doratune.config import AdapterConfig
 from doratune.layers import Kind, kind_of
+from doratune.layers.weights import on_device
 from doratune.peft_config import PeftOptions, saved_by_peft, with_own_options
 from doratune.targets import plain_modules, plain_path, refusal
 
@@ -138,10 +139,11 @@ class _Reader:
         if not problem and module is not None and kind is not None:
             problem = None if self.own_type else kind.file_refusal(module)
             problem = problem or kind.config_refusal(self.contents.config)
-            if kind.rows(module).stored.is_meta:
-                problem = "the model holds no data yet (meta device); load the base model first"
-            elif not problem:
-                self._check_parts(path, module, kind)
+            with on_device(module):
+                if kind.rows(module).stored.is_meta:
+                    problem = "the model holds no data yet (meta device); load the base model first"
+                elif not problem:
+                    self._check_parts(path, module, kind)
         if problem:
             self.problems.append(f"{path}: {problem}")
 

@@ -91,7 +91,8 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, An
             save_file(tensors, staging / WEIGHTS, metadata={"format": "pt", **metadata})
         except SafetensorError as error:
             raise AdapterError(f"cannot write {folder / WEIGHTS}: {error}") from error
-        (staging / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        # Of patterns the first that fits counts: only the options themselves are sorted.
+        (staging / CONFIG).write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n")
 
 
 def read_config(folder: Path) -> dict[str, Any]:

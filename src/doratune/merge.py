@@ -15,8 +15,10 @@ from doratune.layers.attention import Projection
 from doratune.layers.cache import without_autocast
 from doratune.layers.holder import plain_parameters
 from doratune.layers.quantised import library_of, requantisation_loss
+from doratune.layers.weights import is_offloaded
 from doratune.model import active_adapter, unhold
 from doratune.ops import row_norm
+from doratune.ops.hardware import full_precision
 from doratune.preparation import thaw, trained_before
 from doratune.targets import adapted_layers, holders, unwrap
 
@@ -42,6 +44,7 @@ class MergeCheck:
 
 
 @torch.no_grad()
+@full_precision()
 def merged_weight(layer: AdaptedLayer, name: str) -> Tensor:
     """``W' = g (W + s B A)``, ``[out, in]`` in W's dtype, computed in float32 by row tiles; parts stay parts."""
     rows = layer.kind.rows(layer.base_layer)
@@ -54,7 +57,7 @@ def merged_weight(layer: AdaptedLayer, name: str) -> Tensor:
         if A is not None and B is not None:
             A, B = rows.own(A, B)
         for outer, tile in rows.tiles():
-            for inner in row_norm.row_tiles(*tile.shape):
+            for inner in row_norm.row_tiles(tile.shape, tile.device):
                 here = slice(outer.start + inner.start, outer.start + inner.stop)
                 part = tile[inner].float()
                 if A is not None and B is not None:
@@ -69,11 +72,11 @@ def merged_weight(layer: AdaptedLayer, name: str) -> Tensor:
 def _exact_scale(layer: AdaptedLayer, name: str) -> Tensor | None:
     if name not in layer.magnitude:
         return None
-    base = layer.cache.base_squared(layer.kind.rows(layer.base_layer))
-    return row_norm.row_scale(sharded.whole(layer.magnitude[name]), layer.squared_norm(name), base)
+    return row_norm.row_scale(sharded.whole(layer.magnitude[name]), layer.squared_norm(name), layer.base_squared())
 
 
 @torch.no_grad()
+@full_precision()
 def verify_merge(model: nn.Module) -> list[MergeCheck]:
     """Compare every adapted layer's output with what it would be after merging; the model stays as it is.
 
@@ -206,6 +209,8 @@ def merge(model: nn.Module, verify: bool = False) -> nn.Module:
 
 def _problem(layer: AdaptedLayer, name: str) -> str | None:
     """Why a layer cannot be merged, or None."""
+    if is_offloaded(layer.base_layer):
+        return "accelerate keeps its weight elsewhere between forwards; load the model whole, or use doratune merge"
     if hasattr(layer.base_layer, "parametrizations") and not isinstance(layer.base_layer, nn.Linear):
         return "its weight is parametrised; remove that first (torch.nn.utils.parametrize.remove_parametrizations)"
     tensors = [merged_weight(layer, name)]

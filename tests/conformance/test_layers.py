@@ -14,7 +14,7 @@ from doratune.layers.linear import Linear
 from doratune.merge import merged_weight
 from doratune.ops.dropout import dropped_elements
 from helpers import assert_same, elementwise_error, error, replicas, snapshot
-from helpers_cases import CASES, FLOAT32, METHODS, PRECISIONS, found_gradients, setup, upstream
+from helpers_cases import AUTOCAST, CASES, FLOAT32, METHODS, PRECISIONS, found_gradients, setup, upstream
 
 every_case = pytest.mark.parametrize("case", CASES, ids=repr)
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -241,6 +241,22 @@ def _under(hooks, run):
             return run(x)
 
     return inside
+
+
+@every_case
+def test_an_operation_in_place_right_after_autocast_leaves_gradients_right(case):
+    s = setup(case, "dora", AUTOCAST, dropout=0.0)
+
+    def run(x):
+        with AUTOCAST.context():
+            return s.model(x).mul_(0.5)
+
+    dy = upstream(s.run())
+    ref = s.reference()
+    ref.y = 0.5 * ref.y
+    found = found_gradients(s, dy, run)
+    for part, gradient in ref.gradients(dy).items():
+        assert error(found[part], gradient) < AUTOCAST.tolerance * case.tolerance, part
 
 
 @every_method

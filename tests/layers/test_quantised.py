@@ -116,7 +116,7 @@ def test_tiles_of_any_size_make_up_the_weight(make, monkeypatch):
     library = quantised.library_of(base)
     whole = numbers_of(base)
     for rows in (1, 7, 20):
-        monkeypatch.setattr(row_norm, "TILE_BYTES", 4 * IN * rows)
+        monkeypatch.setitem(row_norm.TILE_BYTES, "cpu", 4 * IN * rows)
         tiles = list(quantised.quantised_rows(base).tiles())
         assert len(tiles) == -(-OUT // rows), library
         assert torch.equal(torch.cat([tile for _, tile in tiles]).double(), whole)
@@ -129,7 +129,7 @@ def test_where_rows_share_a_scale_the_weight_is_what_the_forward_uses(columns, n
     base = bnb.nn.Linear4bit(columns, OUT, bias=False, quant_type="nf4", compress_statistics=nested)
     base.weight = bnb.nn.Params4bit(torch.randn(OUT, columns), quant_type="nf4", compress_statistics=nested)
     base.to("cpu")
-    monkeypatch.setattr(row_norm, "TILE_BYTES", 4 * columns * 3)
+    monkeypatch.setitem(row_norm.TILE_BYTES, "cpu", 4 * columns * 3)
     W = torch.cat([tile for _, tile in quantised.quantised_rows(base).tiles()])
     assert error(base(torch.eye(columns)).T, W) < 1e-6
 

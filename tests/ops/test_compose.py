@@ -5,12 +5,21 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from doratune.ops import reference
+from doratune.ops import compose, reference
 from doratune.ops.compose import OutputGuard, scale_rows
 from doratune.ops.low_rank import dense_low_rank, low_rank_update
 from helpers import error
+
+
+@pytest.fixture(params=["kernels", "plain arithmetic"])
+def way(request, monkeypatch):
+    """As on a CPU or a GPU, and as on other devices."""
+    if request.param == "plain arithmetic":
+        monkeypatch.setattr(compose, "KERNELS", ())
+
 
 SHAPES = [(7,), (1, 7), (5, 7), (2, 3, 7), (2, 1, 2, 7), (0, 7), (2, 0, 7)]
 
@@ -79,6 +88,7 @@ def test_any_shape(batch, columns, out, rank, scale, has_bias, keep, seed):
         assert error(f, e) < 1e-4  # few rows: sums may cancel
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("keep", ["input", "output"])
 @pytest.mark.parametrize("biases", ["none", "outer", "both", "swapped"])
@@ -102,6 +112,7 @@ def test_scale_and_its_gradients(biases, keep, shape):
         assert error(f, e) < 1e-5
 
 
+@pytest.mark.usefixtures("way")
 def test_features_in_another_dimension():
     u, g, b = torch.randn(2, 3, 4, 5, requires_grad=True), torch.rand(3) + 0.5, torch.randn(3)
     g.requires_grad_()
@@ -117,6 +128,7 @@ def test_features_in_another_dimension():
             assert error(f, e) < 1e-5
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_scale_keeps_its_precision(dtype):
     """In the output's dtype a g near 1 would be rounded to 8 bits, and so would sums for its gradient."""
@@ -134,6 +146,7 @@ def test_the_scale_keeps_its_precision(dtype):
     assert error(dg, (dy.double() * u.double()).sum(0)) < 1e-5
 
 
+@pytest.mark.usefixtures("way")
 def test_a_scale_of_one_changes_nothing():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         u, b = torch.randn(64, 6).to(dtype), torch.randn(6).to(dtype)
@@ -141,6 +154,7 @@ def test_a_scale_of_one_changes_nothing():
         assert torch.equal(scale_rows(u, torch.ones(6), b, b), u)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("size", [0.0, 1e-8])
 def test_scales_of_zero_have_their_gradient(size):
     u, _, _, _, g, b = tensors((9, 7), out=7)
@@ -211,6 +225,7 @@ def test_the_guard_recomputes_under_checkpointing_too():
 # Writing over a fresh u
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("keep", ["output", "8-bit"])
 @pytest.mark.parametrize("shape", [(9, 7), (2, 3, 7), (0, 7)], ids=str)
 def test_a_fresh_input_is_written_over(shape, keep):
@@ -249,6 +264,7 @@ def test_an_input_that_an_earlier_operation_needs_is_an_error_and_no_wrong_gradi
 # Eight bits
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [-1, 1])
 def test_eight_bits_are_enough_for_the_magnitudes_gradient(dim, dtype):
@@ -322,3 +338,38 @@ def test_what_needs_no_gradient_is_not_computed():
     B.requires_grad_()
     (dB,) = torch.autograd.grad(dense_low_rank(x, W, None, A, B, 0.5).sum(), B)
     assert error(dB, (0.5 * x.double() @ A.double().T).sum(0).expand(6, 3)) < 1e-5
+
+
+@pytest.mark.parametrize("wanted", [(True, True, False), (False, True, False), (True, False, False)])
+def test_cuda_finds_the_statistics_where_it_looks(wanted):
+    """Its kernel has no use for running statistics in the backward pass, and fails without saved ones."""
+
+    class Watch(TorchDispatchMode):
+        seen = None
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.native_batch_norm_backward.default:
+                self.seen = args[5:7]
+            return function(*args, **(kwargs or {}))
+
+    dy, kept, g = torch.randn(5, 7), torch.randn(5, 7), torch.rand(7)
+    bias = torch.randn(7)
+    with Watch() as watch:
+        compose._scaled_backward(dy, kept, g, bias, -1, wanted)
+    mean, deviation = watch.seen
+    assert torch.equal(mean, bias)
+    assert torch.equal(deviation, torch.ones(7))
+
+
+def test_a_copy_of_the_output_is_as_good_as_the_output():
+    """Offloading to another device and back gives one."""
+
+    def recompute(*inputs):
+        raise AssertionError("computed again, though nothing was overwritten")
+
+    u, g = torch.randn(5, 7, requires_grad=True), torch.rand(7, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        y = scale_rows(u * 1, g, guard=OutputGuard(recompute, u), keep="output", fresh=True)
+    dy = torch.randn(5, 7)
+    (dg,) = torch.autograd.grad(y, g, dy)
+    assert error(dg, (dy * u).sum(0)) < 1e-5

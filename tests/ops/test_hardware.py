@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from doratune.ops.hardware import multiplies
+from doratune.ops.hardware import full_precision, multiplies
 
 CPU = torch.device("cpu")
 
@@ -26,3 +26,35 @@ def test_16_bits_on_a_cpu_are_if_onednn_says_so(dtype, name, answer, monkeypatch
 def test_this_processor_says_something():
     assert isinstance(multiplies(torch.bfloat16, CPU), bool)
     assert isinstance(multiplies(torch.float16, CPU), bool)
+
+
+@pytest.mark.parametrize("allowed", ["highest", "high", "medium"])
+def test_full_precision_for_a_while(allowed):
+    A = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    try:
+        torch.set_float32_matmul_precision(allowed)
+        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        with full_precision():
+            if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+                assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+                assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+            assert torch.allclose(A @ A, (A.double() @ A.double()).float(), rtol=1e-4, atol=1e-5)
+        assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
+        assert torch.get_float32_matmul_precision() == allowed
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_what_was_allowed_is_allowed_again_after_an_error():
+    torch.set_float32_matmul_precision("high")
+    try:
+        with pytest.raises(ValueError, match="inside"):
+            _fail_in_full_precision()
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@full_precision()
+def _fail_in_full_precision():
+    raise ValueError("inside")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,9 @@ from doratune.layers.cache import AdapterParameters, ScaleCache, without_autocas
 from doratune.layers.holder import AdapterHolder
 from doratune.layers.kind import Kind, Options
 from doratune.layers.sharded import assign, whole
-from doratune.layers.weights import WeightRows, is_dtensor
+from doratune.layers.weights import WeightRows, is_dtensor, on_device
 
+Method = TypeVar("Method", bound=Callable[..., Any])
 BIAS_DROWNS = 8.0
 """Keep a tensor of our own for the magnitude's gradient where a bias is this many times its magnitude."""
 CANCELLATION = 1e-2
@@ -44,6 +46,17 @@ class LayerAdapter:
     @scale.setter
     def scale(self, value: float) -> None:
         self.scale_text = repr(float(value))
+
+
+def _with_weights(method: Method) -> Method:
+    """Have the base's weights on their device meanwhile, where accelerate keeps them elsewhere between forwards."""
+
+    @functools.wraps(method)
+    def inside(self: AdaptedLayer, *args: Any, **kwargs: Any) -> Any:
+        with on_device(self.base_layer):
+            return method(self, *args, **kwargs)
+
+    return inside  # type: ignore[return-value]
 
 
 class AdaptedLayer(AdapterHolder):
@@ -76,6 +89,7 @@ class AdaptedLayer(AdapterHolder):
 
     # Adapters
 
+    @_with_weights
     def add(self, name: str, config: AdapterConfig, trainable: bool = True) -> None:
         """Add an adapter that changes nothing yet: ``B = 0``, ``m = |W|``."""
         rows = self.kind.rows(self.base_layer)
@@ -100,6 +114,7 @@ class AdaptedLayer(AdapterHolder):
         self.waiting.add(name)
         self.initialise()
 
+    @_with_weights
     def initialise(self) -> None:
         """Give start values to the adapters that still wait for a base with data."""
         weight = self.kind.rows(self.base_layer).stored
@@ -131,6 +146,7 @@ class AdaptedLayer(AdapterHolder):
             assign(A, drawn[0])
             assign(B, drawn[1])
 
+    @_with_weights
     def reset_magnitude(self, name: str) -> None:
         """Set ``m = |W + s B A|``, so that the magnitude changes nothing (0 marks a row trained as plain LoRA)."""
         with torch.no_grad():
@@ -138,6 +154,12 @@ class AdaptedLayer(AdapterHolder):
             n = self.squared_norm(name).sqrt()
             assign(self.magnitude[name], torch.where(base > 0, n, 0.0))
 
+    @_with_weights
+    def base_squared(self) -> Tensor:
+        """``|W|^2``, float32 ``[out]``."""
+        return self.cache.base_squared(self.kind.rows(self.base_layer))
+
+    @_with_weights
     def squared_norm(self, name: str) -> Tensor:
         """``|W + s B A|^2``, float32 ``[out]``, from dense tiles, exact."""
         rows = self.kind.rows(self.base_layer)
@@ -149,6 +171,7 @@ class AdaptedLayer(AdapterHolder):
             return base  # the same sum, so that a fresh adapter has g = 1 to the last bit
         return self.cache.squared_norm(rows, A, B, self.adapters[name].scale, dense=True)
 
+    @_with_weights
     def decide(self, name: str) -> None:
         """Look at the adapter's values and choose what depends on them, away from the hot path."""
         self.cache.clear_scale()
@@ -168,6 +191,7 @@ class AdaptedLayer(AdapterHolder):
         A, B, m = (whole(group[name]) if name in group else None for group in groups)
         return A, B, m
 
+    @_with_weights
     def row_scale(self, name: str, reuse: bool = False) -> Tensor:
         """g of one adapter, float32 ``[out]``, between forwards."""
         adapter, rows = self.adapters[name], self.kind.rows(self.base_layer)
@@ -223,6 +247,8 @@ class AdaptedLayer(AdapterHolder):
         if self.waiting:
             self._initialise_late()
         adapter = self.adapters[name]
+        if torch.is_grad_enabled() and not self.training:
+            self.cache.forget_evaluations()
         # Looked up past nn.Module's __getattr__: a decode step calls this for every layer and token.
         groups: Any = self._modules
         options = Options(

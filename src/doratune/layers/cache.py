@@ -7,8 +7,9 @@ tensors it was made from, and ``clear`` is called by whatever could change them 
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +57,13 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     if is_autocast(device):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+def autocast_of_now(device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """Makes contexts with autocast as it is now, for what is computed again in a backward pass, where it is off."""
+    if not is_autocast(device):
+        return functools.partial(without_autocast, device)
+    return functools.partial(torch.autocast, device.type, torch.get_autocast_dtype(device.type))
 
 
 class Evaluation(NamedTuple):
@@ -125,6 +133,14 @@ class ScaleCache:
         self._evaluation: tuple[_Stamp, float, Evaluation] | None = None
         if self._of_part is not None:
             self._of_part.clear_scale()
+
+    def forget_evaluations(self) -> None:
+        """Forget what evaluation remembers: a step may follow. Some optimisers' own kernels (bitsandbytes' among them)
+        write parameters without a new version.
+        """
+        self._scale = self._evaluation = None
+        if self._of_part is not None:
+            self._of_part.forget_evaluations()
 
     def change_adapter(self) -> None:
         """Forget what depends on the adapter, a frozen g too."""
@@ -216,7 +232,7 @@ class ScaleCache:
     ) -> Tensor:
         made_from = [rows.stored, A, B]
         reuse = reuse and norm_gradient == "detached" and not torch.compiler.is_compiling()
-        if reuse and _remembered(self._norm, scale, made_from):
+        if reuse and _remembered(self._norm, scale, made_from) and not _begins_a_step(A, B):
             return self._norm[2]  # type: ignore[index]
         exact = torch.is_grad_enabled() and norm_gradient == "exact"
         with torch.set_grad_enabled(exact):
@@ -254,6 +270,13 @@ class ScaleCache:
         if _can_stamp(*made_from):
             self._evaluation = (_Stamp(*made_from), scale, ready)
         return ready
+
+
+def _begins_a_step(*parameters: Tensor) -> bool:
+    """Whether gradients are wanted and none has come yet: an optimiser may have moved the parameters, and not all give
+    them a new version.
+    """
+    return torch.is_grad_enabled() and any(p.requires_grad and p.grad is None for p in parameters if p.is_leaf)
 
 
 def _remembered(memory: Any, scale: float, made_from: Sequence[Tensor]) -> bool:

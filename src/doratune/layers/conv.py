@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from doratune.layers.cache import without_autocast
+from doratune.layers.cache import autocast_of_now, without_autocast
 from doratune.layers.kind import Kind, Options
 from doratune.layers.weights import WeightRows, conv_rows, on_device
 from doratune.ops.compose import OutputGuard, scale_rows
@@ -74,12 +74,14 @@ def low_rank(base: Conv, x: Tensor, A: Tensor, B: Tensor, scale: float, dtype: t
 
 def _guard(base: Conv, x: Tensor, low: Tensor, A: Tensor | None, B: Tensor | None, scale: float) -> OutputGuard:
     """Computes ``z = conv(x; W) + s B conv(x; A)`` again if the layer's output was overwritten."""
+    autocast = autocast_of_now(x.device)
 
     def recompute(x: Tensor, low: Tensor) -> Tensor:
-        z = base(x)
-        if base.bias is not None:
-            z = z - base.bias.view(-1, *[1] * len(base.kernel_size))
-        return z if A is None or B is None else z + low_rank(base, low, A, B, scale, z.dtype)
+        with autocast():
+            z = base(x)
+            if base.bias is not None:
+                z = z - base.bias.to(z.dtype).view(-1, *[1] * len(base.kernel_size))
+            return z if A is None or B is None else z + low_rank(base, low, A, B, scale, z.dtype)
 
     return OutputGuard(recompute, x, low)
 

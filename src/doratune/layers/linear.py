@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from doratune.layers import quantised
-from doratune.layers.cache import is_autocast
+from doratune.layers.cache import autocast_of_now, is_autocast
 from doratune.layers.kind import Kind, Options
 from doratune.layers.sharded import rows_of_part
 from doratune.layers.weights import (
@@ -166,13 +166,20 @@ def _over_output(base_output: Tensor, x: Tensor, change: LowRankChange | None) -
 
 def _guard(base: nn.Module, x: Tensor, change: LowRankChange | None) -> OutputGuard:
     """Computes ``z = W x + s B A x`` again, through the base and its hooks, if the layer's output was overwritten."""
+    autocast = autocast_of_now(x.device)
     if change is None:
-        return OutputGuard(lambda x: _without_bias(base, x), x)
+
+        def recompute_base(x: Tensor) -> Tensor:
+            with autocast():
+                return _without_bias(base, x)
+
+        return OutputGuard(recompute_base, x)
     A, B, scale, dropped = change
 
     # Nothing large but the arguments, which autograd keeps: under checkpointing it does not.
     def recompute(x: Tensor, dropped: Tensor | None = None) -> Tensor:
-        return low_rank_update(_without_bias(base, x), x, A, B, scale, dropped)
+        with autocast():
+            return low_rank_update(_without_bias(base, x), x, A, B, scale, dropped)
 
     return OutputGuard(recompute, x) if dropped is None else OutputGuard(recompute, x, dropped)
 

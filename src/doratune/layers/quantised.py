@@ -55,7 +55,7 @@ def _bnb_4bit(base: Any) -> RowTiles:
     absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
     packed = base.weight.data.view(torch.uint8).reshape(rows, -1)
     blocks = absmax.view(rows, -1)
-    for tile in row_tiles(rows, columns):
+    for tile in row_tiles((rows, columns), packed.device):
         part = QuantState(
             blocks[tile].reshape(-1),
             torch.Size([tile.stop - tile.start, columns]),
@@ -72,12 +72,12 @@ def _bnb_8bit(base: Any) -> RowTiles:
     # The scales move from the weight to the state in the first forward.
     scales = base.weight.SCB if base.state.SCB is None else base.state.SCB
     scales = scales.to(base.weight.device)
-    for tile in row_tiles(*base.weight.shape):
+    for tile in row_tiles(base.weight.shape, base.weight.device):
         yield tile, int8_vectorwise_dequant(base.weight.data[tile], scales[tile])
 
 
 def _torchao(base: Any) -> RowTiles:
-    for tile in row_tiles(*base.weight.shape):
+    for tile in row_tiles(base.weight.shape, base.weight.device):
         with torch.inference_mode(False), torch.no_grad():  # inference mode has no slices of such a weight
             part = base.weight[tile].dequantize()
         yield tile, part

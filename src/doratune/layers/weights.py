@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -108,10 +108,14 @@ def conv_rows(base: nn.Module) -> WeightRows:
     return WeightRows.of_matrix(weight.detach().flatten(1), weight)
 
 
+def is_offloaded(base: nn.Module) -> bool:
+    """Whether accelerate keeps the layer's weights elsewhere between forwards."""
+    return bool(getattr(base.__dict__.get("_hf_hook"), "offload", False))
+
+
 def on_device(base: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Make W available on its device where accelerate keeps it offloaded between calls."""
-    hook: Any = base.__dict__.get("_hf_hook")
-    if hook is None or not getattr(hook, "offload", False):
+    if not is_offloaded(base) or not any(p.is_meta for p in base.parameters(False)):
         return contextlib.nullcontext()
     from accelerate.utils import align_module_device
 

@@ -48,7 +48,7 @@ class _Guard(torch.autograd.Function):
     def backward(ctx: Any, dg: Tensor) -> tuple[Tensor | None, ...]:
         dy, ctx.guard.dy = ctx.guard.dy, None
         if dy is not None:
-            z = ctx.guard.recompute(*ctx.saved_tensors)
+            z = ctx.guard.recompute(*ctx.saved_tensors).to(dy.dtype)
             _, dg, _ = _scaled_backward(dy, z, dg, None, ctx.dim, (False, True, False))
         # Not counted by ctx.saved_tensors: checkpointing lets them be read once.
         return dg, *[None] * (len(ctx.needs_input_grad) - 1)
@@ -121,13 +121,17 @@ def _kept_tensor(ctx: Any, dtype: torch.dtype) -> Tensor | None:
         (kept,) = ctx.saved_tensors
     except RuntimeError:
         return None
-    # Autograd checks versions by itself, but not under saved-tensor hooks (checkpointing, offloading).
-    return kept if kept._version == ctx.guard.version else None
+    # Autograd checks versions by itself, but not under saved-tensor hooks (checkpointing, offloading); a copy that they
+    # made is as young as can be.
+    return kept if kept._version <= ctx.guard.version else None
 
 
 # Scale, subtract, add, and the sums of the backward pass are what batch normalisation in evaluation does, with 0 and 1
-# for its statistics. Its kernels, on every device, make one pass over the output each way, in float32 registers: g near
-# 1 would have only 8 bits in bfloat16, and a float32 copy of u would cost more than the pass itself.
+# for its statistics. Its kernels make one pass over the output each way, in float32 registers: g near 1 would have only
+# 8 bits in bfloat16, and a float32 copy of u would cost more than the pass itself.
+
+KERNELS = ("cpu", "cuda")
+"""Devices whose kernels do this; Apple's leave sums unwritten. Elsewhere it is plain arithmetic."""
 
 
 def _scaled(u: Tensor, g: Tensor, inner: Tensor | None, outer: Tensor | None, dim: int) -> Tensor:
@@ -136,6 +140,10 @@ def _scaled(u: Tensor, g: Tensor, inner: Tensor | None, outer: Tensor | None, di
         return u.clone()
     g, mean, one = _statistics(u, g, inner)
     outer = outer if outer is None else outer.to(g.dtype)
+    if u.device.type not in KERNELS:
+        flat = _features_second(u, dim)
+        shift = -g * mean if outer is None else outer - g * mean
+        return torch.addcmul(_along(shift, flat), flat.to(g.dtype), _along(g, flat)).to(u.dtype)
     y, _, _ = torch.native_batch_norm(_features_second(u, dim), g, outer, mean, one, False, 0.0, 0.0)
     return y
 
@@ -143,6 +151,9 @@ def _scaled(u: Tensor, g: Tensor, inner: Tensor | None, outer: Tensor | None, di
 def _scale_in_place(u: Tensor, g: Tensor, inner: Tensor | None, outer: Tensor | None, dim: int) -> None:
     """``_scaled``, written over u: no fresh memory for another output."""
     if u.numel() == 0:
+        return
+    if u.device.type not in KERNELS:
+        u.copy_(_scaled(u, g, inner, outer, dim).view(u.shape))
         return
     g, mean, one = _statistics(u, g, inner)
     outer = outer if outer is None else outer.to(g.dtype)
@@ -159,9 +170,17 @@ def _scaled_backward(
     if dy.numel() == 0:  # the kernels divide by the number of rows
         return dy.clone(), torch.zeros_like(g), torch.zeros_like(g)
     g, mean, one = _statistics(dy, g, bias)
-    du, products, total = torch.ops.aten.native_batch_norm_backward(
-        _features_second(dy, dim), _features_second(kept, dim), g, mean, one, None, None, False, 0.0, wanted
-    )
+    rows, kept = _features_second(dy, dim), _features_second(kept, dim)
+    if dy.device.type in KERNELS:
+        # Twice the statistics: CPUs look at the running ones, CUDA at the saved ones.
+        du, products, total = torch.ops.aten.native_batch_norm_backward(
+            rows, kept, g, mean, one, mean, one, False, 0.0, wanted
+        )
+    else:
+        wide, others = rows.to(g.dtype), [i for i in range(rows.ndim) if i != 1]
+        du = (wide * _along(g, rows)).to(dy.dtype)
+        products = (wide * (kept - _along(mean, rows))).sum(others)
+        total = wide.sum(others)
     return (
         du.view(dy.shape) if wanted[0] else None,
         products.float() if wanted[1] else None,
@@ -180,6 +199,11 @@ def _features_second(t: Tensor, dim: int) -> Tensor:
     return as_rows(t) if dim == -1 else t
 
 
+def _along(values: Tensor, t: Tensor) -> Tensor:
+    """Values of the features, to be broadcast over t."""
+    return values.view(-1, *[1] * (t.ndim - 2))
+
+
 def _nonzero(g: Tensor) -> Tensor:
     return torch.where(g == 0, 1.0, g)
 
@@ -194,7 +218,7 @@ def scale_rows(
     keep: str = "input",
     fresh: bool = False,
 ) -> Tensor:
-    """``y = g (u - inner) + outer`` along ``dim``, in u's dtype; bit for bit u where g is 1.
+    """``y = g (u - inner) + outer`` along ``dim``, in u's dtype; u where g is 1, on a CPU bit for bit.
 
     Args:
         u: the base's output plus the low-rank update.

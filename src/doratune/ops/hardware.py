@@ -1,6 +1,10 @@
-"""Which dtypes a processor multiplies matrices in."""
+"""Which dtypes a processor multiplies matrices in, and how exactly."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -20,3 +24,26 @@ def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
         return False
     name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
     return bool(getattr(torch.ops.mkldnn, name)())
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Products of float32 numbers are exact to float32's digits, though TF32 or bfloat16 were allowed for speed."""
+    switches = _switches()
+    before = [getattr(owner, name) for owner, name, _ in switches]
+    try:
+        for owner, name, exact in switches:
+            setattr(owner, name, exact)
+        yield
+    finally:
+        for (owner, name, _), value in zip(switches, before, strict=True):
+            setattr(owner, name, value)
+
+
+def _switches() -> list[tuple[Any, str, Any]]:
+    backends: Any = torch.backends
+    cuda, cudnn, mkldnn = backends.cuda, backends.cudnn, backends.mkldnn
+    if not hasattr(cuda.matmul, "fp32_precision"):  # torch before 2.9
+        return [(cuda.matmul, "allow_tf32", False), (cudnn, "allow_tf32", False)]
+    kinds = [cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv]
+    return [(kind, "fp32_precision", "ieee") for kind in kinds]

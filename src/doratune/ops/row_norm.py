@@ -13,23 +13,25 @@ dequantises a few rows at a time, so that nothing of size ``[out, in]`` is made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE_BYTES = 16 * 1024 * 1024
-"""Size of a transient float32 tile of W."""
+TILE_BYTES = {"cpu": 16 * 1024 * 1024}
+LARGE_TILE_BYTES = 48 * 1024 * 1024
+"""Size of a transient float32 tile of W: by type of device, and on others, where starting an operation costs more."""
 
 Tiles = Callable[[], Iterable[tuple[slice, Tensor]]]
 """A function that walks W once more, as ``(rows, W[rows])``."""
 
 
-def row_tiles(rows: int, columns: int) -> Iterator[slice]:
-    """Slices of rows whose float32 copy fits into ``TILE_BYTES``."""
-    step = max(1, TILE_BYTES // (4 * max(1, columns)))
+def row_tiles(shape: Sequence[int], device: torch.device) -> Iterator[slice]:
+    """Slices of a matrix's rows whose float32 copy fits into a tile on the device."""
+    rows, columns = shape
+    step = max(1, TILE_BYTES.get(device.type, LARGE_TILE_BYTES) // (4 * max(1, columns)))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
@@ -38,7 +40,7 @@ def base_squared_norm(tiles: Tiles) -> Tensor:
     """``|W|^2`` of each row, float32 ``[out]``, summed in float32 by row tiles."""
     sums = []
     for _, tile in tiles():
-        for rows in row_tiles(*tile.shape):
+        for rows in row_tiles(tile.shape, tile.device):
             sums.append(tile[rows].float().square().sum(1))
     return torch.cat(sums)
 
@@ -113,7 +115,7 @@ def dense_squared_norm(tiles: Tiles, A: Tensor, B: Tensor, scale: float) -> Tens
     sums = []
     for outer, tile in tiles():
         update = B[outer]
-        for rows in row_tiles(*tile.shape):
+        for rows in row_tiles(tile.shape, tile.device):
             sums.append(torch.addmm(tile[rows].float(), update[rows], A, alpha=scale).square().sum(1))
     return torch.cat(sums)
 

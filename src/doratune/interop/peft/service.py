@@ -169,6 +169,8 @@ class Service:
                 self.counted = True
                 State.served.add(layer)
             memory.look(layer, adapter, reuse)
+            if torch.is_grad_enabled() and not layer.training:
+                memory.cache.forget_evaluations()
             if layer.training:
                 memory.start_zero_rows(adapter)
         matrices = adapter.matrices()
