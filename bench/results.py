@@ -150,6 +150,12 @@ class Record:
         return "\n".join([*lines, *(["", "Without a number:", "", *problems] if problems else []), ""])
 
 
+def reason(error: Exception) -> str:
+    """An exception in one line."""
+    said = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {said}"[:200]
+
+
 def command() -> str:
     """The command line, as it can be typed again."""
     return shlex.join(["python", "-m", "bench", *sys.argv[1:]])

@@ -13,6 +13,7 @@ from torch import nn
 from bench.bases import dense_weight
 from bench.check import Errors, Observation, errors, observe, reference
 from bench.contestants import BUILDERS, DORA, FROZEN, Contestant, Setting
+from bench.results import reason
 from bench.tasks import Task
 from doratune.study.moved import MovedAdapter, moved_adapter
 from doratune.study.race import Lane, Timing, race
@@ -70,11 +71,13 @@ class Trial:
         try:
             return action(name)
         except Exception as error:
-            self.contestants.pop(name, None)
-            said = (str(error).strip().splitlines() or [""])[0]
-            self.entries[name] = Entry(name, "failed", f"{type(error).__name__}: {said}"[:200])
-            gc.collect()
-            return None
+            self._fail(name, error)
+        gc.collect()  # only now: the traceback kept what was allocated when it failed
+        return None
+
+    def _fail(self, name: str, error: Exception) -> None:
+        self.contestants.pop(name, None)
+        self.entries[name] = Entry(name, "failed", reason(error))
 
     def _build(self, name: str) -> None:
         contestant = BUILDERS[name](self.base, self.setting)
@@ -142,7 +145,10 @@ class Trial:
         if FROZEN not in self.contestants:
             return
         lanes = [self._lane(name, run, before) for name in self.contestants]
-        timings = {timing.name: timing for timing in race(lanes, FROZEN, warm_up=0, **options)}
+        # Having fitted once is no promise: who fails now is out, too.
+        timings = {timing.name: timing for timing in race(lanes, FROZEN, warm_up=0, failed=self._fail, **options)}
+        if FROZEN not in timings:
+            return
         self.check()
         for name in self.contestants:
             self.entries[name].timing = _numbers(timings[name])
@@ -153,17 +159,22 @@ class Trial:
         if lane.before is not None:
             lane.before(0)
         lane.run()
+        if lane.after is not None:
+            lane.after()
 
     def _lane(self, name: str, run: Callable[[Contestant], Any], before: Callable[[Contestant], Any] | None) -> Lane:
-        contestant = self.contestants[name]
-
+        # Looked up in each round: a lane must not keep the memory of a contestant that is out.
         def prepare(round_number: int) -> None:
-            contestant.take(self.values, round_number)
+            self.contestants[name].take(self.values, round_number)
             self.task.inputs.grad = None
             if before is not None:
-                before(contestant)
+                before(self.contestants[name])
 
-        return Lane(name, lambda: run(contestant), prepare)
+        def drop_gradients() -> None:
+            self.contestants[name].model.zero_grad(set_to_none=True)
+            self.task.inputs.grad = None
+
+        return Lane(name, lambda: run(self.contestants[name]), prepare, drop_gradients)
 
     def step(self, contestant: Contestant) -> None:
         """Forward and backward."""

@@ -1,5 +1,8 @@
 """The benchmarks notice what is wrong, and give it no speed."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from bench.bases import REAL, OneLayer, first_layers, linear_paths, llama, quantise_nf4
@@ -128,6 +131,62 @@ def test_a_contestant_that_cannot_run_is_out_with_its_reason(monkeypatch):
     trial.race(trial.step, seconds=0.0)
     assert trial.entries["broken"].note == "RuntimeError: no such thing"
     assert trial.entries[DORA].timing
+
+
+def test_a_contestant_that_runs_out_of_memory_in_the_race_is_out_and_leaves_nothing_behind():
+    trial = layer_trial([FROZEN, LORA, DORA])
+    model = trial.contestants[DORA].model
+    model.cycle = [model]  # larger models have some
+    del model
+    runs = []
+
+    def step(contestant):
+        trial.step(contestant)
+        if contestant.name == DORA and len(runs) > 8:  # three of warm-up, two whole rounds
+            runs.append(weakref.ref(contestant.model))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nAnd more")
+        runs.append(None)
+
+    gc.collect()
+    gc.disable()  # or it comes by chance
+    try:
+        trial.race(step, seconds=0.0)
+    finally:
+        gc.enable()
+    (model,) = filter(None, runs)
+    assert model() is None
+    assert trial.entries[DORA].note == "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB."
+    assert trial.entries[DORA].timing is None
+    assert trial.entries[LORA].timing["rounds"] == FEWEST_ROUNDS
+
+
+def test_without_the_floor_nobody_has_a_speed():
+    trial = layer_trial([FROZEN, LORA])
+    runs = []
+
+    def step(contestant):
+        runs.append(contestant.name)
+        if contestant.name == FROZEN and runs.count(FROZEN) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        trial.step(contestant)
+
+    trial.race(step, seconds=0.0)
+    assert status(trial) == {FROZEN: "failed", LORA: "right"}
+    assert trial.entries[LORA].timing is None
+
+
+def test_nobody_runs_beside_the_gradients_of_others():
+    trial = layer_trial([FROZEN, DORA, FULL])
+    seen = []
+
+    def step(contestant):
+        models = [other.model for other in trial.contestants.values()]
+        seen.append([p.grad for model in models for p in model.parameters() if p.grad is not None])
+        trial.step(contestant)
+
+    trial.race(step, seconds=0.0)
+    assert seen
+    assert not any(seen)
 
 
 def test_the_first_layers_share_the_tensors_and_leave_the_model_whole():

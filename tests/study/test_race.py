@@ -3,6 +3,7 @@ import math
 import statistics
 
 import pytest
+import torch
 
 from doratune.study import race as module
 from doratune.study.race import FEWEST_ROUNDS, PATIENCE, WARM_UP, Lane, Timing, median_interval, race
@@ -118,6 +119,47 @@ def test_garbage_collection_is_off_while_timed_and_on_again_after_a_failure():
     with pytest.raises(ZeroDivisionError):
         race([Lane("a", lambda: 1 / 0)], "a")
     assert gc.isenabled()
+
+
+def out_of_memory(when):
+    """Raises in the rounds that ``when`` is true of."""
+    numbers = []
+
+    def run():
+        if when(numbers[-1]):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    return {"run": run, "before": numbers.append}
+
+
+@pytest.mark.parametrize("fails_in", [-1, 0, 3])
+def test_a_lane_that_fails_is_out_and_the_others_race_on(fails_in, clock):
+    ran, reasons = [], []
+    lanes = [
+        clock.lane("a", 1.0, before=ran.append),
+        Lane("large", **out_of_memory(lambda number: number >= fails_in)),
+        clock.lane("b", 2.0),
+    ]
+    found = race(lanes, "a", rounds=7, seconds=math.inf, failed=lambda *what: reasons.append(what))
+    assert [(timing.name, timing.ratio, timing.rounds) for timing in found] == [("a", 1, 7), ("b", 2, 7)]
+    ((name, error),) = reasons
+    assert (name, type(error)) == ("large", torch.OutOfMemoryError)
+    # The round in which it failed is run once more: others may have been slow to allocate anew.
+    assert len(ran) == WARM_UP + 7 + (fails_in >= 0)
+
+
+def test_without_its_floor_there_is_no_race(clock):
+    lanes = [Lane("a", **out_of_memory(lambda number: number == 2)), clock.lane("b", 1.0)]
+    assert race(lanes, "a", rounds=7, seconds=math.inf, failed=lambda *_: None) == []
+
+
+def test_what_a_lane_does_after_its_run_is_not_timed(clock):
+    def after():
+        clock.now += 100
+
+    (found,) = race([clock.lane("a", 1.0, after=after)], "a", rounds=6, seconds=math.inf)
+    assert found.milliseconds == 1000
+    assert clock.now == (WARM_UP + 6) * 101
 
 
 def test_lanes_need_a_floor_and_different_names():

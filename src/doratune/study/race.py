@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import math
 import random
 import statistics
@@ -41,6 +42,8 @@ class Lane:
     """What is timed."""
     before: Callable[[int], Any] | None = None
     """Called with the number of the round, untimed: changes parameters, drops gradients."""
+    after: Callable[[], Any] | None = None
+    """Called after each run, untimed: gives back what it left, which the other lanes may need."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ def race(
     device: torch.device | str = "cpu",
     seed: int = 0,
     watch: Callable[[int, float], Any] | None = None,
+    failed: Callable[[str, Exception], Any] | None = None,
 ) -> list[Timing]:
     """Run the lanes against each other.
 
@@ -88,9 +92,11 @@ def race(
         device: waited for before each look at the clock.
         seed: of the order of the lanes.
         watch: called after each round with its number and the share of the race that is over.
+        failed: called with the name of a lane that raises, and with what it raised; the others go on. None: that ends
+            the race.
 
     Returns:
-        One Timing a lane, in the order of the lanes.
+        One Timing a lane, in the order of the lanes, without those that failed; none at all if the floor did.
     """
     order = list(lanes)
     shuffle = random.Random(seed).shuffle
@@ -98,21 +104,46 @@ def race(
     if floor not in names or len(names) != len(order):
         raise ValueError(f"lanes need different names, and one is the floor {floor!r}; found {[x.name for x in order]}")
     for round_number in range(-warm_up, 0):
-        for lane in order:
-            _timed(lane, round_number, device)
+        order = _run(order, round_number, device, failed)[0]
     start = time.perf_counter()
     done: list[dict[str, tuple[float, float]]] = []
-    for round_number in range(rounds):
+    for round_number in itertools.count():
         shuffle(order)
-        done.append({lane.name: _timed(lane, round_number, device) for lane in order})
+        left, found = _run(order, round_number, device, failed)
+        if floor not in found:
+            return []
+        if len(left) == len(order):
+            done.append(found)
+        else:  # Whoever came after a failure had to allocate anew: that round is nobody's.
+            done = [{lane.name: earlier[lane.name] for lane in left} for earlier in done]
+        order = left
         elapsed = time.perf_counter() - start
         if watch is not None:
-            watch(round_number, max(elapsed / seconds if seconds else 1.0, (round_number + 1) / rounds))
-        if elapsed >= seconds and (_undisturbed(done) >= FEWEST_ROUNDS or len(done) >= PATIENCE):
+            watch(round_number, max(elapsed / seconds if seconds else 1.0, len(done) / rounds))
+        enough = _undisturbed(done) >= FEWEST_ROUNDS or len(done) >= PATIENCE
+        if len(done) >= rounds or (elapsed >= seconds and enough):
             break
     counted = _that_count(done)
-    times = {lane.name: [found[lane.name][0] for found in counted] for lane in lanes}
-    return [_timing(lane.name, times[lane.name], times[floor], len(done) - len(counted)) for lane in lanes]
+    times = {lane.name: [found[lane.name][0] for found in counted] for lane in lanes if lane in order}
+    return [_timing(name, own, times[floor], len(done) - len(counted)) for name, own in times.items()]
+
+
+def _run(
+    order: list[Lane], round_number: int, device: torch.device | str, failed: Callable[[str, Exception], Any] | None
+) -> tuple[list[Lane], dict[str, tuple[float, float]]]:
+    """One round: the lanes that are left after it, and what ``_timed`` says of each."""
+    left, found = [], {}
+    for lane in order:
+        try:
+            found[lane.name] = _timed(lane, round_number, device)
+            left.append(lane)
+            continue
+        except Exception as error:
+            if failed is None:
+                raise
+            failed(lane.name, error)
+        gc.collect()  # only now: the traceback kept what was allocated when the lane failed
+    return left, found
 
 
 def _disturbance(found: dict[str, tuple[float, float]]) -> float:
@@ -143,6 +174,8 @@ def _timed(lane: Lane, round_number: int, device: torch.device | str) -> tuple[f
         seconds = time.perf_counter() - start
         waited = max(seconds_kept_waiting() - waited, 0.0)
     del result  # freeing it is nobody's time
+    if lane.after is not None:
+        lane.after()
     return seconds, waited
 
 
