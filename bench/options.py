@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import plots
 from bench.contestants import BUILDERS, FROZEN
-from bench.results import HERE, Point, Record
+from bench.results import HERE, Point, Record, reason
 from doratune.ops.hardware import multiplies
 
 Watch = Callable[[int, float], Any]
@@ -96,6 +96,13 @@ class Benchmark(Options, ABC):
     def measure(self, point: Point, watch: Watch) -> Report:
         """Entries of one point, and what else is to be noted about it."""
 
+    def _attempt(self, point: Point, watch: Watch) -> Report:
+        """Measure a point; if that cannot be done, say why: the next ones may fit."""
+        try:
+            return self.measure(point, watch)
+        except Exception as error:
+            return [], {"failed": reason(error)}
+
     def run(self) -> Record:
         """Measure every point, write after each."""
         if self.threads:
@@ -117,7 +124,9 @@ class Benchmark(Options, ABC):
                 def watch(_: int, share: float, task: Any = task) -> None:
                     progress.update(task, completed=min(share, 1.0))
 
-                entries, about = self.measure(point, watch)
+                entries, about = self._attempt(point, watch)
+                if "failed" in about:
+                    console.print(f"{self.what}, {point.title}: failed, {about['failed']}", markup=False)
                 record.add(point, entries, about)
                 progress.update(task, completed=1.0)
                 gc.collect()  # models are full of cycles

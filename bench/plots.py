@@ -49,7 +49,7 @@ def lines(record: Record, path: Path) -> None:
     panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for axes, (group, points) in zip(panels, groups.items(), strict=True):
         points = sorted(points, key=lambda point: point["shape"][group])
-        for name in (entry["name"] for entry in points[0]["entries"]):
+        for name in dict.fromkeys(entry["name"] for point in points for entry in point["entries"]):
             found = [
                 (point["shape"][group], entry["timing"]["ratio"])
                 for point in points

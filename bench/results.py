@@ -146,6 +146,7 @@ class Record:
             for entry in point["entries"]
             if entry["status"] in ("wrong", "failed")
         ]
+        problems += [f"- {point['title']}: failed, {point['failed']}" for point in self.points if "failed" in point]
         lines += _disturbed(self.points)
         return "\n".join([*lines, *(["", "Without a number:", "", *problems] if problems else []), ""])
 
@@ -197,11 +198,11 @@ def _sweep(key: str, points: list[dict[str, Any]]) -> list[str]:
     for column in ("x frozen", "DoRA over it"):
         rows += ["", f"| {column} | " + " | ".join(f"{key} {p['shape'][key]:,}" for p in points) + " |"]
         rows.append("|---|" + "---:|" * len(points))
-        by_name: dict[str, list[str]] = {}
-        for point in points:
-            for entry in point["entries"]:
-                by_name.setdefault(entry["name"], []).append(cells(entry).get(column, entry["status"]))
-        rows += [f"| {name} | " + " | ".join(row) + " |" for name, row in by_name.items()]
+        by_point = [{entry["name"]: entry for entry in point["entries"]} for point in points]
+        for name in dict.fromkeys(name for entries in by_point for name in entries):
+            found = [entries.get(name, {"status": ""}) for entries in by_point]  # a point that failed has none
+            row = [cells(entry).get(column, entry["status"]) for entry in found]
+            rows.append(f"| {name} | " + " | ".join(row) + " |")
     floors = [next((cells(e)["ms"] for e in p["entries"] if e["name"] == FROZEN and "timing" in e), "") for p in points]
     return [*rows[1:], f"| {FROZEN}, ms | " + " | ".join(floors) + " |"]
 

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 from bench.__main__ import main
 from bench.contestants import DORA, FROZEN
+from bench.layer import Layer
 from bench.results import Point, Record
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peers about themselves
@@ -78,6 +80,28 @@ def test_points_are_chosen_and_join_those_of_an_earlier_run(tmp_path):
     assert [point["shape"]["rank"] for point in found["points"]] == [8]
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_point_that_fails_is_named_and_the_others_are_measured(which, tmp_path, monkeypatch, capsys):
+    measure = Layer.measure
+
+    def failing(self, point, watch):
+        if point.shape["rank"] == (4, 8)[which]:
+            raise torch.OutOfMemoryError("CUDA out of memory. [It] does not fit\nand more")
+        return measure(self, point, watch)
+
+    monkeypatch.setattr(Layer, "measure", failing)
+    found, text, picture = run(tmp_path, "layer", "--only", "doratune DoRA", "--without", "dropout")
+    failed, right = sorted(found["points"], key=lambda point: "failed" not in point)
+    assert failed["failed"] == "OutOfMemoryError: CUDA out of memory. [It] does not fit"
+    assert failed["entries"] == []
+    assert {entry["status"] for entry in right["entries"]} == {"right", "reference"}
+    assert f"- {failed['title']}: failed, {failed['failed']}" in text
+    row = next(line for line in text.splitlines() if line.startswith(f"| {DORA} |")).split("|")[2:4]
+    assert [bool(cell.strip()) for cell in row] == [which == 1, which == 0]
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert "[It] does not fit" in " ".join(capsys.readouterr().err.split())
+
+
 def test_no_point_is_chosen(tmp_path, capsys):
     main(["layer", "--quick", "--select", "r 5,", "--output", str(tmp_path)])
     assert not list(tmp_path.iterdir())
@@ -110,8 +134,6 @@ def test_files(tmp_path):
 
 
 def test_wrong_and_failed_contestants_are_named_without_a_number(tmp_path):
-    import torch
-
     record = Record("x", "Title", "Note.", torch.device("cpu"), tmp_path, {"dtype": "bfloat16"}, lambda *_: None)
     timing = {"ratio": 1.0, "low": 1.0, "high": 1.0, "milliseconds": 5.0, "rounds": 6}
     entries = [

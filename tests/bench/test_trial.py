@@ -133,7 +133,8 @@ def test_a_contestant_that_cannot_run_is_out_with_its_reason(monkeypatch):
     assert trial.entries[DORA].timing
 
 
-def test_a_contestant_that_runs_out_of_memory_in_the_race_is_out_and_leaves_nothing_behind():
+@pytest.mark.parametrize("before", [0, 8], ids=["in the warm-up", "in the race"])
+def test_a_contestant_that_runs_out_of_memory_is_out_and_leaves_nothing_behind(before):
     trial = layer_trial([FROZEN, LORA, DORA])
     model = trial.contestants[DORA].model
     model.cycle = [model]  # larger models have some
@@ -142,7 +143,7 @@ def test_a_contestant_that_runs_out_of_memory_in_the_race_is_out_and_leaves_noth
 
     def step(contestant):
         trial.step(contestant)
-        if contestant.name == DORA and len(runs) > 8:  # three of warm-up, two whole rounds
+        if contestant.name == DORA and len(runs) > before:
             runs.append(weakref.ref(contestant.model))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nAnd more")
         runs.append(None)
