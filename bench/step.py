@@ -30,7 +30,7 @@ class Step(Benchmark):
     tokens: int | None = None
     """In a step; none: 1,024, on a GPU 8,192 for the larger models."""
     models: tuple[str, ...] = ()
-    """Names out of bench/bases.py, with /checkpointing or /nf4 after them; none: a choice for the device."""
+    """Names out of bench/bases.py, with /checkpointing, /nf4 or both after them; none: a choice for the device."""
 
     what: ClassVar[str] = "step"
     title: ClassVar[str] = "Training step of a language model"
@@ -45,7 +45,7 @@ class Step(Benchmark):
         for name in self.models or self._choice():
             shape, _, variant = name.partition("/")
             tokens = self.tokens or self._tokens(shape)
-            title = f"{shape}{', ' + variant if variant else ''}, {tokens:,} tokens, r {self.rank}"
+            title = f"{name.replace('/', ', ')}, {tokens:,} tokens, r {self.rank}"
             points.append(Point(title, {"model": shape, "variant": variant, "tokens": tokens, "rank": self.rank}))
         return points
 
@@ -55,7 +55,7 @@ class Step(Benchmark):
         small = ["llama-6-layers", "llama-6-layers/checkpointing", "llama-6-layers/nf4", "smollm2-135m"]
         large = ["llama-1b", "llama-1b/checkpointing", "llama-1b/nf4"]
         if self.torch_device().type == "cuda":
-            return [*small, *large, "llama-8b/checkpointing", "llama-8b/nf4"]
+            return [*small, *large, "llama-8b/checkpointing", "llama-8b/nf4/checkpointing"]
         return [*small, *large] if self.full else [small[0], small[1]]
 
     def _tokens(self, shape: str) -> int:
@@ -74,10 +74,10 @@ class Step(Benchmark):
 def model_trial(options: Options, point: Point, training: bool, *unwanted: str) -> tuple[Trial, str]:
     """The contestants on a point's model, and what its weights are."""
     base, weights = llama(point.shape["model"], options.torch_dtype(), options.torch_device())
-    variant = point.shape.get("variant")
-    if variant == "checkpointing":
+    variants = point.shape.get("variant", "").split("/")
+    if "checkpointing" in variants:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    elif variant == "nf4":
+    if "nf4" in variants:
         quantise_nf4(base)
         unwanted = (*unwanted, FULL, "LyCORIS")  # neither can train or decompose 4-bit weights
     tokens, names = point.shape["tokens"], options.contestants(*unwanted)

@@ -216,6 +216,19 @@ def test_deep_models_in_16_bits_are_compared_on_their_first_layers(weights, dtyp
     assert trial.entries[DORA].status == "right"
 
 
+def test_quantised_models_can_use_checkpointing_and_large_ones_do(monkeypatch):
+    options = step.Step(device="cpu", dtype="bfloat16", models=("tiny/nf4/checkpointing",), only=(DORA, FULL))
+    (point,) = options.points()
+    assert point.title == "tiny, nf4, checkpointing, 1,024 tokens, r 16"
+    trial, _ = step.model_trial(options, point, True)
+    assert hasattr(trial.base.model.layers[0].mlp.up_proj.weight, "quant_state")
+    assert trial.base.is_gradient_checkpointing
+    assert FULL not in trial.entries
+    monkeypatch.setattr(step.Step, "torch_device", lambda self: torch.device("cuda"))
+    large = [point for point in step.Step().points() if point.shape["model"] == "llama-8b"]
+    assert {point.shape["variant"] for point in large} == {"checkpointing", "nf4/checkpointing"}
+
+
 def test_contestants_share_the_base_and_leave_it_as_it_was():
     base, _ = llama("tiny", torch.float32, CPU)
     setting = Setting(linear_paths(base), 4)
