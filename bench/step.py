@@ -17,6 +17,8 @@ from bench.trial import Trial
 
 SHALLOW = 6
 """Deeper models are compared on so many layers in 16 bits, where rounding grows with the depth."""
+WIDE, WIDE_SHALLOW = 4096, 2
+"""From this hidden size on, on so many: rounding grows with the width, too."""
 CHECKED_TOKENS = 256
 """Of a model that is compared apart from the race."""
 
@@ -80,16 +82,19 @@ def model_trial(options: Options, point: Point, training: bool, *unwanted: str) 
     if "nf4" in variants:
         quantise_nf4(base)
         unwanted = (*unwanted, FULL, "LyCORIS")  # neither can train or decompose 4-bit weights
+    if base.config.hidden_size >= WIDE:
+        unwanted = (*unwanted, FULL)  # a copy of the weights and their gradients: nothing else would fit beside them
     tokens, names = point.shape["tokens"], options.contestants(*unwanted)
     setting = Setting(linear_paths(base), point.shape["rank"])
-    twin = None
-    if options.torch_dtype() != torch.float32 and base.config.num_hidden_layers > SHALLOW:
-        part = first_layers(base, SHALLOW)
-        weights += f", compared on the first {SHALLOW} layers"
+    twin, compared = None, WIDE_SHALLOW if base.config.hidden_size >= WIDE else SHALLOW
+    if options.torch_dtype() != torch.float32 and base.config.num_hidden_layers > compared:
+        part = first_layers(base, compared)
+        weights += f", compared on the first {compared} layers"
         if weights.startswith(REAL):
             # Random adapters spoil real weights: whoever computes, 16 bits' rounding passes any tolerance.
             part = copy.deepcopy(part).float()
             weights += " in float32"
         task = ModelTask(part, min(tokens, CHECKED_TOKENS))
-        twin = Trial(part, Setting(linear_paths(part), setting.rank), names, task, training)
+        compared_names = [name for name in names if name != FULL]  # which is a copy of its own, compared with nothing
+        twin = Trial(part, Setting(linear_paths(part), setting.rank), compared_names, task, training)
     return Trial(base, setting, names, ModelTask(base, tokens), training, twin), weights

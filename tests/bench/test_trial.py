@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from bench.contestants import BUILDERS, DORA, EIGHT_BIT, FROZEN, FULL, LORA, Set
 from bench.tasks import DecodeTask, LayerTask, ModelTask
 from bench.trial import Trial, moved_adapters
 
-from bench import contestants, step
+from bench import bases, contestants, step
 from doratune.study.race import FEWEST_ROUNDS
 from doratune.targets import adapted_layers
 
@@ -207,13 +208,30 @@ def test_the_first_layers_share_the_tensors_and_leave_the_model_whole():
 def test_deep_models_in_16_bits_are_compared_on_their_first_layers(weights, dtype, monkeypatch):
     monkeypatch.setattr(step, "SHALLOW", 1)
     monkeypatch.setattr(step, "llama", lambda *args: (llama(*args)[0], weights))
-    options = step.Step(quick=True, dtype="bfloat16", device="cpu", only=("doratune DoRA",))
+    options = step.Step(quick=True, dtype="bfloat16", device="cpu", only=("doratune DoRA", FULL))
     trial, about = step.model_trial(options, options.points()[0], True)
     assert trial.twin.task.inputs.dtype == dtype
     assert (len(trial.base.model.layers), len(trial.twin.base.model.layers)) == (2, 1)
     assert about.startswith(f"{weights}, compared on the first 1 layers")
+    assert FULL in trial.contestants
+    assert FULL not in trial.twin.contestants  # it is not compared, and a copy of all weights
     trial.check()
     assert trial.entries[DORA].status == "right"
+
+
+def test_wide_models_are_compared_on_fewer_layers_and_not_fully_trained(monkeypatch):
+    monkeypatch.setitem(bases.SHAPES, "tiny", replace(bases.SHAPES["tiny"], layers=3))
+    options = step.Step(quick=True, dtype="bfloat16", device="cpu", only=("doratune DoRA", FULL))
+    (point, _) = options.points()
+    trial, about = step.model_trial(options, point, True)
+    assert (trial.twin, about) == (None, "random weights")
+    assert FULL in trial.entries
+    monkeypatch.setattr(step, "WIDE", bases.SHAPES["tiny"].hidden)
+    trial, about = step.model_trial(options, point, True)
+    assert len(trial.twin.base.model.layers) == 2
+    assert about == "random weights, compared on the first 2 layers"
+    assert FULL not in trial.entries
+    assert step.WIDE_SHALLOW < step.SHALLOW
 
 
 def test_quantised_models_can_use_checkpointing_and_large_ones_do(monkeypatch):
