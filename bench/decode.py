@@ -7,8 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from bench.bases import linear_paths, llama
-from bench.contestants import EIGHT_BIT, FULL, Contestant, Setting, merged
+from bench.contestants import EIGHT_BIT, FULL, Contestant, merged
 from bench.options import Benchmark, Options, Report, Watch
 from bench.results import Point
 from bench.step import model_trial
@@ -35,17 +34,17 @@ class Decode(Benchmark):
     def points(self) -> list[Point]:
         large = self.full or self.torch_device().type == "cuda"
         names = ["tiny"] if self.quick else ["llama-6-layers", *(["llama-1b"] if large else [])]
-        return [Point(f"{name}, {self.cached} cached tokens", {"model": name, "rank": 16}) for name in names]
+        return [
+            Point(f"{name}, {self.cached} cached tokens", {"model": name, "tokens": self.cached, "rank": 16})
+            for name in names
+        ]
 
     def measure(self, point: Point, watch: Watch) -> Report:
-        base, weights = llama(point.shape["model"], self.torch_dtype(), self.torch_device())
-        task = DecodeTask(base, self.cached)
-        setting = Setting(linear_paths(base), point.shape["rank"])
-        trial = Trial(base, setting, self.contestants(FULL, "dropout", EIGHT_BIT), task, training=False)
+        trial, weights = model_trial(self, point, False, FULL, "dropout", EIGHT_BIT, make_task=DecodeTask)
         add_merged(trial, self)
         trial.race(
-            lambda contestant: task.decode(contestant.model),
-            lambda contestant: task.prefill(contestant.model),
+            lambda contestant: trial.task.decode(contestant.model),
+            lambda contestant: trial.task.prefill(contestant.model),
             **self.race_options(watch),
         )
         return trial.report(), {"weights": weights}
@@ -86,7 +85,9 @@ class Eval(Benchmark):
 
 
 def add_merged(trial: Trial, options: Options) -> None:
-    """Merged DoRA as two more contestants."""
+    """Merged DoRA as two more contestants, in the twin too: it is compared there."""
+    if trial.twin is not None:
+        add_merged(trial.twin, options)
     for contestant in merged(trial.base, trial.setting, trial.values):
         if not options.only or any(text in contestant.name for text in options.only):
             trial.add(contestant)

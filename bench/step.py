@@ -73,7 +73,9 @@ class Step(Benchmark):
         return trial.report(), {"weights": weights}
 
 
-def model_trial(options: Options, point: Point, training: bool, *unwanted: str) -> tuple[Trial, str]:
+def model_trial(
+    options: Options, point: Point, training: bool, *unwanted: str, make_task: type[ModelTask] = ModelTask
+) -> tuple[Trial, str]:
     """The contestants on a point's model, and what its weights are."""
     base, weights = llama(point.shape["model"], options.torch_dtype(), options.torch_device())
     variants = point.shape.get("variant", "").split("/")
@@ -94,7 +96,7 @@ def model_trial(options: Options, point: Point, training: bool, *unwanted: str) 
             # Random adapters spoil real weights: whoever computes, 16 bits' rounding passes any tolerance.
             part = copy.deepcopy(part).float()
             weights += " in float32"
-        task = ModelTask(part, min(tokens, CHECKED_TOKENS))
+        task = make_task(part, min(tokens, CHECKED_TOKENS))
         compared_names = [name for name in names if name != FULL]  # which is a copy of its own, compared with nothing
         twin = Trial(part, Setting(linear_paths(part), setting.rank), compared_names, task, training)
-    return Trial(base, setting, names, ModelTask(base, tokens), training, twin), weights
+    return Trial(base, setting, names, make_task(base, tokens), training, twin), weights

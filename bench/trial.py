@@ -104,8 +104,8 @@ class Trial:
         twin.check()
         for name in list(self.contestants):
             if (found := twin.entries.get(name)) is None:
-                continue
-            if name in twin.contestants:
+                self.attempt(name, self._check)  # or it would be timed unchecked
+            elif name in twin.contestants:
                 self.entries[name].error, self.entries[name].status = found.error, found.status
             else:
                 self.entries[name] = found

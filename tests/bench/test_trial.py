@@ -11,7 +11,7 @@ from bench.contestants import BUILDERS, DORA, EIGHT_BIT, FROZEN, FULL, LORA, Set
 from bench.tasks import DecodeTask, LayerTask, ModelTask
 from bench.trial import Trial, moved_adapters
 
-from bench import bases, contestants, step
+from bench import bases, contestants, decode, step
 from doratune.study.race import FEWEST_ROUNDS
 from doratune.targets import adapted_layers
 
@@ -108,6 +108,32 @@ def test_a_twin_is_compared_in_its_place(monkeypatch):
     assert trial.entries["mistaken"].timing is None
     assert trial.entries[LORA].timing
     assert max(trial.entries[LORA].error.values()) < 1e-3  # no 16 bits' rounding
+
+
+def test_whom_a_twin_lacks_is_compared_itself(monkeypatch):
+    monkeypatch.setitem(BUILDERS, "mistaken", wrong_gradient)
+    trial = layer_trial([FROZEN, "mistaken", LORA])
+    trial.twin = layer_trial([FROZEN])
+    trial.check()
+    assert status(trial) == {FROZEN: "reference", "mistaken": "wrong", LORA: "right"}
+
+
+@pytest.mark.parametrize("benchmark", [decode.Decode, decode.Eval])
+def test_evaluation_of_deep_models_is_compared_on_their_first_layers_merged_ones_too(benchmark, monkeypatch):
+    monkeypatch.setattr(step, "SHALLOW", 1)
+    trials = []
+    race = Trial.race
+    monkeypatch.setattr(
+        Trial, "race", lambda self, *args, **options: (trials.append(self), race(self, *args, **options))
+    )
+    options = benchmark(quick=True, dtype="bfloat16", device="cpu", seconds=0.01, only=("DoRA, merged", DORA))
+    entries, about = options.measure(options.points()[0], lambda *_: None)
+    (trial,) = trials
+    assert about["weights"] == "random weights, compared on the first 1 layers"
+    assert {FROZEN, DORA, "doratune DoRA, merged", "PEFT DoRA, merged"} <= trial.twin.contestants.keys()
+    for entry in entries:
+        assert entry["timing"]
+        assert entry["name"] == FROZEN or entry["error"] == trial.twin.entries[entry["name"]].error
 
 
 def test_what_becomes_wrong_during_the_race_has_no_speed():
