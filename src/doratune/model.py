@@ -32,8 +32,8 @@ from doratune.targets import (
 def attach(model: nn.Module, config: AdapterConfig, name: str = "default", *, trainable: bool = True) -> nn.Module:
     """Put a new adapter on a model, in place; it becomes the active one, and everything else is frozen.
 
-    A new adapter changes nothing: the model's output stays as it was, bit for bit (up to float32's rounding on CUDA, where
-    layers have biases).
+    A new adapter changes nothing: the model's output stays as it was, bit for bit (on CUDA with biases up to float32's
+    rounding).
 
     Args:
         model: any module; wrapped ones (DistributedDataParallel, torch.compile) are seen through.
