@@ -4,7 +4,18 @@ import numpy as np
 from rich.console import Console
 
 from doratune.train import AdapterOptions, TrainConfig, train
-from train.tiny import images, reviews, save_encoder, save_image_folder, save_model, save_rows, save_vision_model
+from train.tiny import (
+    images,
+    reviews,
+    save_encoder,
+    save_image_folder,
+    save_model,
+    save_model_with_other_ends,
+    save_rows,
+    save_vision_model,
+)
+
+MODELS = {"encoder": save_encoder, "decoder": save_model, "decoder with other ends": save_model_with_other_ends}
 
 
 def train_on_images(folder, method="dora"):
@@ -30,7 +41,7 @@ def train_on_texts(folder, method="dora", kind="encoder"):
     """A run on reviews; held out are those of ``test.jsonl``."""
     test = [{"review": row["review"] + " and so on", "label": row["label"]} for row in reviews(20)]
     config = TrainConfig(
-        model=str((save_encoder if kind == "encoder" else save_model)(folder / "model")),
+        model=str(MODELS[kind](folder / "model")),
         data=(str(save_rows(folder / "train.jsonl", reviews(60))),),
         eval_data=(str(save_rows(folder / "test.jsonl", test)),),
         output=folder / "run",

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import doratune as dt
+from doratune.cli import main
 from doratune.inference.inputs import Text, read_pictures, read_texts
 from doratune.inference.predictor import Classifier, Predictor
 from doratune.train import TrainConfig
@@ -61,6 +62,21 @@ def test_a_batch_gives_what_single_texts_do(texts):
         ids = torch.tensor([tokenizer()("a good tale")["input_ids"]])
         expected = predictor.model(ids).logits.softmax(-1)[0].tolist()
     assert predictor.predict(inputs[:1])[0].probabilities == pytest.approx(expected)
+
+
+def test_padding_is_the_tokenizers_whatever_the_models_config_says(tmp_path, capsys):
+    result = train_on_texts(tmp_path, kind="decoder with other ends")
+    folder = tmp_path / "run" / "adapter"
+    assert main(["merge", str(folder), "--output", str(tmp_path / "merged")]) == 0
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["pad_token_id"] == 256
+    found = Classifier.find(folder)
+    inputs = read_texts(reading(found, tmp_path / "test.jsonl"), found.about.columns, print)
+    predictor = Predictor.load(found)
+    predictions = predictor.predict(inputs)
+    likely = torch.tensor([one.probabilities[result.labels.index(one.input.label)] for one in predictions])
+    assert -likely.log().mean().item() == pytest.approx(result.loss_after, abs=2e-3)
+    for one in predictions:
+        assert one.probabilities == pytest.approx(predictor.predict([one.input])[0].probabilities, abs=1e-5)
 
 
 def test_logits_stay_float32_on_a_16_bit_base(pictures):

@@ -49,6 +49,15 @@ def save_model(folder: Path) -> Path:
     return folder
 
 
+def save_model_with_other_ends(folder: Path) -> Path:
+    """As Llama 3 and Qwen2.5 come: the config names several ends and no padding, the tokenizer pads with another."""
+    model = llama()
+    model.config.eos_token_id, model.config.pad_token_id = [255, 256], None
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
 def words(count: int, seed: int = 0) -> str:
     choose = random.Random(seed)
     return " ".join(choose.choice(["once", "upon", "a", "time", "king", "wolf", "forest"]) for _ in range(count))

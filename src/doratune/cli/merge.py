@@ -41,7 +41,7 @@ def run(options: Merge) -> int:
     from doratune.cli.quiet import quiet_libraries
     from doratune.files import read_config, read_weights
     from doratune.merge import merge, verify_merge
-    from doratune.train.models import load_base, load_tokenizer
+    from doratune.train.models import align_padding, load_base, load_tokenizer
 
     raw = read_config(options.adapter)
     read_weights(options.adapter)  # a broken file is found before a large model is loaded
@@ -61,7 +61,10 @@ def run(options: Merge) -> int:
     merge(model)
     whole = probe.compare() if probe else None
     reads_text = getattr(model, "main_input_name", None) != "pixel_values" and _has_tokenizer(base)
-    _write(model, load_tokenizer(base) if reads_text else None, options.adapter, options.output)
+    tokenizer = load_tokenizer(base) if reads_text else None
+    if tokenizer is not None:
+        align_padding(model, tokenizer)
+    _write(model, tokenizer, options.adapter, options.output)
     if options.json:
         worst = max((c.difference for c in checks), default=None)
         found = {"output": str(options.output), "layers": len(checks), "largest_difference": worst, "logits": whole}

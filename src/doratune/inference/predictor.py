@@ -19,6 +19,7 @@ from doratune.inference.sources import inner_folder, is_model
 from doratune.targets import HEAD_NAMES
 from doratune.train.information import Information
 from doratune.train.models import (
+    align_padding,
     choose_dtype,
     load_base,
     load_config,
@@ -121,8 +122,8 @@ class Predictor:
         self.forward = forward or {}
         self.cut = 0
         """Texts that were longer than max_length, so far."""
-        if max_length is not None and processor.pad_token_id is None:
-            processor.pad_token = processor.eos_token
+        if max_length is not None:
+            align_padding(model, processor)
 
     @classmethod
     def load(cls, found: Classifier, dtype: str = "auto") -> Predictor:

@@ -10,7 +10,7 @@ from doratune.extras import require
 from doratune.model import attach
 from doratune.summary import Summary, summary
 from doratune.train.config import TrainConfig
-from doratune.train.models import load_classifier, load_model
+from doratune.train.models import align_padding, load_classifier, load_model
 from doratune.train.optimizer import OPTIMIZERS, SCHEDULES, keep_float32, train_only
 from doratune.train.output import CHECKPOINTS, METRICS, TENSORBOARD
 from doratune.train.placement import loading_options
@@ -29,6 +29,8 @@ def make_model(config: TrainConfig, prepared: Prepared, dtype: torch.dtype) -> t
     options = loading_options(config, dtype)
     if prepared.labels:
         model, head = load_classifier(config.model, dtype, config.task, prepared.labels, options)
+        if config.task == "text-classification":
+            align_padding(model, prepared.processor)  # Trainer would, but after the measurement before training
         if config.method != "full":
             keep_float32(model, head)
     else:

@@ -10,7 +10,7 @@ from doratune.train import AdapterOptions, TrainConfig, train
 from doratune.train.information import Information
 from doratune.train.models import load_base, load_tokenizer
 from doratune.train.tasks import classification as module
-from train.tiny import reviews, save_encoder, save_model, save_rows
+from train.tiny import reviews, save_encoder, save_model, save_model_with_other_ends, save_rows
 
 
 @pytest.fixture(scope="module", params=["encoder", "decoder"])
@@ -47,6 +47,13 @@ def test_a_classifier_learns_and_comes_back(tmp_path, model, method):
     with torch.no_grad():
         losses = [again(**found.collate([row])).loss for row in found.held_out]
     assert float(sum(losses) / len(losses)) == pytest.approx(result.loss_after, abs=1e-4)
+
+
+def test_padding_is_known_at_the_measurement_before_training(tmp_path):
+    """With a rate that changes nothing, what is measured before and after is the same."""
+    base = str(save_model_with_other_ends(tmp_path / "model"))
+    result = train(config(tmp_path, base, reviews(40), learning_rate=1e-12, steps=2), Console(quiet=True))
+    assert result.loss_before == pytest.approx(result.loss_after, abs=1e-6)
 
 
 @pytest.mark.parametrize("method", ["dora", "head"])
