@@ -168,6 +168,18 @@ def test_magnitudes_are_not_decayed_and_share_the_rate_unless_asked(tmp_path):
     assert (groups["magnitudes"]["lr"], groups["magnitudes"]["weight_decay"]) == (1e-2, 0.0)
 
 
+def test_an_adapted_head_is_refused_where_trl_computes_past_it(tmp_path):
+    head = dt.AdapterConfig(rank=4, targets=["q_proj", "lm_head"])
+    with pytest.raises(dt.AdapterError, match=r"lm_head has an adapter.*modules_to_save=\['lm_head'\]"):
+        sft(tmp_path / "a", head)
+    plain(tmp_path / "b", head)
+    whole = sft(tmp_path / "c", dt.AdapterConfig(rank=4, targets=["q_proj"], modules_to_save=["lm_head"]))
+    before = trained(whole)
+    assert any("lm_head" in name for name in before)
+    whole.train()
+    assert not [name for name, p in trained(whole).items() if torch.equal(p, before[name])]
+
+
 def test_parameters_outside_the_adapter_are_refused(tmp_path):
     trainer = plain(tmp_path)
     trainer.model.model.norm.weight.requires_grad_(True)

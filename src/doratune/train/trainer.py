@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from doratune.checkpoint import look_for_cancellation, save_adapter
 from doratune.distributed import is_fully_sharded, is_spread, load_whole_optimizer_state, whole_optimizer_state
 from doratune.errors import AdapterError
 from doratune.extras import require
+from doratune.layers import AdaptedLayer
 from doratune.model import active_adapter, parameter_groups, trainable_parameters
 from doratune.targets import holders
 from doratune.train.checkpoints import (
@@ -50,6 +52,9 @@ class AdapterTrainerMixin(Trainer):
         lora_plus_ratio: learning rate of B relative to the rest (LoRA+, arXiv 2402.12354).
 
     Everything else goes to the Trainer.
+
+    Raises:
+        AdapterError: for what adapters do not work with: ways of spreading a model, an adapted head under TRL's loss.
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class AdapterTrainerMixin(Trainer):
         with _keeping_masters(model), _resumable(model, kwargs.get("args", args[0] if args else None)):
             super().__init__(_trainable_when_quantised(model), *args, **kwargs)
         refuse_unserved(self)
+        _refuse_bypassed_head(self.model)
 
     def call_model_init(self, trial: Any = None) -> Any:
         """The Trainer's own; a quantised model that it makes is declared trainable."""
@@ -253,6 +259,20 @@ def _keeping_masters(model: Any) -> Any:
     for parameter, data in masters:
         if parameter.dtype != data.dtype:
             parameter.data = data.to(parameter.device)
+
+
+def _refuse_bypassed_head(model: nn.Module) -> None:
+    """TRL's trainers give a model a forward that multiplies with the head's weight and never calls the head."""
+    if active_adapter(model) is None:
+        return
+    bypassed = "fused_lm_head" in inspect.signature(model.forward, follow_wrapped=False).parameters
+    head = model.get_output_embeddings() if bypassed else None  # type: ignore[operator]
+    if isinstance(head, AdaptedLayer) and head.active is not None:
+        raise AdapterError(
+            f"the output head {head.path} has an adapter, and TRL's trainers compute their loss from its weight, past "
+            f"the adapter, which would not learn; leave {head.path} out of the targets, or train it whole with "
+            f"modules_to_save=[{head.path.rpartition('.')[2]!r}]"
+        )
 
 
 def _refuse_strangers(model: nn.Module) -> None:
