@@ -1,9 +1,13 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from rich.console import Console
+from transformers import TrainingArguments
 
 import doratune as dt
 from doratune.train import AdapterOptions, TrainConfig, train
+from doratune.train.assemble import _checkpointing
 from doratune.train.config import Optimizer, Schedule
 from doratune.train.optimizer import OPTIMIZERS, train_only, with_faster_b
 from train.tiny import llama, save_model, write_text
@@ -90,6 +94,13 @@ def test_a_quantised_base_learns(assets, tmp_path, kind):
     assert result.loss_after < result.loss_before
     assert f"base weights in {kind} (bitsandbytes), adapter in float32" in (tmp_path / "screen").read_text()
     dt.load_adapter(llama(), tmp_path / "run" / "adapter")
+
+
+def test_checkpointing_has_the_name_that_transformers_gives_it():
+    """Before 5.23, which is what Python 3.10 has, it was called gradient checkpointing."""
+    older = SimpleNamespace(gradient_checkpointing_enable=lambda: None)
+    assert _checkpointing(older) == "gradient_checkpointing"
+    assert _checkpointing(llama()) in TrainingArguments.__dataclass_fields__
 
 
 def test_checkpointing_and_workers_change_nothing(assets, tmp_path):

@@ -93,7 +93,7 @@ def make_trainer(config: TrainConfig, model: Any, prepared: Prepared, dtype: tor
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
         data_seed=config.seed,
-        activation_checkpointing=config.gradient_checkpointing,
+        **{_checkpointing(model): config.gradient_checkpointing},
         bf16=mixed,
         fp16=dtype == torch.float16,
         logging_steps=config.log_every,
@@ -137,6 +137,11 @@ def make_trainer(config: TrainConfig, model: Any, prepared: Prepared, dtype: tor
         if isinstance(callback, TensorBoardCallback):  # the measurement before training would go to another folder
             callback.logging_dir = str(config.output / TENSORBOARD)
     return trainer
+
+
+def _checkpointing(model: Any) -> str:
+    """What transformers calls it: before 5.23 by its old name, of which later ones warn."""
+    return "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"
 
 
 def _counted(prepared: Prepared) -> str:
