@@ -112,6 +112,24 @@ def test_resume_goes_on(assets, tmp_path, capsys):
     assert (tmp_path / "run" / "checkpoints" / "checkpoint-3" / "complete.json").exists()
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_error_is_told_without_waiting_for_other_processes(assets, tmp_path, capsys, monkeypatch, fails):
+    import doratune.distributed
+    import doratune.train.run
+
+    left = []
+    monkeypatch.setattr(doratune.distributed, "leave_group", lambda: left.append(True))
+    if fails:
+
+        def fail(*_):
+            raise dt.AdapterError("out of memory: try less")
+
+        monkeypatch.setattr(doratune.train.run, "train", fail)
+    assert train(assets, tmp_path / "run") == fails
+    assert left == ([] if fails else [True])
+    assert ("out of memory: try less" in capsys.readouterr().err) == fails
+
+
 def test_flags_win_over_the_recipe(assets, tmp_path, capsys):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(

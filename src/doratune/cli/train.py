@@ -50,10 +50,10 @@ def run(config: TrainConfig) -> int:
     from doratune.train.processes import is_first_asked
 
     quiet_libraries()
-    try:
-        result = train(config, Console(stderr=True))
-    finally:
-        leave_group()
+    result = train(config, Console(stderr=True))
+    # After an error the process just ends, and torchrun ends the others: leaving waits for those that are in a
+    # collective, with the error not told yet.
+    leave_group()
     if not is_first_asked():
         return 0
     out = Console()
