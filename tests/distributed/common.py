@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 
 import doratune as dt
+from doratune.train.placement import quantization
 from train.tiny import llama
 
 CONFIG = dt.AdapterConfig(rank=4)
@@ -23,6 +24,17 @@ def load(folder: Path, spread: Any = None) -> Any:
     """The model of a folder, whole or in parts."""
     more = {} if spread is None else {"distributed_config": spread}
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **more)
+
+
+def in_torchaos(kind: str) -> Any:
+    """A model that torchao has quantised; its groups of 4 bits need wider layers than those of the tiny one."""
+    from torchao.quantization import quantize_
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=257, **sizes))
+    quantize_(model, quantization(kind, torch.float32).quant_type)
+    return model
 
 
 def save(folder: Path) -> Path:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import doratune as dt
-from distributed.common import CONFIG, IDS, STEPS, attached, load, save, steps, trainer
+from distributed.common import CONFIG, IDS, STEPS, attached, in_torchaos, load, save, steps, trainer
 from doratune.train.launch import refuse_unserved, refuse_unsynchronised
 from train.tiny import save_model, write_text
 
@@ -64,6 +64,16 @@ def test_losses_and_adapters_are_those_of_one_process(one, two, way):
         )
         assert mine.keys() == theirs.keys()
         assert all(torch.allclose(mine[key], theirs[key], atol=1e-4) for key in mine)
+
+
+@pytest.mark.parametrize("kind", ["torchao-int8", "torchao-int4"])
+def test_bases_that_torchao_has_quantised_train_under_ddp(two, kind, tmp_path):
+    run = trainer(attached(in_torchaos(kind)), tmp_path, 4)
+    run.train()
+    found = two["torchao"][kind]
+    assert found["wrapped"] == "DistributedDataParallel"
+    assert found["equal"], "the processes hold different adapters"
+    assert found["losses"] == pytest.approx(losses(run), abs=1e-4)
 
 
 @pytest.mark.parametrize("way", PARTS)

@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from transformers.distributed import DistributedConfig
 
 import doratune as dt
-from distributed.common import CONFIG, IDS, STEPS, attached, load, steps, trainer
+from distributed.common import CONFIG, IDS, STEPS, attached, in_torchaos, load, steps, trainer
 from doratune.distributed import load_base
 from doratune.layers.sharded import assign, whole
 from doratune.targets import adapted_layers
@@ -71,6 +71,10 @@ def trained(name: str, model: nn.Module, **options: Any) -> dict[str, Any]:
 
 def ddp() -> dict[str, Any]:
     return trained("ddp", attached(load(MODEL)))
+
+
+def torchao() -> dict[str, Any]:
+    return {kind: trained(kind, attached(in_torchaos(kind))) for kind in ("torchao-int8", "torchao-int4")}
 
 
 def fsdp() -> dict[str, Any]:
@@ -206,7 +210,7 @@ def meta_start() -> dict[str, Any]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
-    parts = (ddp, fsdp, resumed, tensor_parallel, meta_start, accelerated, refused)
+    parts = (ddp, torchao, fsdp, resumed, tensor_parallel, meta_start, accelerated, refused)
     for part in parts:
         result = part()
         if distributed.get_rank() == 0:

@@ -51,6 +51,17 @@ def refuse_unserved(trainer: Any) -> None:
         )
 
 
+def keep_torchao_from_ddp(model: nn.Module) -> None:
+    """Tell DistributedDataParallel to leave torchao's weights as every process loaded them.
+
+    It would send the first process's to all when it wraps the model, as bytes, which these tensors cannot be seen as.
+    """
+    names = [name for name, p in model.named_parameters() if type(p).__module__.startswith("torchao.")]
+    if names:
+        known = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, {*known, *names})
+
+
 def refuse_unsynchronised(trainer: Any) -> None:
     """Look at a Trainer's model when it is ready to train.
 

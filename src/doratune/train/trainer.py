@@ -34,7 +34,7 @@ from doratune.train.checkpoints import (
     rotate,
     unmark,
 )
-from doratune.train.launch import refuse_unserved, refuse_unsynchronised
+from doratune.train.launch import keep_torchao_from_ddp, refuse_unserved, refuse_unsynchronised
 from doratune.train.optimizer import refuse_broken_weights, with_faster_b
 
 if TYPE_CHECKING:
@@ -138,6 +138,7 @@ class AdapterTrainerMixin(Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        keep_torchao_from_ddp(self.model)
         prepared = super()._prepare_for_training(*args, **kwargs)
         refuse_unsynchronised(self)
         return prepared
