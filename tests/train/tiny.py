@@ -100,17 +100,21 @@ def save_encoder(folder: Path) -> Path:
 
 
 def vision_model(kind: str) -> Any:
-    """A ViT, DINOv2 or Swin for images of 16 x 16 pixels, without a head."""
+    """A ViT, DINOv2, BEiT, Swin or Swinv2 for images of 16 x 16 pixels, without a head."""
     import transformers
 
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes["initializer_range"] = 0.2  # or else so small a model hardly sees its input
-    if kind == "swin":
-        config = transformers.SwinConfig(
-            image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4
-        )
-        return transformers.SwinModel(config)
+    if kind in ("swin", "swinv2"):
+        make, options = {
+            "swin": (transformers.SwinModel, transformers.SwinConfig),
+            "swinv2": (transformers.Swinv2Model, transformers.Swinv2Config),
+        }[kind]
+        return make(options(image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4))
+    if kind == "beit":
+        config = transformers.BeitConfig(image_size=16, patch_size=4, intermediate_size=32, **sizes)
+        return transformers.BeitModel(config)
     if kind == "dinov2":
         return transformers.Dinov2Model(transformers.Dinov2Config(image_size=16, patch_size=4, mlp_ratio=2, **sizes))
     config = transformers.ViTConfig(image_size=16, patch_size=4, intermediate_size=32, **sizes)

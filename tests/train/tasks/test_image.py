@@ -19,7 +19,7 @@ from train.tiny import images, save_encoder, save_image_folder, save_rows, save_
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory):
     folder = tmp_path_factory.mktemp("assets")
-    for kind in ("vit", "dinov2", "swin"):
+    for kind in ("vit", "dinov2", "swin", "swinv2", "beit"):
         save_vision_model(folder / kind, kind)
     save_image_folder(folder / "images")
     return folder
@@ -38,6 +38,14 @@ def config(assets, tmp_path, model="vit", data=None, **values):
 
 def prepare(config, said=None):
     return module.prepare(config, (said if said is not None else []).append)
+
+
+@pytest.mark.parametrize("model", ["vit", "dinov2", "swin", "swinv2", "beit"])
+def test_a_16_bit_base_learns(assets, tmp_path, model):
+    options = config(assets, tmp_path, model, dtype="bfloat16", eval_fraction=0.25)
+    assert prepare(options).collate([prepare(options).train[0]])["pixel_values"].dtype == torch.bfloat16
+    result = train(options, Console(quiet=True))
+    assert result.loss_after < result.loss_before
 
 
 @pytest.mark.parametrize("size", [None, 24])

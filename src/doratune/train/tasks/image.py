@@ -20,7 +20,7 @@ from doratune.train.columns import described
 from doratune.train.config import TrainConfig
 from doratune.train.gather import BadRow, Say, gather, set_aside
 from doratune.train.images import Picture, picture, pictures
-from doratune.train.models import load_config, load_image_processor
+from doratune.train.models import choose_dtype, load_config, load_image_processor
 from doratune.train.sources import Row
 from doratune.train.tasks.prepared import Prepared
 
@@ -74,7 +74,7 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
     return Prepared(
         Images(found, names, processor, config.augment, config.seed),
         Images(others, names, processor),
-        collate=_Collate(forward),
+        collate=_Collate(forward, choose_dtype(config.dtype, not config.is_adapter)),
         processor=processor,
         unit="images",
         example="images",
@@ -118,11 +118,13 @@ class Images(Dataset[dict[str, Any]]):
 
 
 class _Collate:
-    def __init__(self, forward: dict[str, Any]) -> None:
-        self.forward = forward
+    """A batch, in the base's dtype: some models, such as Swin, do not cast what they are given."""
+
+    def __init__(self, forward: dict[str, Any], dtype: torch.dtype) -> None:
+        self.forward, self.dtype = forward, dtype
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        pixels = torch.stack([row["pixel_values"] for row in rows])
+        pixels = torch.stack([row["pixel_values"] for row in rows]).to(self.dtype)
         return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows]), **self.forward}
 
 
