@@ -5,6 +5,8 @@ import torch
 
 import doratune as dt
 from doratune.extras import require
+from doratune.train import TrainConfig
+from doratune.train.assemble import autocast
 from doratune.train.models import choose_dtype, load_model, load_tokenizer, model_problem
 from train.tiny import save_model
 
@@ -46,6 +48,17 @@ def test_dtypes():
         assert choose_dtype("auto") == torch.float32
         with pytest.raises(dt.AdapterError, match="needs a GPU"):
             choose_dtype("float16")
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_a_gpu_that_only_emulates_bfloat16_computes_in_float32(monkeypatch, multiplies):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or multiplies
+    )
+    assert choose_dtype("auto") == (torch.bfloat16 if multiplies else torch.float32)
+    assert choose_dtype("auto", full=True) == torch.float32
+    assert autocast(TrainConfig("model", ("data",), method="full"), torch.float32) == multiplies
 
 
 def test_a_missing_library_is_named_with_its_extra(monkeypatch):

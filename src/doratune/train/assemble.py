@@ -10,7 +10,7 @@ from doratune.extras import require
 from doratune.model import attach
 from doratune.summary import Summary, summary
 from doratune.train.config import TrainConfig
-from doratune.train.models import align_padding, load_classifier, load_model
+from doratune.train.models import align_padding, load_classifier, load_model, multiplies_bfloat16
 from doratune.train.optimizer import OPTIMIZERS, SCHEDULES, keep_float32, train_only
 from doratune.train.output import CHECKPOINTS, METRICS, TENSORBOARD
 from doratune.train.placement import loading_options
@@ -48,7 +48,7 @@ def make_model(config: TrainConfig, prepared: Prepared, dtype: torch.dtype) -> t
 
 def autocast(config: TrainConfig, dtype: torch.dtype) -> bool:
     """Whether float32 weights that are trained themselves compute in bfloat16."""
-    able = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    able = torch.cuda.is_available() and multiplies_bfloat16()
     return config.dtype == "auto" and not config.is_adapter and able and dtype == torch.float32
 
 

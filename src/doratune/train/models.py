@@ -12,6 +12,7 @@ import torch
 from doratune.errors import AdapterError
 from doratune.extras import require
 from doratune.files import read_config
+from doratune.ops.hardware import multiplies
 from doratune.targets import HEAD_NAMES
 from doratune.train.information import Information
 
@@ -236,10 +237,15 @@ def choose_dtype(wanted: str, full: bool = False) -> torch.dtype:
     """
     gpu = torch.cuda.is_available()
     if wanted == "auto":
-        return torch.bfloat16 if gpu and torch.cuda.is_bf16_supported() and not full else torch.float32
+        return torch.bfloat16 if gpu and not full and multiplies_bfloat16() else torch.float32
     if wanted == "float16" and not gpu:
         raise AdapterError("dtype float16 needs a GPU; use bfloat16 or float32")
     return getattr(torch, wanted)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the GPU does: a T4 or V100 has the dtype, but computes in it by detours, slower than in float32."""
+    return multiplies(torch.bfloat16, torch.device("cuda"))
 
 
 def _raise_problem(name: str) -> None:
