@@ -53,6 +53,25 @@ def test_one_word_that_is_no_name_is_an_expression(targets, expected):
     assert config(adapter=AdapterOptions(targets=targets)).adapter_config().targets == expected
 
 
+@pytest.mark.parametrize(
+    ("refused", "values"),
+    [
+        ("method full", {"method": "full", "task": "image-classification"}),
+        ("method head", {"method": "head"}),
+        (None, {"method": "head", "task": "text-classification"}),
+        ("modules_to_save", {"adapter": AdapterOptions(modules_to_save=("lm_head",))}),
+        ("bias all", {"adapter": AdapterOptions(bias="all")}),
+        (None, {"adapter": AdapterOptions(bias="lora_only")}),
+    ],
+)
+def test_weights_that_would_be_trained_in_float16_are_refused(refused, values):
+    """Trainer would end at the first step: "Attempting to unscale FP16 gradients"."""
+    found = "\n".join(config(**values, dtype="float16").problems())
+    assert ("float16 loses the gradients of" in found) == bool(refused)
+    assert (refused or "") in found
+    assert not list(config(**values, dtype="bfloat16").problems())
+
+
 def test_every_problem_is_found_at_once():
     wrong = config(
         data=(),

@@ -251,6 +251,8 @@ def _combinations(c: TrainConfig) -> Iterator[str]:
         yield "streaming cannot set a test_fraction aside; name test_data"
     if c.quantize and not c.is_adapter:
         yield f"quantize freezes the base; method {c.method} trains it: use dora, lora or magnitude"
+    if c.dtype == "float16" and (what := _trained_in_base_dtype(c)):
+        yield f"dtype float16 loses the gradients of {what}, trained in the base's dtype; use bfloat16, float32 or auto"
     if c.fsdp:
         yield from _fsdp(c)
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
@@ -261,6 +263,15 @@ def _combinations(c: TrainConfig) -> Iterator[str]:
         yield "as_chat is for prompts and completions; messages are put into the chat template anyway"
     if c.augment and c.task != "image-classification":
         yield f"augment changes images, but the task is {c.task}"
+
+
+def _trained_in_base_dtype(c: TrainConfig) -> str | None:
+    """What is, as adapters and the new heads of classifiers are not."""
+    if c.method == "full" or (c.method == "head" and c.task == "text-generation"):
+        return f"method {c.method}"
+    if c.is_adapter and c.adapter.modules_to_save:
+        return "modules_to_save"
+    return "bias all" if c.is_adapter and c.adapter.bias == "all" else None
 
 
 def _fsdp(c: TrainConfig) -> Iterator[str]:
