@@ -12,12 +12,17 @@ from doratune.errors import AdapterError
 
 
 def to_device(model: Any) -> Any:
-    """To the GPU if there is one; a quantised model stays where it was loaded."""
+    """To the GPU if there is one; a quantised model stays where it was loaded.
+
+    Raises:
+        AdapterError: if it does not fit.
+    """
     if getattr(model, "is_quantized", False):
         return model
-    if torch.cuda.is_available():
-        return model.to("cuda")
-    return model.to("mps") if torch.backends.mps.is_available() else model
+    with explaining_memory("the model does not fit; try dtype bfloat16, or free the GPU of other programs"):
+        if torch.cuda.is_available():
+            return model.to("cuda")
+        return model.to("mps") if torch.backends.mps.is_available() else model
 
 
 @contextlib.contextmanager
