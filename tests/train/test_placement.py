@@ -8,11 +8,12 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import doratune as dt
-from doratune.train import AdapterOptions, TrainConfig, train
+from doratune.train import AdapterOptions, TrainConfig, assemble, train
 from doratune.train.config import Quantize
 from doratune.train.models import load_model
 from doratune.train.placement import loading_options, quantization
-from train.tiny import tokenizer, write_text
+from doratune.train.tasks.prepared import Prepared
+from train.tiny import llama, tokenizer, write_text
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +85,23 @@ def test_each_process_quantises_on_its_own_gpu(kind, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert loading_options(config, torch.float32)["device_map"] == {"": 1}
     assert "device_map" not in loading_options(TrainConfig("model", ("text.txt",)), torch.float32)
+
+
+def test_each_of_several_processes_takes_its_own_gpu_before_anything_is_loaded(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.cuda, "set_device", done.append)
+    monkeypatch.setattr(assemble, "loading_options", lambda *_: {})
+    monkeypatch.setattr(assemble, "load_model", lambda *_, **__: done.append("loaded") or llama())
+
+    def made():
+        done.clear()
+        assemble.make_model(TrainConfig("model", ("text.txt",)), Prepared(None, None, len, None, "tokens", ""), None)
+        return done
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert made() == ["loaded"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert made() == [1, "loaded"]
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert made() == ["loaded"]

@@ -13,7 +13,7 @@ from doratune.train.config import TrainConfig
 from doratune.train.models import align_padding, load_classifier, load_model, multiplies_bfloat16
 from doratune.train.optimizer import OPTIMIZERS, SCHEDULES, keep_float32, train_only
 from doratune.train.output import CHECKPOINTS, METRICS, TENSORBOARD
-from doratune.train.placement import loading_options
+from doratune.train.placement import loading_options, take_own_gpu
 from doratune.train.processes import is_first_asked, processes_asked
 from doratune.train.tasks.batches import Padded
 from doratune.train.tasks.prepared import Prepared
@@ -26,6 +26,7 @@ def make_model(config: TrainConfig, prepared: Prepared, dtype: torch.dtype) -> t
         AdapterError: if it cannot be loaded or adapted.
     """
     head: list[str] = []
+    take_own_gpu()
     options = loading_options(config, dtype)
     if prepared.labels:
         model, head = load_classifier(config.model, dtype, config.task, prepared.labels, options)

@@ -17,6 +17,15 @@ GROUP = 32
 """Weights that share one scale in torchao's 4 bits."""
 
 
+def take_own_gpu() -> None:
+    """Make each of several processes load onto its own GPU.
+
+    Else bases that come quantised, which are loaded onto the current GPU, would all be loaded onto the first.
+    """
+    if torch.cuda.is_available() and processes_asked() > 1:
+        torch.cuda.set_device(local_rank_asked())
+
+
 def loading_options(config: TrainConfig, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of transformers' ``from_pretrained`` for this run."""
     options: dict[str, Any] = {}
