@@ -106,7 +106,7 @@ def make_trainer(config: TrainConfig, model: Any, prepared: Prepared, dtype: tor
         save_total_limit=config.keep,
         prediction_loss_only=not prepared.labels,
         include_num_input_tokens_seen=_counted(prepared),
-        dataloader_num_workers=config.workers,
+        dataloader_num_workers=min(config.workers, 1) if config.streaming else config.workers,  # it is one stream
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         disable_tqdm=True,

@@ -118,7 +118,7 @@ class TrainConfig:
     """Random changes of training images: crop (60 to 100 % of the area), flip (left-right), rotate (15 degrees),
     color."""
     workers: int = 0
-    """Processes that prepare data while the model computes."""
+    """Processes that prepare data while the model computes; a stream takes one."""
 
     steps: int | None = None
     """Optimiser steps; none: as many as the epochs take."""

@@ -2,6 +2,7 @@ import datasets
 import pytest
 import torch
 from rich.console import Console
+from torch.utils.data import DataLoader
 
 import doratune as dt
 from doratune.train import AdapterOptions, TrainConfig, train
@@ -207,6 +208,19 @@ def test_a_stream_is_trained_on(tmp_path, model, kind):
     assert result.examples is None
     assert result.held_out_examples == module.HELD_OUT
     assert result.loss_after < result.loss_before
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_what_a_stream_holds_out_is_not_trained_on_whoever_reads_it(tmp_path, model, workers, said, monkeypatch):
+    monkeypatch.setattr(module, "HELD_OUT", 8)
+    options = rows(tmp_path, model, PAIRS[:10], streaming=True, steps=1, max_length=64)
+    options.data = (*options.data, str(save_rows(tmp_path / "more.jsonl", PAIRS[10:])))
+    found = module.prepare(options, said.append)
+    read = [tuple(ids) for ids in found.held_out["input_ids"]]
+    assert len(read) == 8
+    loader = DataLoader(found.train, batch_size=None, num_workers=workers)
+    read += [tuple(row["input_ids"]) for row in loader]
+    assert len(read) == len(set(read)) == len(PAIRS)
 
 
 def test_a_bad_row_deep_in_a_stream_is_named_when_it_comes(tmp_path, model, said, monkeypatch):

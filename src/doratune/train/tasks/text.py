@@ -222,27 +222,27 @@ def _stream(config: TrainConfig, reader: Reader, blocks: bool, say: Say) -> tupl
     say(f"streaming: the first {CHECKED} rows are checked, the others when they are read")
     datasets = require("datasets")
     make = _block_maker(reader, config) if blocks else _example_maker(reader, config)
-    stream = datasets.IterableDataset.from_generator(
-        make, gen_kwargs={"names": list(config.data), "split": config.split}
-    )
+    # A list of names would be dealt out to workers, each of which would hold out rows of its own.
+    names = {"names": tuple(config.data), "split": config.split}
+    stream = datasets.IterableDataset.from_generator(make, gen_kwargs=names)
     if config.eval_data:
-        held_out = list(make(list(config.eval_data), config.eval_split))
+        held_out = list(make(config.eval_data, config.eval_split))
     else:
         held_out = list(stream.take(HELD_OUT))
         stream = stream.skip(HELD_OUT)
         say(f"the first {len(held_out)} examples of the stream are held out")
     if not held_out or next(iter(stream), None) is None:
         raise AdapterError(f"the stream holds too little text: nothing is left after {len(held_out)} held-out examples")
-    test = list(make(list(config.test_data), config.test_split)) if config.test_data else []
+    test = list(make(config.test_data, config.test_split)) if config.test_data else []
     shuffled = stream.shuffle(seed=config.seed, buffer_size=WINDOW)
     return shuffled, datasets.Dataset.from_list(held_out), datasets.Dataset.from_list(test)
 
 
-Maker = Callable[[list[str], str], Iterator[dict[str, list[int]]]]
+Maker = Callable[[Sequence[str], str], Iterator[dict[str, list[int]]]]
 
 
 def _example_maker(reader: Reader, config: TrainConfig) -> Maker:
-    def make(names: list[str], split: str) -> Iterator[dict[str, list[int]]]:
+    def make(names: Sequence[str], split: str) -> Iterator[dict[str, list[int]]]:
         for example in _usable(reader, config, names, split):
             cut = example.cut(config.max_length)
             if cut.learns:
@@ -252,7 +252,7 @@ def _example_maker(reader: Reader, config: TrainConfig) -> Maker:
 
 
 def _block_maker(reader: Reader, config: TrainConfig) -> Maker:
-    def make(names: list[str], split: str) -> Iterator[dict[str, list[int]]]:
+    def make(names: Sequence[str], split: str) -> Iterator[dict[str, list[int]]]:
         left: array[int] = array("i")
         for example in _usable(reader, config, names, split):
             left += example.ids
@@ -263,7 +263,7 @@ def _block_maker(reader: Reader, config: TrainConfig) -> Maker:
     return make
 
 
-def _usable(reader: Reader, config: TrainConfig, names: list[str], split: str) -> Iterator[Tokens]:
+def _usable(reader: Reader, config: TrainConfig, names: Sequence[str], split: str) -> Iterator[Tokens]:
     for row in reader.rows(names, split):
         try:
             yield usable(row, reader.use)
