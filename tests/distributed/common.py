@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,15 @@ import transformers
 from torch import nn
 
 import doratune as dt
+from doratune.train import AdapterOptions, TrainConfig
+from doratune.train.assemble import make_model, make_trainer
 from doratune.train.placement import quantization
+from doratune.train.tasks import task_of
 from train.tiny import llama
 
 CONFIG = dt.AdapterConfig(rank=4)
 STEPS = 20
+STREAMED = 6
 TOKENS = torch.randint(0, 256, (4 * STEPS, 16), generator=torch.Generator().manual_seed(3))
 IDS = TOKENS[:4]
 
@@ -76,6 +81,25 @@ def trainer(model: nn.Module, folder: Path, batch_size: int, **options: Any) -> 
     )
     data = datasets.Dataset.from_list(rows)
     return AdapterTrainer(model, arguments, train_dataset=data, eval_dataset=data.select(range(4)))
+
+
+def on_stream(folder: Path, name: str, batch_size: int) -> Any:
+    """A Trainer on prompts of different lengths that are read while training, as ``doratune train`` makes it."""
+    data, adapter = (str(folder / "rows.jsonl"),), AdapterOptions(rank=4)
+    options = {"streaming": True, "steps": STREAMED, "save_every": None, "log_every": 1, "max_length": 64}
+    config = TrainConfig(str(folder / "words"), data, folder / name, adapter=adapter, batch_size=batch_size, **options)
+    config.output.mkdir(exist_ok=True)
+    prepared = task_of(config.task).prepare(config, lambda _: None)
+    return make_trainer(config, make_model(config, prepared, torch.float32)[0], prepared, torch.float32, False)
+
+
+def read(run: Any) -> list[list[list[int]]]:
+    """The rows of STREAMED batches without their padding."""
+    batches = itertools.islice(run.get_train_dataloader(), STREAMED)
+    return [
+        [row[mask.bool()].tolist() for row, mask in zip(b["input_ids"], b["attention_mask"], strict=True)]
+        for b in batches
+    ]
 
 
 def steps(model: nn.Module) -> list[float]:

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 import doratune as dt
-from distributed.common import CONFIG, IDS, STEPS, attached, in_torchaos, load, save, steps, trainer
+from distributed.common import CONFIG, IDS, STEPS, attached, in_torchaos, load, on_stream, read, save, steps, trainer
 from doratune.train.launch import refuse_unserved, refuse_unsynchronised
-from train.tiny import save_model, write_text
+from train.tiny import save_model, save_rows, write_text
 
 WORKER = Path(__file__).with_name("worker.py")
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -31,6 +31,8 @@ def losses(run):
 def one(tmp_path_factory):
     """The folder of a run in one process, and its losses."""
     folder = tmp_path_factory.mktemp("processes")
+    save_model(folder / "words")
+    save_rows(folder / "rows.jsonl", [{"prompt": f"ask {i} ", "completion": "tell " * (i % 7 + 1)} for i in range(140)])
     run = trainer(attached(load(save(folder / "model"))), folder / "one", 4)
     run.train()
     return folder, losses(run)
@@ -74,6 +76,15 @@ def test_bases_that_torchao_has_quantised_train_under_ddp(two, kind, tmp_path):
     assert found["wrapped"] == "DistributedDataParallel"
     assert found["equal"], "the processes hold different adapters"
     assert found["losses"] == pytest.approx(losses(run), abs=1e-4)
+
+
+def test_each_process_trains_on_its_own_rows_of_a_stream(one, two):
+    folder, _ = one
+    run = on_stream(folder, "stream-one", 4)
+    mine, theirs = two["stream"]["rows"]
+    assert [a + b for a, b in zip(mine, theirs, strict=True)] == read(run)
+    run.train()
+    assert two["stream"]["losses"] == pytest.approx(losses(run), abs=1e-4)
 
 
 @pytest.mark.parametrize("way", PARTS)

@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from transformers.distributed import DistributedConfig
 
 import doratune as dt
-from distributed.common import CONFIG, IDS, STEPS, attached, in_torchaos, load, steps, trainer
+from distributed.common import CONFIG, IDS, STEPS, attached, in_torchaos, load, on_stream, read, steps, trainer
 from doratune.distributed import load_base
 from doratune.layers.sharded import assign, whole
 from doratune.targets import adapted_layers
@@ -75,6 +75,14 @@ def ddp() -> dict[str, Any]:
 
 def torchao() -> dict[str, Any]:
     return {kind: trained(kind, attached(in_torchaos(kind))) for kind in ("torchao-int8", "torchao-int4")}
+
+
+def stream() -> dict[str, Any]:
+    run = on_stream(FOLDER, "stream", 2)
+    rows: list[Any] = [None, None]
+    distributed.all_gather_object(rows, read(run))
+    run.train()
+    return {"rows": rows, "losses": [entry["loss"] for entry in run.state.log_history if "loss" in entry]}
 
 
 def fsdp() -> dict[str, Any]:
@@ -210,7 +218,7 @@ def meta_start() -> dict[str, Any]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
-    parts = (ddp, torchao, fsdp, resumed, tensor_parallel, meta_start, accelerated, refused)
+    parts = (ddp, torchao, stream, fsdp, resumed, tensor_parallel, meta_start, accelerated, refused)
     for part in parts:
         result = part()
         if distributed.get_rank() == 0:

@@ -106,7 +106,10 @@ def make_trainer(config: TrainConfig, model: Any, prepared: Prepared, dtype: tor
         save_total_limit=config.keep,
         prediction_loss_only=not prepared.labels,
         include_num_input_tokens_seen=_counted(prepared),
-        dataloader_num_workers=min(config.workers, 1) if config.streaming else config.workers,  # it is one stream
+        dataloader_num_workers=min(config.workers, 1) if config.streaming else config.workers,  # one stream, one reader
+        # Of a stream each process reads all and takes its own rows; accelerate would have the first read for all, and
+        # fail to join batches that are padded to different lengths.
+        accelerator_config={"dispatch_batches": False},
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         disable_tqdm=True,
