@@ -231,3 +231,33 @@ def test_one_process_trains_on_one_of_several_gpus(assets, tmp_path, monkeypatch
     screen = io.StringIO()
     train(config(assets, tmp_path / "run"), Console(file=screen, width=200))
     assert "one of 4 GPUs (all of them: torchrun --nproc-per-node 4 -m doratune train ...)" in screen.getvalue()
+
+
+def test_a_run_that_is_over_is_not_begun_again(assets, tmp_path):
+    result = train(config(assets, tmp_path / "run"))
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
+    for steps in (6, 4):
+        with pytest.raises(dt.AdapterError, match=r"nothing is left to train: .* holds the results of 6 steps"):
+            train(config(assets, tmp_path / "run", resume=True, steps=steps))
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()} == before
+    assert train(config(assets, tmp_path / "run", resume=True, steps=8)).steps == 8 > result.steps
+
+
+def test_options_of_a_resume_that_is_refused_are_not_kept(assets, tmp_path):
+    train(config(assets, tmp_path / "run"))
+    before = (tmp_path / "run" / "recipe.toml").read_text()
+    with pytest.raises(dt.AdapterError, match="holds an adapter of another kind"):
+        train(config(assets, tmp_path / "run", resume=True, steps=8, adapter=AdapterOptions(rank=8)))
+    assert (tmp_path / "run" / "recipe.toml").read_text() == before
+    train(config(assets, tmp_path / "run", resume=True, steps=8))
+    assert "steps = 8" in (tmp_path / "run" / "recipe.toml").read_text()
+
+
+def test_paths_may_be_text(assets, tmp_path):
+    from doratune.train.information import Information
+    from doratune.train.models import load_base
+
+    result = train(TrainConfig(str(assets[0]), str(assets[1]), str(tmp_path / "run"), max_length=16, steps=1))
+    assert (tmp_path / "run" / "adapter").is_dir()
+    assert Information.load(result.adapter).task == "text-generation"
+    assert load_base(result.adapter).config.model_type == "llama"

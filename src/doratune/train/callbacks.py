@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +158,17 @@ class NewEpoch(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the number."""
         self.data.epoch = int(state.epoch or 0)
+
+
+class OnceBegun(TrainerCallback):
+    """Does something when training begins, a resumed run's checkpoint restored."""
+
+    def __init__(self, what: Callable[[], object]) -> None:
+        self.what = what
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Do it."""
+        self.what()
 
 
 def seen(unit: str, args: Any, state: Any) -> int:

@@ -178,6 +178,13 @@ class TrainConfig:
     sample_tokens: int = 60
     """Length of the sample."""
 
+    def __post_init__(self) -> None:
+        """Paths may be given as text, and one source alone."""
+        self.output = Path(self.output)
+        for name in ("data", "eval_data", "test_data"):
+            value = getattr(self, name)
+            setattr(self, name, (value,) if isinstance(value, str) else tuple(value))
+
     @property
     def is_adapter(self) -> bool:
         """Whether the method trains an adapter, and not the model's own weights."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,13 +45,13 @@ class Information:
         (folder / FILE).write_text(text, encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path) -> Information | None:
+    def load(cls, folder: str | os.PathLike[str]) -> Information | None:
         """Read a folder's ``doratune.json``; None if it has none.
 
         Raises:
             AdapterError: if the file is broken.
         """
-        path = folder / FILE
+        path = Path(folder) / FILE
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             known = {field.name: raw[field.name] for field in dataclasses.fields(cls) if field.name in raw}

@@ -91,7 +91,7 @@ def load_classifier(
     return model, [*heads, *leaves]
 
 
-def load_base(folder: Path, base: str | None = None, dtype: torch.dtype | str = "auto") -> Any:
+def load_base(folder: str | os.PathLike[str], base: str | None = None, dtype: torch.dtype | str = "auto") -> Any:
     """Load the model that an adapter was trained on, with the head and labels that its folder tells of.
 
     Args:
@@ -102,6 +102,7 @@ def load_base(folder: Path, base: str | None = None, dtype: torch.dtype | str = 
     Raises:
         AdapterError: if the base is not named, or cannot be loaded.
     """
+    folder = Path(folder)
     about = Information.load(folder)
     if (folder / "config.json").is_file():
         return load_model(str(folder), dtype, about.task if about else None, about.labels if about else ())

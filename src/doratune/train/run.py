@@ -20,6 +20,7 @@ from doratune.train.information import Information
 from doratune.train.models import choose_dtype, model_problem
 from doratune.train.output import CHECKPOINTS, CURVES, METRICS, RECIPE
 from doratune.train.processes import is_first_asked
+from doratune.train.results import FILE as RESULTS
 from doratune.train.results import TrainResult, peak_memory, read_metrics
 from doratune.train.sources import path_of
 from doratune.train.tasks import task_of
@@ -136,9 +137,21 @@ def problems(config: TrainConfig) -> list[str]:
         found.append(f"output {output} is a file; name a folder")
     elif config.resume and not begun:
         found.append(f"output {output} holds no checkpoint to resume from")
+    elif config.resume and (step := _finished(config)):
+        found.append(f"nothing is left to train: output {output} holds the results of {step} steps; ask for more")
     elif not config.resume and output.is_dir() and any(output.iterdir()):
         found.append(f"output {output} is not empty; name another folder, or go on with what is there: --resume")
     return found
+
+
+def _finished(config: TrainConfig) -> int:
+    """The step at which a run has come to its end and left its results; 0 if it has more to do."""
+    last = last_checkpoint(config.output / CHECKPOINTS)
+    if last is None or not (config.output / RESULTS).is_file():
+        return 0
+    state = require("transformers").TrainerState.load_from_json(str(last / "trainer_state.json"))
+    done = state.global_step >= config.steps if config.steps else (state.epoch or 0) >= config.epochs
+    return int(state.global_step) if done else 0
 
 
 def _make_folder(output: Path) -> None:
@@ -149,7 +162,10 @@ def _make_folder(output: Path) -> None:
 
 
 def _note_recipe(config: TrainConfig, say: Any) -> None:
-    """Write the options beside the results; of a resumed run, say what is different now."""
+    """Write the options beside the results; of a resumed run, say what is different now.
+
+    A resumed run's are written once its checkpoint was taken: if it is refused, the older ones are those to go on with.
+    """
     path = config.output / RECIPE
     if config.resume and path.is_file():
         for line in recipe.differences(path, config):
@@ -158,19 +174,22 @@ def _note_recipe(config: TrainConfig, say: Any) -> None:
             say(f"{folder} had been cut short and was deleted")
         if last_checkpoint(config.output / CHECKPOINTS) is None:
             say("no checkpoint had been written yet: the run starts over")
-    recipe.save_recipe(path, config)
+    else:
+        recipe.save_recipe(path, config)
 
 
 def _fit(
     config: TrainConfig, trainer: Any, prepared: Prepared, console: Console, before: dict[str, float]
 ) -> tuple[float, float]:
     """Run the loop; seconds, and units a second, of this process."""
-    from doratune.train.callbacks import Progress
+    from doratune.train.callbacks import OnceBegun, Progress
     from doratune.train.interruption import Interruption
 
     progress, interruption = Progress(console, prepared.unit, before), Interruption(console)
     trainer.add_callback(progress)
     trainer.add_callback(interruption)
+    if config.resume and is_first():
+        trainer.add_callback(OnceBegun(lambda: recipe.save_recipe(config.output / RECIPE, config)))
     start = time.perf_counter()
     folder = config.output / CHECKPOINTS
     try:
