@@ -66,6 +66,9 @@ def test_json_has_a_line_for_each_text(base, adapters, tmp_path, capsys):
     assert [row.get("prompt") for row in found] == ["once", "once", None, None]
     assert found[2]["messages"] == [{"role": "user", "content": "hello"}]
     assert found[1]["text"] == written(base, adapters[0])
+    assert generate(adapters[0], "--file", file, "--merge", "--json") == 0
+    merged = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert merged == [found[1], found[3]], "null would call it the base"
     assert set(found[0]) == {"prompt", "adapter", "text", "tokens", "ended"}
 
 
@@ -174,6 +177,13 @@ def test_a_chat_remembers_switches_and_forgets(asked, capsys):
     assert "Answers come from one." in screen
     assert "Answers come from two." in screen
     assert answer.strip() in capsys.readouterr().out
+
+
+def test_a_chat_with_a_merged_model_calls_it_by_its_adapter(adapters):
+    writer = Writer.load(find_sources([str(adapters[0])]), merged=True)
+    screen = chatted(writer, "/adapter base", "/adapter one")
+    assert screen.count("Answers come from one.") == 3
+    assert "There is no adapter 'base'. There are: one." in screen
 
 
 def test_a_chat_has_a_system_message(asked):

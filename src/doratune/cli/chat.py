@@ -55,21 +55,22 @@ class _Session:
         self.sampling = sampling
         self.system = system
         self.adapter = writer.adapters[0] if writer.adapters else None
+        self.bare = writer.merged or BASE  # the model that answers without an adapter
         self.said: list[dict[str, str]] = []
 
     @property
     def who(self) -> str:
-        return self.adapter or BASE
+        return self.adapter or self.bare
 
     def command(self, line: str) -> str:
         """Do what a line that begins with / says; the reply."""
         name, _, rest = line.partition(" ")
         rest = rest.strip()
-        if name == "/adapter" and rest in (BASE, *self.writer.adapters):
-            self.adapter = None if rest == BASE else rest
+        if name == "/adapter" and rest in (self.bare, *self.writer.adapters):
+            self.adapter = None if rest == self.bare else rest
             return f"Answers come from {self.who}."
         if name in ("/adapter", "/adapters"):
-            there = ", ".join([BASE, *self.writer.adapters])
+            there = ", ".join([self.bare, *self.writer.adapters])
             unknown = f"There is no adapter {rest!r}. " if name == "/adapter" and rest else ""
             return f"{unknown}There are: {there}. Answers come from {self.who}."
         if name == "/reset":

@@ -30,7 +30,7 @@ class Completion:
 
     prompt: Prompt
     adapter: str | None
-    """None: the base model, or a model without adapters."""
+    """None: the base model, or a model without adapters. A merged one keeps its name."""
     text: str
     tokens: int
     ended: bool
@@ -43,12 +43,14 @@ class Writer:
     Args:
         model: a causal language model, with adapters attached or without.
         tokenizer: its tokenizer; padding is set to the left, where generation needs it.
+        merged: what the model is called, if an adapter is in its weights; None: it is the base.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, merged: str | None = None) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.adapters = adapter_names(model)
+        self.merged = merged
         tokenizer.padding_side = "left"
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -75,7 +77,7 @@ class Writer:
             load_adapter(model, folder, name)
         if merged:
             merge(model)
-        return cls(to_device(model), tokenizer)
+        return cls(to_device(model), tokenizer, next(iter(sources.adapters)) if merged else None)
 
     @contextlib.contextmanager
     def using(self, adapter: str | None) -> Iterator[None]:
@@ -95,7 +97,7 @@ class Writer:
         Args:
             prompts: at least one.
             sampling: how.
-            adapter: name of an adapter; None: the base model.
+            adapter: name of an adapter; None: the model without one, which is the base unless it was merged.
             streamer: transformers' streamer, told of every token; one prompt only.
 
         Raises:
@@ -121,7 +123,7 @@ class Writer:
             )
         start = batch["input_ids"].shape[1]
         return [
-            self._completion(prompt, adapter, ids, row[start:].tolist(), ends)
+            self._completion(prompt, adapter or self.merged, ids, row[start:].tolist(), ends)
             for prompt, ids, row in zip(prompts, rows, written, strict=True)
         ]
 
