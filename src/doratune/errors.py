@@ -12,12 +12,21 @@ class AdapterError(ValueError):
     """
 
     @classmethod
-    def of(cls, heading: str, problems: Iterable[str]) -> AdapterError:
-        """Build one error from a heading and its problems, one line each."""
+    def of(cls, heading: str, problems: Iterable[str], at_most: int | None = None) -> AdapterError:
+        """Build one error from a heading and its problems, one line each.
+
+        Args:
+            heading: what they are about.
+            problems: at least one.
+            at_most: of how many the lines are shown, where a single cause makes many; None: of all.
+        """
         lines = list(problems)
         if len(lines) == 1:
             return cls(f"{heading}: {lines[0]}")
-        return cls("\n".join([f"{heading} ({len(lines)} problems):", *(f"  - {line}" for line in lines)]))
+        shown = lines[:at_most]
+        if len(shown) < len(lines):
+            shown.append(f"and {len(lines) - len(shown)} more")
+        return cls("\n".join([f"{heading} ({len(lines)} problems):", *(f"  - {line}" for line in shown)]))
 
 
 class DivergedError(AdapterError):

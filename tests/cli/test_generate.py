@@ -81,6 +81,20 @@ def test_a_file_is_printed_prompt_by_prompt(base, adapters, tmp_path, capsys, mo
         assert squeezed(prompt + written(base, adapters[0], prompt)) in printed
 
 
+def test_prompts_of_a_file_are_checked_before_any_is_continued(base, tmp_path, capsys):
+    lines = ["once", "", "x" * 200, *["king"] * 20, "y" * 300]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    assert generate(base, "--file", tmp_path / "prompts.txt", "--json", "--batch-size", 1) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert f"{tmp_path / 'prompts.txt'}:3 has 200 tokens, the model's context is 128" in said.err
+    assert f"{tmp_path / 'prompts.txt'}:24 has 300 tokens" in said.err
+    rows = [{"role": "user", "content": "x" * 200}]
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps({"messages": rows}))
+    assert generate(base, "--file", tmp_path / "prompts.jsonl", "--chat") == 1
+    assert "prompts.jsonl:2 has" in capsys.readouterr().err
+
+
 def test_a_message_is_answered_without_showing_it(base, capsys):
     assert generate(base, "--prompt", "hello", "--chat") == 0
     printed = capsys.readouterr().out

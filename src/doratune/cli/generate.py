@@ -97,6 +97,7 @@ def run(options: Generate) -> int:
     status = Console(stderr=True)
     with status.status(f"Loading {sources.base}"):
         writer = Writer.load(sources, options.dtype, options.merge)
+        writer.check(prompts)
     out = Console()
     if not prompts:
         talk(writer, out, options.sampling, options.system)

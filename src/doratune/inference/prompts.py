@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ class Prompt:
 
     text: str = ""
     messages: tuple[dict[str, Any], ...] | None = None
+    where: str = field(default="", compare=False)
+    """File and line that it was read from."""
 
     def render(self, tokenizer: Any) -> str:
         """The text that the model gets.
@@ -34,7 +36,8 @@ class Prompt:
         try:
             return tokenizer.apply_chat_template(list(self.messages), tokenize=False, add_generation_prompt=True)
         except Exception as error:  # templates raise their own, in their own words
-            raise AdapterError(f"the model's chat template refuses these messages: {error}") from error
+            place = f"{self.where}: " if self.where else ""
+            raise AdapterError(f"{place}the model's chat template refuses these messages: {error}") from error
 
     def as_json(self) -> dict[str, Any]:
         """For records: ``{"prompt": ...}`` or ``{"messages": [...]}``."""
@@ -79,7 +82,8 @@ def read_prompts(path: Path, as_chat: bool = False, system: str | None = None) -
         if problem:
             problems.append(f"{row.where}: {problem}")
         elif prompt:
-            prompts.append(chat(prompt.text, system) if as_chat and prompt.messages is None else prompt)
+            asked = chat(prompt.text, system) if as_chat and prompt.messages is None else prompt
+            prompts.append(replace(asked, where=row.where))
     if not prompts and not problems:
         problems.append(f"{path} holds no prompt")
     if problems:

@@ -21,6 +21,8 @@ from doratune.merge import merge
 from doratune.model import adapter_names, disabled, set_adapter
 from doratune.train.models import choose_dtype, load_model, load_tokenizer
 
+LISTED = 20
+"""Prompts that do not fit which are listed one by one."""
 _LESS = "try a smaller batch_size, fewer max_tokens, or dtype bfloat16"
 
 
@@ -79,6 +81,32 @@ class Writer:
             merge(model)
         return cls(to_device(model), tokenizer, next(iter(sources.adapters)) if merged else None)
 
+    def check(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Find out whether prompts can be continued, before time is spent on any.
+
+        Returns:
+            Their tokens.
+
+        Raises:
+            AdapterError: listing those that are empty or longer than the model's context, or if a chat cannot be
+                rendered.
+        """
+        context = self._context()
+        rows: list[list[int]] = []
+        problems = []
+        for number, prompt in enumerate(prompts, 1):
+            text = prompt.render(self.tokenizer)
+            ids = self.tokenizer(text, add_special_tokens=prompt.messages is None, verbose=False)["input_ids"]
+            rows.append(ids)
+            name = prompt.where or f"prompt {number}"
+            if not ids:
+                problems.append(f"{name} is empty")
+            elif context and len(ids) >= context:
+                problems.append(f"{name} has {len(ids)} tokens, the model's context is {context}; shorten it")
+        if problems:
+            raise AdapterError.of("prompts", problems, at_most=LISTED)
+        return rows
+
     @contextlib.contextmanager
     def using(self, adapter: str | None) -> Iterator[None]:
         """Within this context the model has this adapter, or none."""
@@ -104,12 +132,9 @@ class Writer:
             AdapterError: listing prompts that are longer than the model's context; if a chat is asked of a tokenizer
                 without a chat template, or memory is short.
         """
-        texts = [prompt.render(self.tokenizer) for prompt in prompts]
-        rows = [
-            self.tokenizer(text, add_special_tokens=prompt.messages is None)["input_ids"]
-            for text, prompt in zip(texts, prompts, strict=True)
-        ]
-        room = self._room(rows)
+        rows = self.check(prompts)
+        context = self._context()
+        room = context - max(map(len, rows)) if context else None
         batch = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.model.device)
         require("transformers").set_seed(sampling.seed)
         ends = self._ends()
@@ -143,18 +168,9 @@ class Writer:
         known = found if isinstance(found, list) else [found]
         return sorted({token for token in (*known, self.tokenizer.eos_token_id) if token is not None})
 
-    def _room(self, rows: list[list[int]]) -> int | None:
-        """Tokens that the model's context has left after the longest prompt; None: it is not known."""
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        problems = []
-        for number, ids in enumerate(rows, 1):
-            if not ids:
-                problems.append(f"prompt {number} is empty")
-            elif context and len(ids) >= context:
-                problems.append(f"prompt {number} has {len(ids)} tokens, the model's context is {context}; shorten it")
-        if problems:
-            raise AdapterError.of("prompts", problems)
-        return context - max(map(len, rows)) if context else None
+    def _context(self) -> int | None:
+        """Tokens that the model takes; None: it is not known."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def label(adapter: str | None) -> str:
