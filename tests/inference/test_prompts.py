@@ -93,7 +93,7 @@ def test_a_chat_is_written_in_the_models_template():
     words.chat_template = "{{ raise_exception('no system here') }}"
     with pytest.raises(dt.AdapterError, match="refuses these messages: no system here"):
         prompt.render(words)
-    with pytest.raises(dt.AdapterError, match="^p.jsonl:3: the model's chat template refuses"):
+    with pytest.raises(dt.AdapterError, match=r"^p\.jsonl:3: the model's chat template refuses"):
         replace(prompt, where="p.jsonl:3").render(words)
     words.chat_template = None
     with pytest.raises(dt.AdapterError, match="no chat template"):
