@@ -62,6 +62,6 @@ def test_changes_are_recorded_and_logged(method, tmp_path):
 
 def test_a_report_of_what_was_recorded(tmp_path):
     recorder, _ = train(dt.attach(llama(), dt.AdapterConfig(rank=2, method="lora")), tmp_path, every=100)
-    page = recorder.write_report(tmp_path / "report").read_text()
+    page = recorder.write_report(str(tmp_path / "report")).read_text()
     assert "mine" in page
     assert "step 5" in page

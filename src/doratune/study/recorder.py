@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +91,7 @@ class ChangeRecorder(TrainerCallback):
         """What was recorded, for ``analysis_page.page_of``."""
         return Analysis(base, [self.run] if self.run else [])
 
-    def write_report(self, folder: Path) -> Path:
+    def write_report(self, folder: str | os.PathLike[str]) -> Path:
         """Write the page that ``doratune analyze`` would have written, and return it.
 
         Raises:
@@ -99,4 +100,4 @@ class ChangeRecorder(TrainerCallback):
         from doratune.study.analysis_page import page_of
 
         analysis = self.analysis()
-        return page_of(analysis).write(folder, analysis.as_json())
+        return page_of(analysis).write(Path(folder), analysis.as_json())
