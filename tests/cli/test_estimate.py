@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from transformers import GPT2Config, GPTNeoConfig, ViTConfig
 
 from doratune.cli import main
 from study.test_estimate import LLAMA
@@ -29,3 +30,20 @@ def test_what_cannot_be_estimated_is_said(folder, capsys):
     told = capsys.readouterr().err
     assert all(word in told for word in ("tokens must be", "devices must be", "rank must be"))
     assert main(["estimate", folder + "/absent"]) == 1
+
+
+def test_a_step_is_no_longer_than_the_models_context(tmp_path, capsys):
+    GPT2Config(n_layer=1).save_pretrained(tmp_path)
+    assert main(["estimate", str(tmp_path)]) == 1
+    assert f"tokens is 4096, but {tmp_path} takes sequences of 1024 at most" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", [ViTConfig(), GPTNeoConfig(attention_types=[[["global"], 24]])])
+def test_another_kind_of_model_is_one_message(config, tmp_path, capsys):
+    config.save_pretrained(tmp_path)
+    assert main(["estimate", str(tmp_path), "--tokens", "64"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: a step of a {config.model_type} cannot be estimated: ")
+    assert "served are causal language models" in told
+    assert len(told) < 600
+    assert "GPT2Config, " not in told, "the list of every configuration class"

@@ -77,9 +77,7 @@ def run(options: Bench) -> int:
     quiet_libraries()
     model = load_model(options.model, choose_dtype(options.dtype))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    longest = getattr(model.config, "max_position_embeddings", None) or options.tokens
-    if options.tokens > longest:
-        raise AdapterError(f"tokens is {options.tokens}, but {options.model} takes sequences of {longest} at most")
+    check_context(model.config, options.model, options.tokens)
     generator = torch.Generator().manual_seed(0)
     shape = (options.batch_size, options.tokens)
     ids = torch.randint(model.config.vocab_size, shape, generator=generator).to(model.device)
@@ -108,6 +106,17 @@ def run(options: Bench) -> int:
     else:
         Console().print(_table(costs, about))
     return 0
+
+
+def check_context(config: Any, model: str, tokens: int) -> None:
+    """A model takes no longer sequences than it has positions.
+
+    Raises:
+        AdapterError: if it has fewer than these tokens.
+    """
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or tokens
+    if tokens > longest:
+        raise AdapterError(f"tokens is {tokens}, but {model} takes sequences of {longest} at most; use fewer --tokens")
 
 
 def _table(costs: list[Cost], about: dict[str, Any]) -> Table:

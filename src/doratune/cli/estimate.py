@@ -78,12 +78,14 @@ def run(options: EstimateOptions) -> int:
     import torch
     from rich.console import Console
 
+    from doratune.cli.bench import check_context
     from doratune.cli.quiet import quiet_libraries
     from doratune.study.estimate import estimate
     from doratune.train.models import load_config
 
     quiet_libraries()
     config = load_config(options.model)
+    check_context(config, options.model, options.tokens)
     result = estimate(
         config,
         AdapterConfig(method=options.method, rank=options.rank, alpha=2.0 * max(1, options.rank)),

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from doratune.config import AdapterConfig
+from doratune.errors import AdapterError
 from doratune.extras import require
 from doratune.model import attach
 from doratune.study.tape import Tape, flash_attention
@@ -27,6 +28,10 @@ QUANTISED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0, "torchao-int8": 
 """Bytes a weight, scales of blocks included; those of rows are counted apart. torchao's trainable 4 bits take 8."""
 NF4_SINGLE = 0.5 + 4 / 64
 """nf4 whose scales are not quantised."""
+SERVED = (
+    "served are causal language models that transformers' AutoModelForCausalLM builds and that compute attention with "
+    "torch's scaled_dot_product_attention, such as Llama, Mistral, Qwen and GPT-2"
+)
 STATES = 2
 """Numbers that Adam keeps for each that it trains, in float32."""
 
@@ -119,6 +124,9 @@ def estimate(
         quantize: as in ``doratune train``.
         double_quant: nf4: scales are quantised, too.
         checkpointing: activations of a layer are computed again in the backward pass.
+
+    Raises:
+        AdapterError: if the configuration is not one of a causal language model whose step can be counted.
     """
     run = _extrapolated(config, adapter, (batch_size, tokens), dtype, checkpointing)
     lora = replace(adapter, method="lora") if adapter.method == "dora" and not _without_rank(adapter) else None
@@ -161,9 +169,15 @@ def _extrapolated(
 ) -> _Run:
     """The run of the whole model, from one and two of its layers where it has more."""
     layers = getattr(config, "num_hidden_layers", 0)
-    if layers <= 2:
-        return _run(config, adapter, shape, dtype, checkpointing)
-    one, two = (_run(_shortened(config, n), adapter, shape, dtype, checkpointing) for n in (1, 2))
+    try:
+        if layers <= 2:
+            return _run(config, adapter, shape, dtype, checkpointing)
+        one, two = (_run(_shortened(config, n), adapter, shape, dtype, checkpointing) for n in (1, 2))
+    except AdapterError:
+        raise
+    except Exception as error:  # whatever a model of another kind makes transformers or torch raise
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0].rstrip(".")
+        raise AdapterError(f"a step of a {config.model_type} cannot be estimated: {said}; {SERVED}") from error
     return two.further(one, layers - 2)
 
 
