@@ -16,6 +16,7 @@ from bench.losses import Losses
 from bench.memory import Memory
 from bench.options import Benchmark, Options
 from bench.step import Step
+from doratune.cli import nothing
 
 PARTS: tuple[type[Benchmark], ...] = (Layer, Step, Decode, Eval, Files, Memory, Losses)
 
@@ -54,7 +55,9 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("LyCORIS", "torchao", "torch.utils._pytree", "transformers", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     settings = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
-    tyro.cli(Command, prog="python -m bench", args=arguments, config=settings).run()
+    with nothing.registry:
+        command = tyro.cli(Command, prog="python -m bench", args=arguments, config=settings)
+    command.run()
 
 
 if __name__ == "__main__":

@@ -144,6 +144,22 @@ def test_flags_win_over_the_recipe(assets, tmp_path, capsys):
     assert json.loads((output / "results.json").read_text())["steps"] == 1
 
 
+@pytest.mark.parametrize("word", ["none", "None"])
+def test_a_flag_takes_none_as_a_recipe_does(word, tmp_path, capsys):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('save_every = 5\nsteps = 7\neval_every = "none"\nquantize = "nf4"\ntext_column = "tale"\n')
+    flags = [w for name in ("save-every", "steps", "quantize", "text-column") for w in (f"--{name}", word)]
+    assert main(["train", "--recipe", str(recipe), *flags, "--print-recipe"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("save_every", "steps", "quantize", "text_column", "eval_every"):
+        assert f'{name} = "none"' in printed
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    printed = capsys.readouterr().out
+    assert "--steps {none}|INT" in printed
+    assert "(default: none)" in printed
+
+
 def test_a_recipe_with_mistakes_is_an_error(tmp_path, capsys):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("rnk = 2\nsteps = 1.5\n")

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from doratune.cli import analyze, bench, compare, estimate, generate, inspect, merge, predict, train
+from doratune.cli import analyze, bench, compare, estimate, generate, inspect, merge, nothing, predict, train
 from doratune.errors import AdapterError
 
 RUNNERS: dict[type, Any] = {
@@ -76,14 +76,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str]) -> Program:
-    defaults = train.from_recipe(arguments)
-    return tyro.cli(
-        Program,
-        prog="doratune",
-        args=arguments,
-        default=tyro.MISSING_NONPROP if defaults is None else Program(defaults),
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
-    )
+    with nothing.registry:
+        defaults = train.from_recipe(arguments)
+        return tyro.cli(
+            Program,
+            prog="doratune",
+            args=arguments,
+            default=tyro.MISSING_NONPROP if defaults is None else Program(defaults),
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
+        )
 
 
 def _fail(error: object) -> int:

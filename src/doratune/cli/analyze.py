@@ -37,7 +37,7 @@ class Analyze:
     output: Path = Path("analysis")
     """Folder for the report; an earlier report there is replaced."""
     labels: tuple[str, ...] = ()
-    """Names for what was trained, in the same order; none: those of the folders."""
+    """Names for what was trained, in the same order; not given: those of the folders."""
     spectra: Literal["last", "all", "none"] = "last"
     """Checkpoints whose changes are decomposed into singular values, which takes the longest."""
     json: bool = False
