@@ -1,4 +1,4 @@
-"""The one error a user of doratune has to catch."""
+"""The one error a user of doratune has to catch, and the end that Ctrl-C makes."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ class AdapterError(ValueError):
         if len(shown) < len(lines):
             shown.append(f"and {len(lines) - len(shown)} more")
         return cls("\n".join([f"{heading} ({len(lines)} problems):", *(f"  - {line}" for line in shown)]))
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, when what is kept and how to go on has been told already: nothing is to be said about it any more."""
 
 
 class DivergedError(AdapterError):

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import doratune as dt
 from doratune.cli import main
+from doratune.errors import Interrupted
 from train.tiny import llama, save_model, write_text
 
 
@@ -75,7 +76,34 @@ def test_wrong_input_is_one_message_on_stderr(tmp_path):
         assert part in result.stderr
 
 
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [sys.executable, "-m", "doratune", "train", "--recipe", "quickstart", "--print-recipe"]
+    for words in (command, [*command[:3], "train", "--help"]):
+        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            process.stdout.close()
+            said = process.stderr.read()
+        assert (said, process.returncode) == (b"", 141)
+
+
 # In this process.
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"doratune {dt.__version__}\n"
+
+
+def test_ctrl_c_is_said_once_wherever_it_comes(monkeypatch, capsys):
+    import doratune.cli as cli
+
+    for error, said in ((KeyboardInterrupt, "interrupted\n"), (Interrupted, "")):
+
+        def interrupt(_, error=error):
+            raise error
+
+        monkeypatch.setattr(cli, "_parse", interrupt)
+        assert main(["inspect", "a"]) == 130
+        assert capsys.readouterr().err == said
 
 
 def test_train_then_inspect_then_merge(assets, tmp_path, capsys):

@@ -1,12 +1,14 @@
 """The ``doratune`` command: one file per command, flags from dataclasses.
 
-Exit codes: 0, 1 for failures, 2 for wrong usage, 130 after Ctrl-C. torch and transformers are not imported here.
+Exit codes: 0, 1 for failures, 2 for wrong usage, 130 after Ctrl-C, 141 if nobody reads the output any more. torch and
+transformers are not imported here.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import select
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +17,8 @@ from typing import Annotated, Any
 import tyro
 
 from doratune.cli import analyze, bench, compare, estimate, generate, inspect, merge, nothing, predict, train
-from doratune.errors import AdapterError
+from doratune.errors import AdapterError, Interrupted
+from doratune.train.recipe import version
 
 RUNNERS: dict[type, Any] = {
     train.TrainConfig: train.run,
@@ -33,7 +36,10 @@ RUNNERS: dict[type, Any] = {
 
 @dataclass
 class Program:
-    """DoRA fine-tuning: train adapters on language and vision models, use them, look at them, merge them."""
+    """DoRA fine-tuning: train adapters on language and vision models, use them, look at them, merge them.
+
+    doratune --version tells the version.
+    """
 
     command: (
         Annotated[train.TrainConfig, tyro.conf.subcommand("train")]
@@ -56,6 +62,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.ERROR)
     logging.getLogger("doratune").setLevel(logging.WARNING)
     try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()  # not at the interpreter's end, where nobody catches what it raises
+    except BrokenPipeError:  # whoever read the output has seen enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Interrupted:
+        return 130
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments == ["--version"]:
+        print(f"doratune {version()}")
+        return 0
+    try:
         program = _parse(arguments)
     except AdapterError as error:  # a recipe that cannot be read
         return _fail(error)
@@ -66,13 +91,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if program.debug:
             raise
         return _fail(error)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     except Exception as error:
-        if program.debug:
+        if program.debug or (isinstance(error, BrokenPipeError) and _nobody_reads()):
             raise
         return _fail(f"{type(error).__name__}: {error}\n(doratune --debug ... shows where)")
+
+
+def _nobody_reads() -> bool:
+    """Whether it is stdout that broke, and not some pipe between a run's processes."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return bool(poll.poll(0))
 
 
 def _parse(arguments: list[str]) -> Program:

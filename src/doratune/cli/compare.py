@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from doratune.errors import AdapterError
+from doratune.errors import AdapterError, Interrupted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -84,8 +84,8 @@ def run(options: Compare) -> int:
         try:
             outcomes = run_all(comparison, study, options.output, options.workers, progress.watch)
         except KeyboardInterrupt:
-            progress.say(f"Interrupted; {progress.over} runs are kept. The same command goes on.")
-            raise
+            progress.say(f"Interrupted; {max(0, progress.over)} runs are kept. The same command goes on.")
+            raise Interrupted from None
     findings = find(comparison, outcomes)
     page = write_report(findings, options.output / "report")
     if options.json:
