@@ -246,12 +246,25 @@ def test_merge_of_a_wrong_adapter_leaves_nothing(adapter, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "gpt"]
 
 
-def test_merge_prints_a_table_without_json(adapter, assets, tmp_path, capsys):
+def test_merge_prints_a_table_without_json(adapter, assets, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    monkeypatch.setenv("TERM", "xterm")
     arguments = ["merge", str(adapter), "--base", str(assets[0]), "--output", str(tmp_path / "m"), "--verify"]
     assert main(arguments) == 0
-    printed = capsys.readouterr().out
+    printed, status = capsys.readouterr()
     for part in ("q_proj", "logits of the model", "Merged model written"):
         assert part in printed
+    for part in ("Loading", "Comparing layers", "Merging", "Writing"):
+        assert part in status
+
+
+def test_merge_says_when_the_whole_model_is_not_compared(adapter, assets, tmp_path, capsys, monkeypatch):
+    from doratune.cli import merge
+
+    monkeypatch.setattr(merge, "_inputs", lambda model: {})
+    arguments = ["merge", str(adapter), "--base", str(assets[0]), "--output", str(tmp_path / "m"), "--verify"]
+    assert main(arguments) == 0
+    assert "the whole model was not compared" in " ".join(capsys.readouterr().out.split())
 
 
 def test_merge_refusals(adapter, assets, tmp_path, capsys):

@@ -75,7 +75,8 @@ def test_a_merged_model_predicts_the_same(request, kind, tmp_path, capsys):
     folder, result = request.getfixturevalue(kind)
     data = folder / ("test.jsonl" if kind == "texts" else "test.npz")
     adapter, merged = folder / "run" / "adapter", tmp_path / "merged"
-    assert main(["merge", str(adapter), "--output", str(merged)]) == 0
+    assert main(["merge", str(adapter), "--output", str(merged), "--verify"]) == 0
+    assert "logits differ by" in capsys.readouterr().out
     for name in ("doratune.json", *(["preprocessor_config.json"] if kind == "pictures" else [])):
         assert (merged / name).read_bytes() == (adapter / name).read_bytes()
     for source, name in ((adapter, "unmerged.csv"), (merged, "merged.csv")):

@@ -28,7 +28,8 @@ class Merge:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the merged weights; auto: as the base is stored."""
     verify: bool = False
-    """Compare merged with unmerged outputs, layer by layer and as a whole; a difference beyond rounding is an error."""
+    """Compare merged with unmerged outputs. Layer by layer a difference beyond rounding is an error; that of the whole
+    model, where rounding grows from layer to layer, is shown and not judged."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -51,20 +52,25 @@ def run(options: Merge) -> int:
     if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
         raise AdapterError(f"output {options.output} exists and is not empty; name a new folder")
     quiet_libraries()
-    model = load_base(options.adapter, base, options.dtype)
-    load_adapter(model, options.adapter)
-    checks = verify_merge(model) if options.verify else []
+    status = Console(stderr=True).status
+    with status(f"Loading {base}"):
+        model = load_base(options.adapter, base, options.dtype)
+        load_adapter(model, options.adapter)
+    with status("Comparing layers"):
+        checks = verify_merge(model) if options.verify else []
     bad = [f"{c.path}: {c.difference:.2e}, rounding explains {c.tolerance:.2e}" for c in checks if not c.holds]
     if bad:
         raise AdapterError.of("merged and unmerged outputs differ", bad)
-    probe = _Logits(model) if options.verify else None
-    merge(model)
-    whole = probe.compare() if probe else None
+    with status("Merging"):
+        probe = _Logits(model) if options.verify else None
+        merge(model)
+        whole = probe.compare() if probe else None
     reads_text = getattr(model, "main_input_name", None) != "pixel_values" and _has_tokenizer(base)
     tokenizer = load_tokenizer(base) if reads_text else None
     if tokenizer is not None:
         align_padding(model, tokenizer)
-    _write(model, tokenizer, options.adapter, options.output)
+    with status(f"Writing {options.output}"):
+        _write(model, tokenizer, options.adapter, options.output)
     if options.json:
         worst = max((c.difference for c in checks), default=None)
         found = {"output": str(options.output), "layers": len(checks), "largest_difference": worst, "logits": whole}
@@ -78,32 +84,42 @@ def run(options: Merge) -> int:
 
 
 class _Logits:
-    """Output of the whole model on fixed token ids, before and after merging; nothing for models without tokens."""
+    """Output of the whole model on fixed tokens or images, before and after merging; nothing for other models."""
 
     def __init__(self, model: Any) -> None:
-        import torch
-
         self.model = model.eval()
-        size = getattr(model.config, "vocab_size", None)
-        if getattr(model, "main_input_name", None) != "input_ids" or not size:
-            self.ids = None
-            return
-        generator = torch.Generator().manual_seed(0)
-        self.ids = torch.randint(0, size, (2, 32), generator=generator).to(model.device)
-        self.before = self._logits()
+        self.inputs = _inputs(model)
+        if self.inputs:
+            self.before = self._logits()
 
     def _logits(self) -> Any:
         import torch
 
         with torch.no_grad():
-            return self.model(input_ids=self.ids)[0].float()
+            return self.model(**self.inputs)[0].float()
 
     def compare(self) -> dict[str, float] | None:
         """Largest difference, and the largest value for comparison."""
-        if self.ids is None:
+        if not self.inputs:
             return None
         difference = (self._logits() - self.before).abs().max()
         return {"difference": float(difference), "largest": float(self.before.abs().max())}
+
+
+def _inputs(model: Any) -> dict[str, Any]:
+    """Random tokens or images of the model's own size; empty for models that take neither."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    name, config = getattr(model, "main_input_name", None), model.config
+    words, pixels = getattr(config, "vocab_size", None), getattr(config, "image_size", None)
+    if name == "input_ids" and words:
+        return {name: torch.randint(0, words, (2, 32), generator=generator).to(model.device)}
+    if name == "pixel_values" and pixels:
+        height, width = (pixels, pixels) if isinstance(pixels, int) else pixels
+        images = torch.randn(2, config.num_channels, height, width, generator=generator)
+        return {name: images.to(model.device, model.dtype)}
+    return {}
 
 
 def _has_tokenizer(base: str) -> bool:
@@ -151,4 +167,6 @@ def _table(checks: list[MergeCheck], whole: dict[str, float] | None) -> Any:
         table.add_section()
         table.add_row("logits of the model", "", f"{whole['difference'] / whole['largest']:.1e}", "")
         table.caption = f"logits differ by {whole['difference']:.2e} at most, they reach {whole['largest']:.1f}"
+    else:
+        table.caption = "the whole model was not compared: it takes neither tokens nor images"
     return table
