@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from bench import needed  # noqa: F401
 from bench.decode import Decode, Eval
 from bench.files import Files
 from bench.layer import Layer

@@ -1,6 +1,8 @@
 """Every benchmark runs with tiny shapes, and writes what it found."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,6 +18,13 @@ def run(folder, *words):
     main([*words, "--quick", "--seconds", "0.01", "--device", "cpu", "--output", str(folder)])
     (found,) = folder.glob("*.json")
     return json.loads(found.read_text()), found.with_suffix(".md").read_text(), found.with_suffix(".png")
+
+
+def test_what_is_not_installed_is_one_message():
+    absent = "import sys, runpy; sys.modules['peft'] = None; runpy.run_module('bench', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", absent], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: the benchmarks need peft, which pip install '.[dev]' brings\n"
 
 
 @pytest.mark.parametrize("what", ["layer", "step", "decode", "eval"])
