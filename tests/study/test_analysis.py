@@ -273,6 +273,17 @@ def test_nothing_in_common_is_an_error(tmp_path):
         analyze(tmp_path / "base", {"x": tmp_path / "other"})
 
 
+def test_another_size_of_the_same_model_is_said_by_its_shapes(tmp_path):
+    write(tmp_path / "base", base_weights())
+    write(tmp_path / "other", base_weights(rows=8))
+    with pytest.raises(dt.AdapterError, match=r"^shapes differ between .*base and .*other") as caught:
+        analyze(tmp_path / "base", {"x": tmp_path / "other"})
+    lines = str(caught.value).splitlines()
+    assert lines[0].endswith("(12 problems):")
+    assert lines[1] == "  - model.layers.0.mlp.up_proj: 12x10 in the base, 8x10 in other"
+    assert lines[6:] == ["  - and 7 more"]
+
+
 def test_a_broken_adapter_is_refused_with_all_that_is_wrong(on_disk, tmp_path):
     for file in (on_disk / "dora").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -31,6 +31,7 @@ PAPER = {"full fine-tuning": -0.62, "LoRA": 0.83, "DoRA": -0.31}
 checkpoints."""
 OVERALL = "all kinds"
 UNCHANGED = "not adapted: unchanged"
+DIFFERENT = "shapes differ: "
 ROUNDING = 3e-7
 """Lengths that changed by less, relatively, and angles that are smaller, are float32's rounding: they count as 0, or
 noise would be correlated."""
@@ -217,11 +218,15 @@ class _Series:
                 fitting[path] = own
             else:
                 shapes = f"{_shape(base.shapes[path])} in the base, {_shape(checkpoint.shapes[own])} in {one.name}"
-                self.run.left_out[path] = f"shapes differ: {shapes}"
+                self.run.left_out[path] = f"{DIFFERENT}{shapes}"
+        if not fitting and names:
+            differing = [f"{path}: {self.run.left_out[path].removeprefix(DIFFERENT)}" for path in names]
+            heading = f"shapes differ between {base.source} and {one.folder}, which are of different models"
+            raise AdapterError.of(heading, differing, at_most=5)
         if not fitting:
             raise AdapterError(
                 f"{one.folder} and {base.source} have no weight in common; the base has {_some(base.shapes)}, "
-                f"the other {_some(checkpoint.shapes)}" + "".join(f"; {k}: {v}" for k, v in self.run.left_out.items())
+                f"the other {_some(checkpoint.shapes)}"
             )
         whole = isinstance(checkpoint, StoredWeights)
         absent = f"not in {one.name}" if whole else UNCHANGED
