@@ -31,6 +31,8 @@ log = logging.getLogger("doratune")
 
 SAME_NORM = 1e-4
 """A zero row of W whose stored m is its norm, up to this relative difference, is trained as plain LoRA."""
+LISTED = 10
+"""Problems of a file that are shown: one wrong base makes one of every tensor."""
 PLACEHOLDER_B = 1e-3
 PLACEHOLDER_A = 1e-12
 """Stand in for zeros where 0 would have others divide 0 by 0; read back as 0."""
@@ -170,7 +172,7 @@ def load_adapter(
         The same model.
 
     Raises:
-        AdapterError: listing every problem by file, key and field; the model is then unchanged.
+        AdapterError: listing the problems by file, key and field, the first ten of many; the model is then unchanged.
     """
     root, folder = unwrap(model), Path(folder)
     contents = read_adapter(root, folder)
@@ -202,13 +204,13 @@ def read_adapter(root: nn.Module, folder: Path) -> Contents:
     """Read the adapter of a folder and compare it with the model.
 
     Raises:
-        AdapterError: listing every problem.
+        AdapterError: listing the problems, the first ten of many.
     """
     options = from_peft(read_config(folder), str(folder / "adapter_config.json"))
     tensors, metadata = read_weights(folder)
     contents = read_contents(root, options, tensors, metadata)
     if contents.problems:
-        raise AdapterError.of(f"{folder / WEIGHTS} does not fit", contents.problems)
+        raise AdapterError.of(f"{folder / WEIGHTS} does not fit", contents.problems, at_most=LISTED)
     return contents
 
 

@@ -242,7 +242,10 @@ def test_merge_of_a_wrong_adapter_leaves_nothing(adapter, tmp_path, capsys):
     )
     capsys.readouterr()
     assert main(["merge", str(adapter), "--base", str(tmp_path / "gpt"), "--output", str(tmp_path / "out")]) == 1
-    assert "is the file of another model?" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "is the file of another model?" in said
+    assert "does not fit (14 problems):" in said
+    assert [line for line in said.splitlines() if line.startswith("  - ")][10:] == ["  - and 4 more"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "gpt"]
 
 

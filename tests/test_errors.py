@@ -1,0 +1,14 @@
+from doratune import AdapterError
+from doratune.train.config import listed
+
+
+def test_one_problem_is_a_line_and_several_are_a_list():
+    assert str(AdapterError.of("file", ["gone"])) == "file: gone"
+    assert str(AdapterError.of("file", ["a", "b"])) == "file (2 problems):\n  - a\n  - b"
+
+
+def test_of_many_the_first_are_shown_and_the_others_counted():
+    error = AdapterError.of("file", map(str, range(12)), at_most=10)
+    assert str(error).splitlines()[0] == "file (12 problems):"
+    assert listed(error) == [*map(str, range(10)), "and 2 more"]
+    assert listed(AdapterError.of("file", map(str, range(10)), at_most=10)) == [*map(str, range(10))]
