@@ -144,6 +144,7 @@ def test_nothing_is_left_of_a_failure(texts, tmp_path, monkeypatch, capsys):
         (["TEST", "--out", "TEST"], ["is one of the files to classify"]),
         (["TEST", "--dtype", "float16"], ["float16 needs a GPU"]),
         (["TEST", "--base", "./nowhere"], ["nowhere: no such folder"]),
+        (["absent.csv"], ["error: nothing to classify: absent.csv: no such file or folder\n"]),
         (["TEST", "--label-column", "grade"], ["label_column 'grade' is not among the columns"]),
     ],
 )

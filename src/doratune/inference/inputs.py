@@ -21,6 +21,7 @@ from doratune.train.sources import TABLES, Row, is_dataset_folder, path_of
 from doratune.train.tasks.image import CheckedRow
 from doratune.train.tokens import string
 
+ABSENT = "no such file or folder"
 SPLIT = "test"
 """Of data sets that have several."""
 
@@ -90,9 +91,16 @@ def read_pictures(config: TrainConfig, trained: Mapping[str, str], say: Say) -> 
 def _rows(
     config: TrainConfig, problem_of: Callable[[str], str | None], find: Callable[[str], Iterator[Row]]
 ) -> Iterator[Row]:
-    """Rows of all sources; a source that cannot be read is a row with a problem."""
+    """Rows of all sources; a source that cannot be read is a row with a problem.
+
+    Raises:
+        AdapterError: if none of the sources is there: then there are no rows to speak of.
+    """
+    absent = [f"{name}: {ABSENT}" for name in config.data if not path_of(name).exists()]
+    if len(absent) == len(config.data):
+        raise AdapterError.of("nothing to classify", absent)
     for name in config.data:
-        problem = problem_of(name) if path_of(name).exists() else "no such file or folder"
+        problem = problem_of(name) if path_of(name).exists() else ABSENT
         if problem:
             yield Row(name, problem=problem)
             continue
