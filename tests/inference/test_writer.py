@@ -7,7 +7,7 @@ from doratune.inference.sampling import Sampling
 from doratune.inference.sources import Sources
 from doratune.inference.writer import Writer, label
 from inference.small import save_moved, save_writer
-from train.tiny import llama, tokenizer
+from train.tiny import llama, save_encoder, tokenizer
 
 SHORT = Sampling(max_tokens=8)
 
@@ -124,6 +124,25 @@ def test_a_model_that_does_not_write(sources, tmp_path):
     (tmp_path / "empty" / "config.json").write_text("{}")
     with pytest.raises(dt.AdapterError, match="holds no tokenizer"):
         Writer.load(Sources(str(tmp_path / "empty"), {}))
+
+
+def test_a_model_whose_files_hold_no_head(sources, tmp_path):
+    from transformers import AutoModel, BertLMHeadModel
+
+    encoder = save_encoder(tmp_path / "encoder")
+    with pytest.raises(dt.AdapterError, match=r"no weights of the head that writes \(cls.predictions"):
+        Writer.load(Sources(str(encoder), {}))
+    BertLMHeadModel.from_pretrained(encoder, is_decoder=True).save_pretrained(encoder)
+    assert Writer.load(Sources(str(encoder), {})).adapters == []
+    inner = AutoModel.from_pretrained(sources.base)
+    tokenizer().save_pretrained(tmp_path / "inner")
+    inner.save_pretrained(tmp_path / "inner")
+    tied = Writer.load(Sources(str(tmp_path / "inner"), {})).write([Prompt("once")], SHORT)
+    assert tied == Writer.load(Sources(sources.base, {})).write([Prompt("once")], SHORT)
+    inner.config.tie_word_embeddings = False
+    inner.save_pretrained(tmp_path / "inner")
+    with pytest.raises(dt.AdapterError, match=r"\(lm_head\)"):
+        Writer.load(Sources(str(tmp_path / "inner"), {}))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from doratune.inference.sampling import Sampling
 from doratune.inference.sources import BASE, Sources
 from doratune.merge import merge
 from doratune.model import adapter_names, disabled, set_adapter
+from doratune.study.stored import header, weight_files
 from doratune.train.models import choose_dtype, load_model, load_tokenizer
 
 LISTED = 20
@@ -67,7 +68,8 @@ class Writer:
             merged: put the adapter into the weights, which writes fastest; then it cannot be switched off.
 
         Raises:
-            AdapterError: if something cannot be loaded, or several adapters are to be merged.
+            AdapterError: if something cannot be loaded, the model has no head that writes, or several adapters are to
+                be merged.
         """
         if merged and len(sources.adapters) != 1:
             raise AdapterError(f"merging takes one adapter; found {len(sources.adapters)}")
@@ -75,6 +77,8 @@ class Writer:
         model = load_model(sources.base, choose_dtype(dtype))
         if not hasattr(model, "generate"):
             raise AdapterError(f"model {sources.base} is a {type(model).__name__}, which does not write text")
+        if not sources.adapters:  # an adapter may bring a head
+            _refuse_new_head(model, sources.base)
         for name, folder in sources.adapters.items():
             load_adapter(model, folder, name)
         if merged:
@@ -176,6 +180,27 @@ class Writer:
 def label(adapter: str | None) -> str:
     """What a model with this adapter is called in print."""
     return adapter or BASE
+
+
+def _refuse_new_head(model: Any, base: str) -> None:
+    """A head that the model's files do not hold was made up, and what it writes is noise.
+
+    Raises:
+        AdapterError: if nothing of the head is in the folder; one tied to the input embedding need not be.
+    """
+    inner = f"{model.base_model_prefix}."
+    own = [name for name, _ in model.named_parameters() if not name.startswith(inner)]  # tied ones come once, inside
+    head = sorted({name.rpartition(".")[0] for name in own})
+    try:
+        files = weight_files(Path(base).expanduser())
+    except AdapterError:  # on the hub, or pickled
+        return
+    keys = [key for file in files for key in header(file)]
+    if head and not any(path in key for path in head for key in keys):
+        raise AdapterError(
+            f"model {base} holds no weights of the head that writes ({', '.join(head)}), which would be random: is it "
+            "an encoder, or the inner part of a language model? Name a model with its language-model head"
+        )
 
 
 def _tokenizer_source(sources: Sources) -> str:
