@@ -2,10 +2,16 @@
 
 import sys
 
-if __name__ == "__main__":
+
+def main() -> int:
+    """Run the command line; Ctrl-C is no traceback while it is still being imported, either."""
     try:
-        from doratune.cli import main
-    except KeyboardInterrupt:  # imports take a moment; from then on main says it
+        from doratune.cli import main as run
+    except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    return run()
+
+
+if __name__ == "__main__":
     sys.exit(main())

@@ -85,6 +85,19 @@ def test_a_reader_that_has_seen_enough_is_no_error():
         assert (said, process.returncode) == (b"", 141)
 
 
+def test_ctrl_c_during_imports_is_no_traceback():
+    program = (
+        "import runpy, sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'tyro': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "runpy.run_module('doratune', run_name='__main__')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "interrupted\n")
+
+
 # In this process.
 
 
