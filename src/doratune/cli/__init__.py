@@ -99,6 +99,8 @@ def _run(arguments: list[str]) -> int:
 
 def _nobody_reads() -> bool:
     """Whether it is stdout that broke, and not some pipe between a run's processes."""
+    if not hasattr(select, "poll"):  # Windows
+        return True
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return bool(poll.poll(0))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from doratune.checkpoint import save_adapter
 from doratune.distributed import is_first, is_spread, processes
-from doratune.errors import AdapterError
+from doratune.errors import AdapterError, Interrupted
 from doratune.extras import require
 from doratune.summary import Summary
 from doratune.train import recipe
@@ -201,7 +201,7 @@ def _fit(
         progress.close()
         if is_first():
             console.print(f"Interrupted. {kept(config, folder)}", markup=False, highlight=False, soft_wrap=True)
-        raise
+        raise Interrupted from None
     finally:
         progress.close()
         interruption.close()
