@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
+from string import Formatter
 
 from doratune.errors import AdapterError
 from doratune.train.config import TrainConfig
@@ -59,6 +61,7 @@ def roles_of_text(config: TrainConfig, names: Collection[str], where: str) -> di
     if config.messages_column:
         return choose(config, names, ["messages"], where)
     if config.prompt_template:
+        _check_template(config.prompt_template, names, where)
         return choose(config, names, ["completion"], where)
     if config.prompt_column or config.completion_column:
         return choose(config, names, ["prompt", "completion"], where)
@@ -71,6 +74,18 @@ def roles_of_text(config: TrainConfig, names: Collection[str], where: str) -> di
         f"{where}: no column looks like a text, a prompt with completion, or a chat among {', '.join(names)}; name "
         "them with --text-column, with --prompt-column and --completion-column, or with --messages-column"
     )
+
+
+def _check_template(template: str, names: Collection[str], where: str) -> None:
+    try:
+        fields = [re.split(r"[.\[]", field)[0] for _, field, _, _ in Formatter().parse(template) if field is not None]
+    except ValueError as error:
+        raise AdapterError(f"prompt_template {template!r}: {error}; double braces that are text") from error
+    absent = [field for field in dict.fromkeys(fields) if field not in names]
+    if absent:
+        raise AdapterError(
+            f"{where}: prompt_template asks for {', '.join(map(repr, absent))}; the columns are {', '.join(names)}"
+        )
 
 
 def as_flag(name: str) -> str:

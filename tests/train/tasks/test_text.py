@@ -117,11 +117,15 @@ def test_a_prompt_template_takes_any_columns(tmp_path, model, said):
     config = rows(tmp_path, model, values, prompt_template="<{instruction}|{input}>\\n")
     found = module.prepare(config, said.append)
     assert decoded(found.train)[0][0].startswith("<do|i0>\n")
-    config.prompt_template = "<{instrucion}>"
-    with pytest.raises(
-        dt.AdapterError, match=r"rows.jsonl:1: prompt_template cannot be filled: KeyError: 'instrucion'"
-    ):
-        module.prepare(config, said.append)
+    said_of = {
+        "<{instrucion}>": "asks for 'instrucion'; the columns are instruction, input, output",
+        "<{instruction.absent}>": "rows.jsonl:1: prompt_template cannot be filled: AttributeError",
+        "{": "double braces that are text",
+    }
+    for template, message in said_of.items():
+        config.prompt_template = template
+        with pytest.raises(dt.AdapterError, match=message):
+            module.prepare(config, said.append)
 
 
 def test_chats_and_prompts_as_chats(tmp_path, chat_model, said):
