@@ -355,3 +355,16 @@ def test_a_compiled_model_is_seen_through():
     assert dt.attach(compiled, dt.AdapterConfig(rank=2)) is compiled
     assert paths(model) == paths(compiled) == LINEARS
     assert dt.summary(compiled).trained == dt.summary(model).trained > 0
+
+
+def test_all_linear_does_not_pass_over_layers_quantised_by_others():
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("qweight", torch.zeros(4, 8, dtype=torch.int32))
+
+    model = nn.ModuleDict({"router": nn.Linear(4, 4), **{f"up_{i}": Packed() for i in range(7)}})
+    with pytest.raises(dt.AdapterError, match="up_0: no kind of layer serves Packed") as raised:
+        dt.attach(model, dt.AdapterConfig(rank=2))
+    assert "and 2 more" in str(raised.value)
+    dt.attach(model, dt.AdapterConfig(rank=2, targets=["router"]))

@@ -55,7 +55,8 @@ class AdapterConfig:
     """detached: the norm is a constant in the backward pass (paper section 4.3); exact: it is not (eq. 6)."""
     norm_refresh: NormRefresh = "forward"
     """forward: compute the norm in every forward; step: only when A, B or W have changed, which saves it in all but the
-    first of accumulated micro-batches. For optimisers that change parameters openly (torch's own do)."""
+    first of accumulated micro-batches. While gradients are None, as after ``zero_grad``, it is computed anyway: not all
+    optimisers change parameters openly."""
     eight_bit_outputs: str | Sequence[str] = ()
     """Layers that keep an 8-bit copy of their output for the magnitude's gradient instead of the output: names, or one
     regular expression. It saves memory where nothing else keeps the output (q, k, o and down of a Llama)."""

@@ -19,6 +19,8 @@ HEAD_NAMES = ("classifier", "score", "lm_head", "head", "classification_head", "
 """Names of output heads, for models that cannot be asked."""
 WRAPPER_NAMES = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_projections")
 """What torch.compile, activation checkpointing, FSDP and our attention hosts add to paths of modules."""
+LISTED = 5
+"""Modules of one trouble that an error names."""
 
 
 @dataclass
@@ -96,6 +98,8 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
     for path, module in modules.items():
         inside_saved = any(path == p or path.startswith(p + ".") for p in selection.saved)
         chosen = _is_linear(module) if everything else bool(path) and matches(path, config.targets)
+        if everything and not chosen and hasattr(module, "qweight"):
+            unserved[path] = refusal(modules, path) or ""  # else only the few linear layers beside would be adapted
         if not chosen or inside_saved or matches(path, config.exclude):
             continue
         if everything and path in heads:
@@ -111,7 +115,10 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
             passed_over[path] = reason or ""  # an expression may well match containers, too
         else:
             unserved[path] = reason or ""
-    problems.extend(f"{path}: {reason}" for path, reason in unserved.items())
+    shown = list(unserved.items())[:LISTED]
+    problems.extend(f"{path}: {reason}" for path, reason in shown)
+    if len(shown) < len(unserved):
+        problems.append(f"and {len(unserved) - len(shown)} more")
     if not everything and not isinstance(config.targets, str):
         for target in config.targets:
             if not any(matches(path, [target]) for path in modules):

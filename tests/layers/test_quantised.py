@@ -211,8 +211,14 @@ def test_adapters_act_in_every_mode(make):
             assert error(model(x), expected) < 1e-2
         with torch.inference_mode():
             assert error(model(x), expected) < 1e-2
+    leaves = leaves_of(model[0])
+    reference_output(model[0], x, leaves).relu().square().sum().backward()
     with torch.autocast("cpu", torch.bfloat16):
-        assert error(model(x), expected) < 5e-2
+        y = model(x)
+    assert error(y, expected) < 5e-2
+    y.float().square().sum().backward()
+    for part, leaf in leaves.items():
+        assert error(getattr(model[0], part)["default"].grad, leaf.grad) < 8e-2, part
 
 
 @every_layer
@@ -457,3 +463,35 @@ def test_files_round_trip(make, method, tmp_path):
     again = dt.load_adapter(nn.Sequential(make(), nn.ReLU(inplace=True)), tmp_path)
     x = torch.randn(6, IN)
     assert error(again(x), model(x)) < 1e-6
+
+
+def refused(layer, message):
+    model = nn.Sequential(layer)
+    with pytest.raises(dt.AdapterError, match=message):
+        dt.attach(model, dt.AdapterConfig(rank=2, targets=["0"]))
+    assert model[0] is layer
+
+
+def test_weights_of_codes_that_nobody_serves_are_refused():
+    layer = nn.Linear(IN, OUT).requires_grad_(False)
+    layer.weight = nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    refused(layer, "its weight holds float8_e4m3fn, .* load the model in 16 or 32 bits")
+    layer = nn.Linear(IN, OUT)
+    layer.quantization_scheme = object()
+    refused(layer, r"compressed-tensors quantises it; load the model with CompressedTensorsConfig\(dequantize=True\)")
+    del layer.weight  # as its packed layers have none
+    refused(layer, "compressed-tensors quantises it")
+
+
+def test_an_eight_bit_layer_that_is_not_quantised_yet_is_refused():
+    refused(bnb.nn.Linear8bitLt(IN, OUT, has_fp16_weights=False), "not quantised yet; move the layer to its device")
+
+
+def test_a_torchao_type_without_a_way_back_is_refused(monkeypatch):
+    layer = torchao(Int8WeightOnlyConfig())()
+
+    def dequantize(self):
+        raise NotImplementedError
+
+    monkeypatch.setattr(type(layer.weight), "dequantize", dequantize)
+    refused(layer, "packs its weight .* for inference and has no way back to numbers")

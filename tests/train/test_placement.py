@@ -82,14 +82,18 @@ def test_each_process_quantises_on_its_own_gpu(kind, monkeypatch):
     config = TrainConfig("model", ("text.txt",), quantize=kind)
     assert "device_map" not in loading_options(config, torch.float32)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert loading_options(config, torch.float32)["device_map"] == {"": 1}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # each process sees its own alone
+    assert loading_options(config, torch.float32)["device_map"] == {"": 0}
     assert "device_map" not in loading_options(TrainConfig("model", ("text.txt",)), torch.float32)
 
 
 def test_each_of_several_processes_takes_its_own_gpu_before_anything_is_loaded(monkeypatch):
     done = []
     monkeypatch.setattr(torch.cuda, "set_device", done.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(assemble, "loading_options", lambda *_: {})
     monkeypatch.setattr(assemble, "load_model", lambda *_, **__: done.append("loaded") or llama())
 

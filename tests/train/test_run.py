@@ -243,6 +243,17 @@ def test_a_run_that_is_over_is_not_begun_again(assets, tmp_path):
     assert train(config(assets, tmp_path / "run", resume=True, steps=8)).steps == 8 > result.steps
 
 
+def test_results_of_an_earlier_end_do_not_keep_a_run_from_its_own(assets, tmp_path):
+    train(config(assets, tmp_path / "run"))
+    earlier = (tmp_path / "run" / "results.json").read_text()
+    train(config(assets, tmp_path / "run", resume=True, steps=8))
+    for text in (earlier, "{", None):  # killed after its last checkpoint
+        (tmp_path / "run" / "results.json").unlink()
+        if text is not None:
+            (tmp_path / "run" / "results.json").write_text(text)
+        assert train(config(assets, tmp_path / "run", resume=True, steps=8)).steps == 8
+
+
 def test_options_of_a_resume_that_is_refused_are_not_kept(assets, tmp_path):
     train(config(assets, tmp_path / "run"))
     before = (tmp_path / "run" / "recipe.toml").read_text()

@@ -22,6 +22,15 @@ def test_a_recipe_without_a_model_can_be_looked_at(capsys):
     assert 'model = ""' in capsys.readouterr().out
 
 
+def test_a_recipe_without_data_takes_them_from_flags(tmp_path, capsys):
+    more = ["--model", str(tmp_path), "--data", "tales.txt", "--eval-data", "more.txt", "--output", str(tmp_path / "x")]
+    assert main(["train", "--recipe", "quickstart", *more, "--print-recipe"]) == 0
+    printed = capsys.readouterr().out
+    assert 'data = ["tales.txt"]' in printed
+    assert main(["train", "--recipe", "quickstart", *more]) == 1
+    assert "the folder has no config.json" in capsys.readouterr().err
+
+
 def test_there_are_the_paper_s_settings():
     found = config("dora-llama-commonsense")
     adapter = found.adapter_config()

@@ -1,6 +1,7 @@
 import gc
 import logging
 import shutil
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -207,6 +208,9 @@ def test_quantised_models_are_declared_trainable_and_masters_stay_float32():
     assert not _trainable_when_quantised(model)._hf_peft_config_loaded
     dt.attach(model, CONFIG)
     assert _trainable_when_quantised(model)._hf_peft_config_loaded is True
+    model._hf_peft_config_loaded = False
+    model.hf_quantizer = SimpleNamespace(is_trainable=False)  # as those that quantise activations
+    assert not _trainable_when_quantised(model)._hf_peft_config_loaded
     before = {name: p.detach().clone() for name, p in dt.trainable_parameters(model).items()}
     with _keeping_masters(model):  # SFTTrainer does this to quantised models
         for parameter in dt.trainable_parameters(model).values():

@@ -62,13 +62,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.ERROR)
     logging.getLogger("doratune").setLevel(logging.WARNING)
     try:
-        try:
-            return _run(arguments)
-        finally:
+        code = _run(arguments)
+        if sys.stdout is not None:
             sys.stdout.flush()  # not at the interpreter's end, where nobody catches what it raises
-    except BrokenPipeError:  # whoever read the output has seen enough, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return code
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        _write_nowhere()
+        return 141  # whoever read the output has seen enough, as head does
+    except OSError as error:
+        if "--debug" in arguments:
+            raise
+        _write_nowhere()
+        return _fail(f"the output cannot be written: {error.strerror or error}")
     except Interrupted:
         return 130
     except KeyboardInterrupt:
@@ -97,10 +104,17 @@ def _run(arguments: list[str]) -> int:
         return _fail(f"{type(error).__name__}: {error}\n(doratune --debug ... shows where)")
 
 
+def _write_nowhere() -> None:
+    """What is still in stdout's buffer would fail again at the interpreter's end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _nobody_reads() -> bool:
     """Whether it is stdout that broke, and not some pipe between a run's processes."""
     if not hasattr(select, "poll"):  # Windows
         return True
+    if sys.stdout is None:
+        return False
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return bool(poll.poll(0))

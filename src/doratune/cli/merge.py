@@ -55,6 +55,10 @@ def run(options: Merge) -> int:
     status = Console(stderr=True).status
     with status(f"Loading {base}"):
         model = load_base(options.adapter, base, options.dtype)
+        reads_text = getattr(model, "main_input_name", None) != "pixel_values" and _has_tokenizer(base)
+        tokenizer = load_tokenizer(base) if reads_text else None
+        if tokenizer is not None and "SequenceClassification" in type(model).__name__:
+            align_padding(model, tokenizer)
         load_adapter(model, options.adapter)
     with status("Comparing layers"):
         checks = verify_merge(model) if options.verify else []
@@ -65,10 +69,6 @@ def run(options: Merge) -> int:
         probe = _Logits(model) if options.verify else None
         merge(model)
         whole = probe.compare() if probe else None
-    reads_text = getattr(model, "main_input_name", None) != "pixel_values" and _has_tokenizer(base)
-    tokenizer = load_tokenizer(base) if reads_text else None
-    if tokenizer is not None:
-        align_padding(model, tokenizer)
     with status(f"Writing {options.output}"):
         _write(model, tokenizer, options.adapter, options.output)
     if options.json:

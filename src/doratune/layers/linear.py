@@ -25,6 +25,8 @@ from doratune.ops.dropout import dropped_elements
 from doratune.ops.hardware import multiplies
 from doratune.ops.low_rank import as_rows, dense_low_rank, low_rank_update
 
+NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes of weights that mean what they say."""
 FEW_TOKENS = 64
 """Up to here 16-bit products cost more to start than float32 ones to compute (measured on CPUs: 46 us against 8)."""
 
@@ -160,8 +162,8 @@ def _dense(base: nn.Module, x: Tensor, bias: Tensor | None, change: LowRankChang
 
 
 def _over_output(base_output: Tensor, x: Tensor, change: LowRankChange | None) -> Tensor:
-    """The base's own output plus ``s B A x``."""
-    return base_output if change is None else low_rank_update(base_output, x, *change)
+    """The base's own output plus ``s B A x``, in autocast's dtype: quantised bases may give back their input's."""
+    return base_output if change is None else low_rank_update(_autocast(base_output), x, *change)
 
 
 def _guard(base: nn.Module, x: Tensor, change: LowRankChange | None) -> OutputGuard:
@@ -179,7 +181,7 @@ def _guard(base: nn.Module, x: Tensor, change: LowRankChange | None) -> OutputGu
     # Nothing large but the arguments, which autograd keeps: under checkpointing it does not.
     def recompute(x: Tensor, dropped: Tensor | None = None) -> Tensor:
         with autocast():
-            return low_rank_update(_without_bias(base, x), x, A, B, scale, dropped)
+            return low_rank_update(_autocast(_without_bias(base, x)), x, A, B, scale, dropped)
 
     return OutputGuard(recompute, x) if dropped is None else OutputGuard(recompute, x, dropped)
 
@@ -201,7 +203,7 @@ def _swap_bias(u: Tensor, inner: Tensor | None, outer: Tensor | None) -> Tensor:
 
 def _autocast(x: Tensor) -> Tensor:
     """x as autocast would hand it to a linear layer."""
-    if is_autocast(x.device) and x.is_floating_point():
+    if is_autocast(x.device) and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
@@ -218,6 +220,10 @@ class Linear(Kind):
         return rows_of(base)
 
     def refusal(self, base: nn.Module) -> str | None:
+        weight = getattr(base, "weight", None)
+        if quantised.library_of(base) is None and weight is not None and weight.dtype not in NUMBERS:
+            name = str(weight.dtype).removeprefix("torch.")
+            return f"its weight holds {name}, as some quantiser's do that is not served; {quantised.SERVED}"
         return quantised.refusal(base)
 
     forward = staticmethod(forward)

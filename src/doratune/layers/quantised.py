@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from doratune.layers.weights import WeightRows
 from doratune.ops.row_norm import row_tiles
 
+SERVED = "load the model in 16 or 32 bits, or quantised by bitsandbytes, torchao (weights only) or HQQ"
 RowTiles = Iterator[tuple[slice, Tensor]]
 
 
@@ -25,7 +26,7 @@ def _class_of(obj: object, library: str, name: str) -> bool:
 
 def library_of(base: nn.Module) -> str | None:
     """Which library quantised a layer: one of the keys below, or None if it is not quantised."""
-    if type(base) is nn.Linear and type(base.weight) is nn.Parameter:
+    if type(base) is nn.Linear and type(getattr(base, "weight", None)) is nn.Parameter:
         return None  # nearly every layer, in nearly no time
     if _class_of(base, "bitsandbytes", "Linear4bit"):
         return "bitsandbytes 4-bit"
@@ -34,10 +35,11 @@ def library_of(base: nn.Module) -> str | None:
     if _class_of(base, "hqq", "HQQLinear"):
         return "HQQ"
     # A plain weight first: torch.compile cannot trace the look at a class's module.
+    weight = getattr(base, "weight", None)
     if (
         isinstance(base, nn.Linear)
-        and type(base.weight) not in (Tensor, nn.Parameter)
-        and type(base.weight).__module__.split(".")[0] == "torchao"
+        and type(weight) not in (Tensor, nn.Parameter)
+        and type(weight).__module__.split(".")[0] == "torchao"
     ):
         return "torchao"
     return None
@@ -101,14 +103,26 @@ def refusal(base: nn.Module) -> str | None:
     """Why a quantised layer cannot be adapted, or None."""
     library = library_of(base)
     weight: Any = getattr(base, "weight", None)
+    if getattr(base, "quantization_scheme", None) is not None:
+        return "compressed-tensors quantises it; load the model with CompressedTensorsConfig(dequantize=True)"
     if library == "torchao":
         dynamic = getattr(weight, "act_quant_kwargs", None) or getattr(weight, "activation_quantization", None)
         if dynamic is not None:
             return (
                 "torchao quantises its activations dynamically, which lets no gradient through; use a weight-only type"
             )
+        try:
+            if not weight.is_meta:
+                weight[:1].dequantize()
+        except NotImplementedError:
+            return (
+                f"torchao packs its weight ({type(weight).__name__}) for inference and has no way back to numbers; use "
+                "Int8WeightOnlyConfig or IntxWeightOnlyConfig"
+            )
     if library == "bitsandbytes 8-bit" and getattr(weight, "has_fp16_weights", False):
         return "has_fp16_weights keeps a weight that is not quantised yet; load it with has_fp16_weights=False"
+    if library == "bitsandbytes 8-bit" and weight.dtype != torch.int8 and not weight.is_meta:
+        return "the 8-bit weight is not quantised yet; move the layer to its device first"
     if library == "bitsandbytes 4-bit":
         state = getattr(weight, "quant_state", None)
         if state is None and not weight.is_meta:
@@ -169,7 +183,8 @@ def _again_torchao(base: Any, merged: Tensor) -> Tensor:
         return type(weight).from_hp(merged, weight.block_size, weight.target_dtype).dequantize()
     from torchao.quantization.granularity import PerRow, PerTensor
 
-    return type(weight).from_hp(merged, PerTensor() if weight.scale.numel() == 1 else PerRow()).dequantize()
+    whole = PerTensor() if weight.scale.numel() == 1 else PerRow()
+    return type(weight).from_hp(merged, granularity=whole).dequantize()
 
 
 def _again_hqq(base: Any, merged: Tensor) -> Tensor:

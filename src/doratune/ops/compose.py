@@ -130,7 +130,7 @@ def _kept_tensor(ctx: Any, dtype: torch.dtype) -> Tensor | None:
 # for its statistics. Its kernels make one pass over the output each way, in float32 registers: g near 1 would have only
 # 8 bits in bfloat16, and a float32 copy of u would cost more than the pass itself.
 
-KERNELS = ("cpu", "cuda")
+KERNELS = ("cpu", "cuda", "meta")
 """Devices whose kernels do this; Apple's leave sums unwritten. Elsewhere it is plain arithmetic."""
 
 

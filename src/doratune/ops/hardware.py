@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,16 +29,23 @@ def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Products of float32 numbers are exact to float32's digits, though TF32 or bfloat16 were allowed for speed."""
-    switches = _switches()
-    before = [getattr(owner, name) for owner, name, _ in switches]
-    try:
-        for owner, name, exact in switches:
-            setattr(owner, name, exact)
-        yield
-    finally:
-        for (owner, name, _), value in zip(switches, before, strict=True):
-            setattr(owner, name, value)
+    """Products of float32 numbers are exact to float32's digits, though TF32 or bfloat16 were allowed for speed.
+
+    The switches are the whole process's: threads take turns.
+    """
+    with _TURNS:
+        switches = _switches()
+        before = [getattr(owner, name) for owner, name, _ in switches]
+        try:
+            for owner, name, exact in switches:
+                setattr(owner, name, exact)
+            yield
+        finally:
+            for (owner, name, _), value in zip(switches, before, strict=True):
+                setattr(owner, name, value)
+
+
+_TURNS = threading.RLock()
 
 
 def _switches() -> list[tuple[Any, str, Any]]:

@@ -134,6 +134,8 @@ def estimate(
     size = dtype.itemsize
     a_weight = {**QUANTISED, "nf4": QUANTISED["nf4"] if double_quant else NF4_SINGLE}
     quantised = run.quantised if quantize else 0
+    # A quantised weight is made whole for its products; torchao keeps it so until the backward pass.
+    whole = run.quantised if (quantize or "").startswith("torchao") and not checkpointing else run.largest
     weights = (run.parameters - quantised) * size
     if quantize:
         weights += round(quantised * a_weight[quantize]) + (0 if quantize == "nf4" else 4 * run.rows)
@@ -151,8 +153,8 @@ def estimate(
         adapters=4 * trained,
         gradients=4 * trained,
         optimizer=4 * STATES * trained,
-        # The tape has counted gradients, too; a quantised weight is made whole for its products.
-        activations=max(0, run.peak - 4 * trained) + (run.largest * size if quantize else 0),
+        # The tape has counted gradients, too.
+        activations=max(0, run.peak - 4 * trained) + (whole * size if quantize else 0),
         operations=run.operations,
         dora_share=1 - plain.operations / run.operations if run.magnitudes else 0.0,
         communication=moved,

@@ -179,11 +179,14 @@ class TrainConfig:
     """Length of the sample."""
 
     def __post_init__(self) -> None:
-        """Paths may be given as text, and one source alone."""
-        self.output = Path(self.output)
+        """Paths may be given as text, and one source alone; the command line gives a sign for what is still to come."""
+        output: Any = self.output
+        if isinstance(output, str):
+            self.output = Path(output)
         for name in ("data", "eval_data", "test_data"):
-            value = getattr(self, name)
-            setattr(self, name, (value,) if isinstance(value, str) else tuple(value))
+            given = getattr(self, name)
+            if isinstance(given, str):
+                setattr(self, name, (given,))
 
     @property
     def is_adapter(self) -> bool:

@@ -23,7 +23,12 @@ def take_own_gpu() -> None:
     Else bases that come quantised, which are loaded onto the current GPU, would all be loaded onto the first.
     """
     if torch.cuda.is_available() and processes_asked() > 1:
-        torch.cuda.set_device(local_rank_asked())
+        torch.cuda.set_device(_own_gpu())
+
+
+def _own_gpu() -> int:
+    """As accelerate numbers them: where each process sees only its own, that is the first."""
+    return local_rank_asked() % torch.cuda.device_count()
 
 
 def loading_options(config: TrainConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -34,7 +39,7 @@ def loading_options(config: TrainConfig, dtype: torch.dtype) -> dict[str, Any]:
         options["quantization_config"] = quantization(config.quantize, dtype, config.double_quant, classifier)
         if torch.cuda.is_available():
             # Each process its own GPU: transformers would quantise all of them on the first, where DDP refuses them.
-            options["device_map"] = {"": local_rank_asked()}
+            options["device_map"] = {"": _own_gpu()}
     if config.fsdp:
         shards = require("transformers.distributed").DistributedConfig(fsdp_size=processes_asked())
         options["distributed_config"] = shards

@@ -16,5 +16,5 @@ def is_first_asked() -> bool:
 
 
 def local_rank_asked() -> int:
-    """The number of this one among those of its machine: the number of its GPU."""
+    """The number of this one among those of its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))

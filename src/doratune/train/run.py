@@ -20,7 +20,6 @@ from doratune.train.information import Information
 from doratune.train.models import choose_dtype, model_problem
 from doratune.train.output import CHECKPOINTS, CURVES, METRICS, RECIPE
 from doratune.train.processes import is_first_asked
-from doratune.train.results import FILE as RESULTS
 from doratune.train.results import TrainResult, peak_memory, read_metrics
 from doratune.train.sources import path_of
 from doratune.train.tasks import task_of
@@ -147,11 +146,15 @@ def problems(config: TrainConfig) -> list[str]:
 def _finished(config: TrainConfig) -> int:
     """The step at which a run has come to its end and left its results; 0 if it has more to do."""
     last = last_checkpoint(config.output / CHECKPOINTS)
-    if last is None or not (config.output / RESULTS).is_file():
+    try:
+        told = TrainResult.load(config.output).steps
+    except (OSError, ValueError, KeyError, TypeError):  # there are none, or not whole
+        return 0
+    if last is None:
         return 0
     state = require("transformers").TrainerState.load_from_json(str(last / "trainer_state.json"))
     done = state.global_step >= config.steps if config.steps else (state.epoch or 0) >= config.epochs
-    return int(state.global_step) if done else 0
+    return told if done and told == state.global_step else 0  # else the results are of an earlier end
 
 
 def _make_folder(output: Path) -> None:

@@ -229,8 +229,15 @@ class AdapterTrainerMixin(Trainer):
 
 
 def _trainable_when_quantised(model: Any) -> Any:
-    """Trainer refuses quantised models unless they are known to carry adapters; ours are not PEFT's, but adapters."""
-    if getattr(model, "is_quantized", False) and active_adapter(model) is not None:
+    """Trainer refuses quantised models unless they are known to carry adapters; ours are not PEFT's, but adapters.
+
+    Kinds that let no gradient through stay refused; of torchao's the layers know better than transformers.
+    """
+    if not getattr(model, "is_quantized", False) or active_adapter(model) is None:
+        return model
+    quantizer = getattr(model, "hf_quantizer", None)
+    torchao = type(quantizer).__name__.startswith("TorchAo")
+    if quantizer is None or torchao or quantizer.is_trainable:
         model._hf_peft_config_loaded = True
     return model
 
