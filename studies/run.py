@@ -42,7 +42,7 @@ def news() -> None:
     _link("minilm-l6", assets.minilm())
     parts = assets.newsgroups()
     random = np.random.default_rng(0)
-    for part, counts in (("train", {"news-train": 1500, "news-eval": 150}), ("test", {"news-test": 600})):
+    for part, counts in (("train", {"news-train": 1500, "news-eval": 400}), ("test", {"news-test": 1500})):
         rows = [json.loads(line) for line in (parts / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()]
         rows = [row for row in rows if row["label"].startswith("comp.")]
         order, begin = random.permutation(len(rows)), 0
