@@ -16,6 +16,7 @@ from doratune.layers import sharded
 from doratune.layers.cache import AdapterParameters, ScaleCache, without_autocast
 from doratune.layers.holder import AdapterHolder
 from doratune.layers.kind import Kind, Options
+from doratune.layers.loading import accept_plain_keys, after_load
 from doratune.layers.sharded import assign, whole
 from doratune.layers.weights import WeightRows, is_dtensor, on_device
 
@@ -84,8 +85,8 @@ class AdaptedLayer(AdapterHolder):
         self.load_prefix = ""
         self.loaded: set[str] = set()
         """Parts of the base that ``load_state_dict`` has filled."""
-        self.register_load_state_dict_pre_hook(_accept_plain_keys)
-        self.register_load_state_dict_post_hook(_after_load)
+        self.register_load_state_dict_pre_hook(accept_plain_keys)
+        self.register_load_state_dict_post_hook(after_load)
 
     # Adapters
 
@@ -326,35 +327,3 @@ def choices(
         if bias is not None:
             usable &= bias.detach().abs().float() <= BIAS_DROWNS * m.abs()
         return bool(near.any()), bool(usable.all())
-
-
-def _accept_plain_keys(layer: AdaptedLayer, state: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Let a checkpoint of the plain model fill the base: ``<path>.weight`` is ``<path>.base_layer.weight``."""
-    layer.load_prefix = prefix
-    for name in _base_names(layer):
-        if prefix + name in state:
-            state.setdefault(prefix + "base_layer." + name, state.pop(prefix + name))
-        if prefix + "base_layer." + name in state:
-            layer.loaded.add(name)
-
-
-def _base_names(layer: AdaptedLayer) -> set[str]:
-    return {n for n, _ in (*layer.base_layer.named_parameters(), *layer.base_layer.named_buffers())}
-
-
-def _after_load(layer: AdaptedLayer, incompatible: Any) -> None:
-    layer.cache.clear()
-    if layer.waiting:
-        own = {f"{layer.load_prefix}{n}" for n, _ in layer.named_parameters() if not n.startswith("base_layer.")}
-        absent = own.intersection(incompatible.missing_keys)
-        if absent and layer.loaded < _base_names(layer):
-            return  # the base comes in pieces, and some are still to come
-        if absent:
-            # A base that had no data before was filled by a checkpoint without adapters: they start fresh.
-            layer.initialise()
-        else:
-            layer.waiting.clear()
-        for key in absent:
-            incompatible.missing_keys.remove(key)
-    for name in layer.adapters:
-        layer.decide(name)

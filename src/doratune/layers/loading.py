@@ -1,0 +1,41 @@
+"""State dicts that fill an adapted layer: of the adapted model, of the plain one, in one piece or in several."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from doratune.layers.adapted import AdaptedLayer
+
+
+def accept_plain_keys(layer: AdaptedLayer, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Let a checkpoint of the plain model fill the base: ``<path>.weight`` is ``<path>.base_layer.weight``."""
+    layer.load_prefix = prefix
+    for name in _base_names(layer):
+        if prefix + name in state:
+            state.setdefault(prefix + "base_layer." + name, state.pop(prefix + name))
+        if prefix + "base_layer." + name in state:
+            layer.loaded.add(name)
+
+
+def _base_names(layer: AdaptedLayer) -> set[str]:
+    return {n for n, _ in (*layer.base_layer.named_parameters(), *layer.base_layer.named_buffers())}
+
+
+def after_load(layer: AdaptedLayer, incompatible: Any) -> None:
+    """Look at what was loaded: adapters that got nothing start fresh once the base is whole."""
+    layer.cache.clear()
+    if layer.waiting:
+        own = {f"{layer.load_prefix}{n}" for n, _ in layer.named_parameters() if not n.startswith("base_layer.")}
+        absent = own.intersection(incompatible.missing_keys)
+        if absent and layer.loaded < _base_names(layer):
+            return  # the base comes in pieces, and some are still to come
+        if absent:
+            # A base that had no data before was filled by a checkpoint without adapters: they start fresh.
+            layer.initialise()
+        else:
+            layer.waiting.clear()
+        for key in absent:
+            incompatible.missing_keys.remove(key)
+    for name in layer.adapters:
+        layer.decide(name)
