@@ -56,9 +56,12 @@ def pair(kind, dtype=torch.float32, adapter_dtype=True, **options):
 @pytest.mark.parametrize("adapter_dtype", [True, False], ids=["float32-adapters", "adapters-as-base"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_steps_are_pefts(kind, dtype, adapter_dtype, dropout):
-    if "conv" in kind and dtype == torch.bfloat16 and adapter_dtype and dropout:
-        pytest.skip("PEFT cannot: it convolves a float32 input with a bfloat16 weight")
     theirs, ours, x = pair(kind, dtype, adapter_dtype, lora_dropout=dropout)
+    if "conv" in kind and dtype == torch.bfloat16 and adapter_dtype and dropout:
+        with pytest.raises(RuntimeError, match="should be the same"):
+            theirs(x)  # PEFT convolves a float32 input with a bfloat16 weight
+        assert all(torch.isfinite(t).all() for t in step(ours, x).values())
+        return
     # With adapters in bfloat16 PEFT takes the norm in bfloat16, too.
     assert_same_step(step(ours, x), step(theirs, x), TOLERANCES[dtype] * (1 if adapter_dtype else 2))
 

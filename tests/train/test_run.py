@@ -241,6 +241,9 @@ def test_a_run_that_is_over_is_not_begun_again(assets, tmp_path):
             train(config(assets, tmp_path / "run", resume=True, steps=steps))
     assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()} == before
     assert train(config(assets, tmp_path / "run", resume=True, steps=8)).steps == 8 > result.steps
+    train(config(assets, tmp_path / "without", save_every=None))
+    with pytest.raises(dt.AdapterError, match="nothing is left to train"):
+        train(config(assets, tmp_path / "without", save_every=None, resume=True))
 
 
 def test_results_of_an_earlier_end_do_not_keep_a_run_from_its_own(assets, tmp_path):

@@ -57,7 +57,7 @@ def run(options: Merge) -> int:
         model = load_base(options.adapter, base, options.dtype)
         reads_text = getattr(model, "main_input_name", None) != "pixel_values" and _has_tokenizer(base)
         tokenizer = load_tokenizer(base) if reads_text else None
-        if tokenizer is not None and "SequenceClassification" in type(model).__name__:
+        if tokenizer is not None:
             align_padding(model, tokenizer)
         load_adapter(model, options.adapter)
     with status("Comparing layers"):

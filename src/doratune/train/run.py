@@ -151,7 +151,7 @@ def _finished(config: TrainConfig) -> int:
     except (OSError, ValueError, KeyError, TypeError):  # there are none, or not whole
         return 0
     if last is None:
-        return 0
+        return told if config.steps and told >= config.steps else 0
     state = require("transformers").TrainerState.load_from_json(str(last / "trainer_state.json"))
     done = state.global_step >= config.steps if config.steps else (state.epoch or 0) >= config.epochs
     return told if done and told == state.global_step else 0  # else the results are of an earlier end
