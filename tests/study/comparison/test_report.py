@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -11,7 +12,7 @@ from study.browser import browser, opened  # noqa: F401
 from study.comparison import simulated
 
 
-def findings(shift=0.0, task="text-classification", **grid):
+def findings(shift=0.0, task="text-classification", collapsed=None, **grid):
     options = {"methods": ("lora r", "dora r", "dora r/2", "head"), "ranks": (8,), "sweep_seeds": 2, "seeds": 6}
     of = simulated.comparison(task=task, **{**simulated.SWEPT, **options, **grid})
     random = np.random.default_rng(0)
@@ -21,6 +22,8 @@ def findings(shift=0.0, task="text-classification", **grid):
         if trial.contestant == "head" and trial.seed == 3:
             return None
         accuracy = 0.7 + better + random.normal(0, 0.01) + 10 * trial.learning_rate
+        if trial.contestant == "lora-8" and trial.stage == "test" and trial.seed == collapsed:
+            accuracy = 0.2
         return accuracy, 2 - accuracy
 
     return find(of, simulated.outcomes(of, score))
@@ -50,6 +53,18 @@ def test_sentences_of_no_difference():
     told = sentences.about_gap(made, made.gaps[0])
     assert told.startswith("No difference between DoRA rank 8 and LoRA rank 8 was found: ")
     assert f"One larger than {d.largest:.2f} points is unlikely; 6 seeds could have seen {d.detectable:.2f}" in told
+
+
+def test_one_collapsed_run_widens_the_mean_and_not_the_typical_seed():
+    quiet, made = findings(seeds=30), findings(seeds=30, collapsed=7)
+    mean, typical = made.gaps[0].difference, made.gaps[0].typical
+    assert mean.detectable > 3 * quiet.gaps[0].difference.detectable
+    assert typical.detectable < 1.2 * quiet.gaps[0].typical.detectable
+    assert made.as_json()["differences"][0]["typical"] == dataclasses.asdict(typical)
+    assert (
+        f". In the typical seed: {sentences.number(typical.middle, 'points', signed=True)} points "
+        f"({sentences.interval(typical, 'points')}); {typical.detectable:.2f} could have been seen."
+    ) in sentences.about_gap(made, made.gaps[0])
 
 
 def test_runs_that_diverged_are_left_out_of_pairs_and_said():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from doratune.study.comparison.findings import find
-from doratune.study.comparison.statistics import detectable, difference, estimate
+from doratune.study.comparison.statistics import detectable, difference, estimate, of_each
 from study.comparison import simulated
 
 
@@ -19,9 +19,9 @@ def test_intervals_are_those_of_scipy():
     other, base = np.random.default_rng(1).normal(size=(2, 7))
     own, theirs = estimate(other, 0.9), ttest_1samp(other, 0).confidence_interval(0.9)
     assert (own.low, own.high) == pytest.approx((theirs.low, theirs.high))
-    own, theirs = difference(other, base, 0.95), ttest_rel(other, base).confidence_interval(0.95)
+    own, theirs = difference(other - base, 0.95), ttest_rel(other, base).confidence_interval(0.95)
     assert (own.low, own.high) == pytest.approx((theirs.low, theirs.high))
-    several, theirs = difference(other, base, 0.95, 5), ttest_rel(other, base).confidence_interval(0.99)
+    several, theirs = difference(other - base, of_each(0.95, 5)), ttest_rel(other, base).confidence_interval(0.99)
     assert (several.low, several.high) == pytest.approx((theirs.low, theirs.high))
 
 
@@ -33,13 +33,13 @@ def test_what_can_be_seen_is_what_tables_say(count, effect):
 
 
 def test_too_few_or_equal_values():
-    lonely = difference([1.0], [0.0], 0.95)
+    lonely = difference([1.0], 0.95)
     assert lonely.mean == 1
     assert all(math.isnan(value) for value in (lonely.low, lonely.high, lonely.detectable))
     assert not lonely.is_found
-    same = difference([3.0, 3.0], [3.0, 3.0], 0.95)
+    same = difference([0.0, 0.0], 0.95)
     assert (same.low, same.high, same.detectable, same.is_found) == (0, 0, 0, False)
-    assert not difference([4.0, 4.0], [3.0, 3.0], 0.95).is_found, "two equal differences say nothing of a third"
+    assert not difference([1.0, 1.0], 0.95).is_found, "two equal differences say nothing of a third"
 
 
 REPETITIONS = 300

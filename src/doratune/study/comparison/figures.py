@@ -63,6 +63,10 @@ def differences(findings: Findings) -> Drawn:
             _interval(axes, row, d.mean, d.low, d.high, colour)
             gid = f"difference-{gap.pair.key}"
             axes.scatter([d.mean], [row], s=46, color=colour, gid=gid, zorder=5)
+            if gap.typical is not None:
+                ends, below = [gap.typical.low, gap.typical.high], row + 0.22
+                axes.plot(ends, [below, below], color=colour, linewidth=1.1, solid_capstyle="butt", zorder=3)
+                axes.scatter([gap.typical.middle], [below], s=18, color="white", edgecolors=colour, zorder=5)
             tips[gid] = [Tip(sentences.about_gap(findings, gap))]
         _rows(axes, [f"{gap.pair.other.name} − {gap.pair.base.name}" for gap in findings.gaps])
         better = "right" if findings.sign > 0 else "left"

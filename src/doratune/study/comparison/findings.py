@@ -11,7 +11,8 @@ from typing import Any
 from doratune.study.comparison import trials
 from doratune.study.comparison.contestants import RANKED, Contestant, Pair
 from doratune.study.comparison.recipe import Comparison
-from doratune.study.comparison.statistics import Difference, Estimate, difference, estimate
+from doratune.study.comparison.signed_rank import Typical, typical
+from doratune.study.comparison.statistics import Difference, Estimate, difference, estimate, of_each
 from doratune.study.comparison.trials import Chosen, Outcome, Trial
 from doratune.study.race import median_interval
 
@@ -57,6 +58,9 @@ class Gap:
     pair: Pair
     seeds: Sequence[int]
     difference: Difference
+    """Of the means: what a user can expect, collapsed runs included."""
+    typical: Typical | None
+    """Of the typical seed; None for too few seeds."""
     confidence: float
     together: int
     """So many differences lie in their intervals together with that confidence."""
@@ -118,6 +122,7 @@ class Findings:
                     "other": gap.pair.other.key,
                     "base": gap.pair.base.key,
                     **dataclasses.asdict(gap.difference),
+                    "typical": None if gap.typical is None else dataclasses.asdict(gap.typical),
                     "together": gap.together,
                     "found": gap.difference.is_found,
                     "seeds": list(gap.seeds),
@@ -214,9 +219,10 @@ def _gaps(comparison: Comparison, scores: Mapping[Contestant, Mapping[int, float
             other, base = scores.get(pair.other, {}), scores.get(pair.base, {})
             seeds = sorted(set(other) & set(base))
             if len(seeds) >= 2:
-                level = comparison.grid.confidence
-                apart = difference([other[s] for s in seeds], [base[s] for s in seeds], level, len(family))
-                found.append(Gap(pair, seeds, apart, level, len(family)))
+                level, together = comparison.grid.confidence, len(family)
+                apart = [other[s] - base[s] for s in seeds]
+                each = of_each(level, together)
+                found.append(Gap(pair, seeds, difference(apart, each), typical(apart, each), level, together))
     return found
 
 
@@ -243,8 +249,8 @@ def _over_ranks(
     if len(found) < 2 or found[0].ranks != found[1].ranks:
         return found, None
     seeds = set(spreads["lora"]) & set(spreads["dora"])
-    dora, lora = ([spreads[method][seed] for seed in sorted(seeds)] for method in ("dora", "lora"))
-    return found, difference(dora, lora, level) if len(seeds) >= 2 else None
+    apart = [spreads["dora"][seed] - spreads["lora"][seed] for seed in sorted(seeds)]
+    return found, difference(apart, level) if len(seeds) >= 2 else None
 
 
 def name_of(comparison: Comparison, trial: Trial) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from pathlib import Path
 
@@ -13,9 +14,9 @@ from doratune.study.page import Column, Page, Plot, Section, Table, Text
 from doratune.train.recipe import version
 
 COVERED = (
-    "Every pair shares seed, order of the data and start of the head. Intervals are Student's t over seeds: they cover "
-    "what changes from seed to seed with the chosen learning rates on these test data, not what other data or rates "
-    "would show."
+    "Every pair shares seed, order of the data and start of the head. Intervals are Student's t over seeds, those of "
+    "the typical seed Wilcoxon's: they cover what changes from seed to seed with the chosen learning rates on these "
+    "test data, not what other data or rates would show."
 )
 
 
@@ -92,20 +93,33 @@ def _differences(section: Section, findings: Findings) -> None:
         return
     figure, tips = figures.differences(findings)
     caption = (
-        "Mean of the paired differences and interval. The grey bar is what so many seeds could not have seen: true "
-        "differences inside it are missed in more than 20 of 100 such studies."
+        "Mean of the paired differences and interval; below it, hollow, that of the typical seed. The grey bar is what "
+        "so many seeds could not have seen in the mean: true differences inside it are missed in more than 20 of 100 "
+        "such studies."
     )
     section.add(*(Text(sentences.about_gap(findings, gap)) for gap in findings.gaps))
     section.add(Plot("differences", figure, caption, tips, wide=True))
     digits = ".2f" if findings.unit == "points" else ".4f"
     columns = [Column("difference"), *(Column(n, f"+{digits}") for n in ("mean", "low", "high"))]
-    columns += [Column("could be seen", digits, "with a chance of 80 %"), Column("seeds", "d"), Column("confidence")]
+    columns += [Column("could be seen", digits, "with a chance of 80 %")]
+    columns += [Column(f"typical {n}".strip(), f"+{digits}") for n in ("", "low", "high")]
+    columns += [
+        Column("typical could be seen", digits, "with a chance of 80 %"),
+        Column("seeds", "d"),
+        Column("confidence"),
+    ]
     rows = []
     for gap in findings.gaps:
         d, name = gap.difference, f"{gap.pair.other.name} − {gap.pair.base.name}"
         level = f"{sentences.percent(gap.confidence)} for {gap.together} together"
-        rows.append([name, d.mean, d.low, d.high, d.detectable, d.count, level])
-    section.add(Table("differences-table", columns, rows, f"In {findings.unit}."))
+        few = (None, None, None, None)
+        typical = few if gap.typical is None else dataclasses.astuple(gap.typical)
+        rows.append([name, d.mean, d.low, d.high, d.detectable, *typical, d.count, level])
+    caption = (
+        f"In {findings.unit}. Typical: what one run that collapses hardly moves (Hodges-Lehmann estimate, interval of "
+        "Wilcoxon's signed-rank test); none for too few seeds."
+    )
+    section.add(Table("differences-table", columns, rows, caption))
 
 
 def _scores(section: Section, findings: Findings) -> None:

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterator
 
 from doratune.study.comparison.findings import Findings, Gap, Standing
+from doratune.study.comparison.signed_rank import Typical
 from doratune.study.comparison.statistics import POWER, Difference
 
 
@@ -19,7 +20,7 @@ def percent(share: float, digits: int = 0) -> str:
     return f"{100 * share:.{digits}f}\u00a0%" if digits else f"{round(100 * share, 6):g}\u00a0%"
 
 
-def interval(found: Difference, unit: str) -> str:
+def interval(found: Difference | Typical, unit: str) -> str:
     """Both ends of an interval."""
     return f"{number(found.low, unit, signed=True)} to {number(found.high, unit, signed=True)}"
 
@@ -35,6 +36,8 @@ def about_gap(findings: Findings, gap: Gap) -> str:
     if d.low == d.high:
         return _without_scatter(findings, gap)
     seen = f"{d.count} seeds could have seen {number(d.detectable, unit)} with a chance of {percent(POWER)}"
+    if gap.typical is not None:
+        seen += f". In the typical seed: {about_typical(gap.typical, unit)}"
     if d.is_found:
         what = "better" if d.mean * findings.sign > 0 else "worse"
         return f"{other} is {what} than {base} here: {measured}; {seen}."
@@ -42,6 +45,12 @@ def about_gap(findings: Findings, gap: Gap) -> str:
         f"No difference between {other} and {base} was found: {measured}. One larger than "
         f"{number(d.largest, unit)} {unit} is unlikely; {seen}."
     )
+
+
+def about_typical(found: Typical, unit: str) -> str:
+    """The difference of the typical seed, its interval, and what could have been seen."""
+    middle, seen = number(found.middle, unit, signed=True), number(found.detectable, unit)
+    return f"{middle} {unit} ({interval(found, unit)}); {seen} could have been seen"
 
 
 def _without_scatter(findings: Findings, gap: Gap) -> str:

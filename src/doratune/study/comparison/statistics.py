@@ -55,19 +55,15 @@ def estimate(values: Sequence[float], confidence: float) -> Estimate:
     return Estimate(mean, mean - half, mean + half, count)
 
 
-def difference(other: Sequence[float], base: Sequence[float], confidence: float, together: int = 1) -> Difference:
-    """Mean of ``other - base``, seed by seed.
+def difference(gaps: Sequence[float], confidence: float) -> Difference:
+    """Mean of paired differences, one a seed."""
+    found = estimate(gaps, confidence)
+    return Difference(found.mean, found.low, found.high, found.count, detectable(gaps, confidence))
 
-    Args:
-        other: one value a seed.
-        base: of the same seeds, in the same order.
-        confidence: of the interval.
-        together: how many such differences are to lie in their intervals at once with that confidence (Bonferroni).
-    """
-    gaps = [mine - its for mine, its in zip(other, base, strict=True)]
-    level = 1 - (1 - confidence) / together
-    found = estimate(gaps, level)
-    return Difference(found.mean, found.low, found.high, found.count, detectable(gaps, level))
+
+def of_each(confidence: float, together: int) -> float:
+    """Confidence of each of several intervals that are to hold at once with ``confidence`` (Bonferroni)."""
+    return 1 - (1 - confidence) / together
 
 
 def detectable(gaps: Sequence[float], confidence: float, power: float = POWER) -> float:
