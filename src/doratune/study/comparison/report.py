@@ -189,7 +189,7 @@ def _costs(section: Section, findings: Findings) -> None:
     caption = (
         "Time is the median over test runs, its ratio that of runs of one seed with a 95 % interval (below six seeds: "
         f"lowest and highest); memory is {memory}. Runs share the machine with whatever else it does, and those of one "
-        "seed may have run on different ones: for exact costs, doratune bench."
+        "seed may have run on different ones: doratune bench measures language models by themselves."
     )
     section.add(Table("costs", columns, [_cost(one) for one in findings.standings if one.sizes], caption))
 
