@@ -149,7 +149,8 @@ class TrainConfig:
     seed: int = 0
     """Start values of adapter and head, order of the data, augmentation, dropout."""
     dtype: Dtype = "auto"
-    """Of the base weights; auto: bfloat16 on a GPU that has it (not for full and head), else float32. Adapters are float32."""
+    """Of the base weights; auto: bfloat16 on a GPU that has it (not for full and head), else float32. Adapters stay
+    float32."""
     quantize: Quantize | None = None
     """Load the base in 4 or 8 bits (QDoRA): nf4 and int8 by bitsandbytes, torchao-int8 and torchao-int4 by torchao.
     Arithmetic is in dtype."""

@@ -51,3 +51,17 @@ def test_a_run_whose_worker_was_killed_before_its_first_sign_of_life_is_lost(tmp
         time.sleep(0.1)
     assert states[taken.number] == optuna.trial.TrialState.FAIL
     assert states[alive.number] == optuna.trial.TrialState.RUNNING
+
+
+def test_few_runs_wait_at_a_time(tmp_path):
+    # Optuna reads each run that is not over whenever the study is looked at: hundreds would cost more than training.
+    of = simulated.comparison(methods=("lora 4", "dora 4"))
+    study = storage.open_study(storage.database(tmp_path / "study.db"), "compare", of)
+    wanted = [storage.Trial("test", "lora-4", 1e-3, seed) for seed in range(3 * storage.AHEAD)]
+    running = optuna.trial.TrialState.RUNNING
+    for taken in range(2):
+        storage.add(study, of, wanted)
+        storage.add(study, of, wanted)
+        there = study.get_trials()
+        assert [one.params["seed"] for one in there] == list(range(storage.AHEAD + taken))
+        study._storage.set_trial_state_values(there[taken]._trial_id, running)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import time
@@ -17,6 +18,8 @@ from doratune.study.comparison.trials import Outcome, Trial
 
 HEARTBEAT, GRACE = 10, 60
 """Seconds between signs of life of a running trial, and without one until its worker counts as killed."""
+AHEAD = 8
+"""So many runs wait at a time: Optuna reads every one that is not over whenever it is asked."""
 TRIES = 6
 """To create the tables: two workers that do so at the same moment get in each other's way."""
 RECIPE, RESULT, PROBLEM, KILLED = "recipe", "result", "problem", "killed"
@@ -138,7 +141,7 @@ def outcomes(study: Any) -> list[Outcome]:
 
 
 def add(study: Any, comparison: Comparison, trials: Iterable[Trial]) -> None:
-    """Let these runs wait for a worker, unless they are there."""
+    """Let the next of these runs wait for a worker; the others follow when those are taken."""
     optuna = require("optuna")
     kinds = optuna.distributions
     distributions = {
@@ -147,10 +150,9 @@ def add(study: Any, comparison: Comparison, trials: Iterable[Trial]) -> None:
         "learning_rate": kinds.FloatDistribution(1e-12, 1e3, log=True),
         "seed": kinds.IntDistribution(0, 2**31 - 1),
     }
-    there = live(study)
-    for trial in trials:
-        if trial not in there:
-            waiting = optuna.trial.TrialState.WAITING
-            study.add_trial(
-                optuna.trial.create_trial(state=waiting, params=vars(trial).copy(), distributions=distributions)
-            )
+    there, waiting = live(study), optuna.trial.TrialState.WAITING
+    ahead = sum(one.state == waiting for one in there.values())
+    for trial in itertools.islice((one for one in trials if one not in there), max(0, AHEAD - ahead)):
+        study.add_trial(
+            optuna.trial.create_trial(state=waiting, params=vars(trial).copy(), distributions=distributions)
+        )
