@@ -115,7 +115,8 @@ def _table(options: EstimateOptions, result: Estimate) -> Table:
     table = Table(title=title, show_header=False)
     trained = result.adapter_parameters
     table.add_row("parameters", f"{result.parameters:,}, trained {trained:,} ({trained / result.parameters:.3%})")
-    table.add_row("of these magnitudes", f"{result.magnitude_parameters:,}")
+    magnitudes = result.magnitude_parameters
+    table.add_row("of these magnitudes", f"{magnitudes:,} ({magnitudes / result.parameters:.3%} of all)")
     for name in ("weights", "gathered", "adapters", "gradients", "optimizer", "activations", "total"):
         table.add_row(name, f"{getattr(result, name) / 2**30:,.2f} GiB", end_section=name == "activations")
     table.add_row("arithmetic", f"{result.operations / 1e12:,.1f} TFLOP a step, {result.dora_share:.2%} of it DoRA's")
