@@ -1,4 +1,4 @@
-"""`python -m bench layer | step | decode | eval | files | memory | losses | all`."""
+"""`python -m bench layer | step | decode | eval | files | memory | losses | profile | all`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from bench.layer import Layer
 from bench.losses import Losses
 from bench.memory import Memory
 from bench.options import Benchmark, Options
+from bench.profile import Profile
 from bench.step import Step
 from doratune.cli import nothing
 
-PARTS: tuple[type[Benchmark], ...] = (Layer, Step, Decode, Eval, Files, Memory, Losses)
+PARTS: tuple[type[Benchmark], ...] = (Layer, Step, Decode, Eval, Files, Memory, Losses, Profile)
 
 
 @dataclass
@@ -46,6 +47,7 @@ Command = (
     | Annotated[Files, tyro.conf.subcommand("files")]
     | Annotated[Memory, tyro.conf.subcommand("memory")]
     | Annotated[Losses, tyro.conf.subcommand("losses")]
+    | Annotated[Profile, tyro.conf.subcommand("profile")]
     | Annotated[All, tyro.conf.subcommand("all")]
 )
 

@@ -159,17 +159,17 @@ BUILDERS: dict[str, Builder] = {
     "doratune DoRA, dropout": partial(doratune, name="doratune DoRA, dropout", method="dora", dropout=DROPOUT),
     EIGHT_BIT: partial(doratune, name=EIGHT_BIT, method="dora", eight_bit_outputs=EIGHT_BIT_LAYERS),
 }
-for _method, _title in (("lora", "LoRA"), ("dora", "DoRA")):
-    for _float32, _note in ((False, "bf16"), (True, "float32")):
-        _name = f"PEFT {_title} {_note}"
-        BUILDERS[_name] = partial(peft, name=_name, method=_method, float32=_float32)
-BUILDERS["PEFT DoRA float32, dropout"] = partial(
-    peft, name="PEFT DoRA float32, dropout", method="dora", float32=True, dropout=DROPOUT
-)
-for _name, _dropout in (("PEFT DoRA bf16", 0.0), ("PEFT DoRA float32", 0.0), ("PEFT DoRA float32, dropout", DROPOUT)):
-    BUILDERS[_name + ACCELERATED] = partial(
-        accelerated, name=_name + ACCELERATED, float32="float32" in _name, dropout=_dropout
-    )
+PRECISIONS = ((False, "bf16"), (True, "float32"))
+"""Of PEFT's adapters on a 16-bit base."""
+for _float32, _note in PRECISIONS:
+    _name = f"PEFT LoRA {_note}"
+    BUILDERS[_name] = partial(peft, name=_name, method="lora", float32=_float32)
+for _float32, _note in PRECISIONS:
+    for _dropout, _with in ((0.0, ""), (DROPOUT, ", dropout")):
+        _name = f"PEFT DoRA {_note}{_with}"
+        BUILDERS[_name] = partial(peft, name=_name, method="dora", float32=_float32, dropout=_dropout)
+        _name += ACCELERATED
+        BUILDERS[_name] = partial(accelerated, name=_name, float32=_float32, dropout=_dropout)
 BUILDERS["LyCORIS DoRA"] = partial(lycoris, name="LyCORIS DoRA")
 BUILDERS[FULL] = full
 

@@ -61,7 +61,7 @@ class Layer(Benchmark):
         width, dtype, device = point.shape["width"], self.torch_dtype(), self.torch_device()
         task = LayerTask(width, width, point.shape["tokens"], dtype, device)
         base = OneLayer(width, width, dtype, device)
-        names = self.contestants("PEFT DoRA float32, dropout", EIGHT_BIT)
+        names = self.contestants("PEFT DoRA float32, dropout", "PEFT DoRA bf16, dropout", EIGHT_BIT)
         trial = Trial(base, Setting(("proj",), point.shape["rank"]), names, task)
         trial.race(trial.step, **self.race_options(watch))
         return trial.report(), {}

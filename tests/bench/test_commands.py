@@ -9,6 +9,7 @@ import torch
 from bench.__main__ import main
 from bench.contestants import DORA, FROZEN
 from bench.layer import Layer
+from bench.profile import PARTS
 from bench.results import Point, Record
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peers about themselves
@@ -48,6 +49,19 @@ def test_memory(tmp_path):
     saved = {e["name"]: e["measured"]["saved MB"] for e in found["points"][0]["entries"] if "measured" in e}
     assert saved[FROZEN] < saved["doratune LoRA"] < saved[DORA]
     assert "saved MB" in text
+    assert picture.exists()
+
+
+def test_profile(tmp_path):
+    found, text, picture = run(tmp_path, "profile")
+    measured = {e["name"]: e["measured"] for e in found["points"][0]["entries"]}
+    assert measured.keys() == {FROZEN, "doratune LoRA", DORA}
+    parts = measured[DORA]
+    assert parts.keys() == {"step", *PARTS, "operations"}
+    assert sum(parts[part] for part in PARTS) < parts["step"]
+    assert measured["doratune LoRA"].keys() == {"step", "A and B, backward", "operations"}
+    assert measured[FROZEN]["operations"] < measured["doratune LoRA"]["operations"] < parts["operations"]
+    assert "norm" in text
     assert picture.exists()
 
 
