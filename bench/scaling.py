@@ -17,6 +17,10 @@ SHAPES = {  # hidden, intermediate, layers, heads
 }
 DEVICES = (8, 64, 256, 1024)
 TOKENS = 4096
+BANDWIDTH, RATE = 3.35e12, 400e12
+"""Bytes and operations a second of an H100: its memory's, and two fifths of its products' peak in bfloat16."""
+BYTES = (2 + 2) * 2 + 3 * 2
+"""Of each output in bfloat16: u read and y written, twice with checkpointing; backward dy and y read, du written."""
 GIB = 2**30
 
 
@@ -36,7 +40,7 @@ def config(name: str) -> LlamaConfig:
 
 
 def main() -> None:
-    """Print a Markdown table."""
+    """Print two Markdown tables."""
     columns = (
         "weights | gathered | adapters, their gradients and states | activations | total | received | of it DoRA's"
     )
@@ -48,6 +52,18 @@ def main() -> None:
             told = " | ".join(f"{size / GIB:,.1f}" for size in sizes)
             moved = f"{e.communication / 1e9:,.1f} GB | {e.norm_communication / 1e6:,.1f} MB"
             print(f"| {name} | {devices:,} | {told} | {moved} | {e.dora_share:.2%} |", flush=True)
+    print("\n| model | passes over outputs | take | products take | DoRA over LoRA | all-reduced norm |")
+    print("|---|---|---|---|---|---|")
+    for name, (hidden, _, layers, _) in SHAPES.items():
+        e = estimate(config(name), dt.AdapterConfig(rank=16), tokens=TOKENS, checkpointing=True)
+        passes = TOKENS * e.magnitude_parameters * BYTES  # a magnitude for each output of a token
+        seconds, products = passes / BANDWIDTH, e.operations / RATE
+        norm = 4 * 2 * 2 * hidden * layers  # float32, of o and down, twice with checkpointing
+        print(
+            f"| {name} | {passes / 1e9:,.0f} GB | {seconds * 1e3:,.0f} ms | {products * 1e3:,.0f} ms | "
+            f"+{e.dora_share + seconds / products:.1%} | {norm / 1e6:,.1f} MB |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
