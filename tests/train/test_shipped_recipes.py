@@ -1,11 +1,14 @@
 """Shipped recipes: each is read, whole and without a word that means nothing."""
 
+import json
+
 import pytest
 
 import doratune as dt
 from doratune.cli import main
 from doratune.train import TrainConfig, load_recipe
 from doratune.train.recipe import find_recipe, shipped
+from train import tiny
 
 
 def config(name):
@@ -50,6 +53,21 @@ def test_granularity_trains_magnitudes_everywhere_and_directions_on_q_k_v():
     assert {name for name, (rank, _) in about.items() if rank} == {"q_proj", "k_proj", "v_proj"}
     assert len(about) == 7
     assert all(trained for _, trained in about.values())
+
+
+@pytest.mark.parametrize("name", [name for name in shipped() if name.startswith("dora-llama")] + ["chat", "quickstart"])
+def test_text_recipes_train(name, tmp_path):
+    folder = tiny.save_chat_model(tmp_path / "model")
+    asked, told = tiny.words(3), tiny.words(4)
+    rows = {
+        "chat": {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]},
+        "quickstart": {"text": tiny.words(60)},
+    }.get(name, {"instruction": asked, "input": "", "output": told, "answer": told})
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(rows) + "\n" for _ in range(40)), encoding="utf-8")
+    own = ["--model", str(folder), "--data", str(data), "--output", str(tmp_path / "run"), "--workers", "0"]
+    assert main(["train", "--recipe", name, *own, "--steps", "1", "--eval-fraction", "0.1", "--max-length", "100"]) == 0
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_an_unknown_name_lists_the_known_ones(capsys):
