@@ -135,7 +135,7 @@ def _compare(root: nn.Module, name: str, contents: Contents, folder: str | os.Pa
     ]
     if problems:
         heading = f"{folder} holds an adapter of another kind; go on with the options it was made with"
-        raise AdapterError.of(heading, problems[:10] + ([f"and {len(problems) - 10} more"] if problems[10:] else []))
+        raise AdapterError.of(heading, problems, at_most=10)
 
 
 def _told(kind: object) -> str:
