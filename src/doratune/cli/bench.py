@@ -70,9 +70,9 @@ def run(options: Bench) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from doratune.cli.quiet import quiet_libraries
     from doratune.study.speed import measure_speed
     from doratune.train.models import choose_dtype, load_model
+    from doratune.train.quiet import quiet_libraries
 
     quiet_libraries()
     model = load_model(options.model, choose_dtype(options.dtype))

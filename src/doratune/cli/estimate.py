@@ -79,9 +79,9 @@ def run(options: EstimateOptions) -> int:
     from rich.console import Console
 
     from doratune.cli.bench import check_context
-    from doratune.cli.quiet import quiet_libraries
     from doratune.study.estimate import estimate
     from doratune.train.models import load_config
+    from doratune.train.quiet import quiet_libraries
 
     quiet_libraries()
     config = load_config(options.model)

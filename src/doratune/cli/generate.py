@@ -77,10 +77,10 @@ def run(options: Generate) -> int:
     from rich.console import Console
 
     from doratune.cli.chat import talk
-    from doratune.cli.quiet import quiet_libraries
     from doratune.inference.prompts import Prompt, chat, read_prompts
     from doratune.inference.sources import find_sources
     from doratune.inference.writer import Writer
+    from doratune.train.quiet import quiet_libraries
 
     problems = list(options.problems())
     if problems:

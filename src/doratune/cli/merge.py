@@ -39,10 +39,10 @@ def run(options: Merge) -> int:
     from rich.console import Console
 
     from doratune.checkpoint import load_adapter
-    from doratune.cli.quiet import quiet_libraries
     from doratune.files import read_config, read_weights
     from doratune.merge import merge, verify_merge
     from doratune.train.models import align_padding, load_base, load_tokenizer
+    from doratune.train.quiet import quiet_libraries
 
     raw = read_config(options.adapter)
     read_weights(options.adapter)  # a broken file is found before a large model is loaded

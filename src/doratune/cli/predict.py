@@ -73,12 +73,12 @@ def run(options: Predict) -> int:
     """Check, read, load, classify."""
     from rich.console import Console
 
-    from doratune.cli.quiet import quiet_libraries
     from doratune.inference.inputs import read_pictures, read_texts
     from doratune.inference.predictions import Score, csv_file, record
     from doratune.inference.predictor import Classifier, Predictor
     from doratune.train.config import TrainConfig
     from doratune.train.models import choose_dtype
+    from doratune.train.quiet import quiet_libraries
 
     problems = list(options.problems())
     if problems:

@@ -45,9 +45,9 @@ def run(config: TrainConfig) -> int:
     check(config)  # before the libraries are imported, which takes seconds
     from rich.console import Console
 
-    from doratune.cli.quiet import quiet_libraries
     from doratune.distributed import leave_group
     from doratune.train.processes import is_first_asked
+    from doratune.train.quiet import quiet_libraries
 
     quiet_libraries()
     result = train(config, Console(stderr=True))

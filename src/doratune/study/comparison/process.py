@@ -65,7 +65,7 @@ def _cores() -> Any:
 def _train(config: TrainConfig, worker: int, threads: int) -> TrainResult:
     import torch
 
-    from doratune.cli.quiet import quiet_libraries
+    from doratune.train.quiet import quiet_libraries
     from doratune.train.run import train
 
     if "OMP_NUM_THREADS" not in os.environ:
