@@ -19,8 +19,8 @@ from doratune.inference.sampling import Sampling
 from doratune.inference.sources import BASE, Sources
 from doratune.merge import merge
 from doratune.model import adapter_names, disabled, set_adapter
-from doratune.study.stored import header, weight_files
 from doratune.train.models import choose_dtype, load_model, load_tokenizer
+from doratune.weight_files import header, weight_files
 
 LISTED = 20
 """Prompts that do not fit which are listed one by one."""
