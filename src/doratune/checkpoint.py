@@ -282,6 +282,3 @@ def _look_for_cancellation(path: str, layer: AdaptedLayer, name: str) -> None:
     layer.decide(name)
     if layer.adapters[name].dense_norm:
         log.warning("%s: W + s B A nearly cancels in some rows; this layer computes its norm densely", path)
-
-
-__all__ = ["adapter_tensors", "load_adapter", "save_adapter"]

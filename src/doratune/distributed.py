@@ -6,7 +6,6 @@ layers only while they compute) and tensor parallelism (parts everywhere, which 
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -21,8 +20,6 @@ from doratune.layers.holder import plain_parameters
 from doratune.layers.sharded import assign, refusal, whole
 from doratune.layers.weights import is_dtensor
 from doratune.targets import adapted_layers, plain_modules, unwrap
-
-log = logging.getLogger("doratune")
 
 
 def processes() -> int:

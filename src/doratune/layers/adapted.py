@@ -193,16 +193,14 @@ class AdaptedLayer(AdapterHolder):
         return A, B, m
 
     @_with_weights
-    def row_scale(self, name: str, reuse: bool = False) -> Tensor:
+    def row_scale(self, name: str) -> Tensor:
         """g of one adapter, float32 ``[out]``, between forwards."""
         adapter, rows = self.adapters[name], self.kind.rows(self.base_layer)
         A, B, m = self.whole_parts(name)
         assert m is not None
         if A is not None and B is not None:
             A, B = rows.own(A, B)
-        return self.cache.row_scale(
-            rows, A, B, m, adapter.scale, adapter.config.norm_gradient, adapter.dense_norm, reuse
-        )
+        return self.cache.row_scale(rows, A, B, m, adapter.scale, adapter.config.norm_gradient, adapter.dense_norm)
 
     def adapter_names(self) -> list[str]:
         return list(self.adapters)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -51,7 +50,7 @@ def train_apart(config: TrainConfig, worker: int = 0, workers: int = 1) -> Train
 def _context() -> Any:
     import torch
 
-    if sys.platform == "win32" or torch.version.cuda is not None:
+    if torch.version.cuda is not None:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["doratune.study.comparison.preload"])
