@@ -39,16 +39,15 @@ def run(options: Merge) -> int:
     from rich.console import Console
 
     from doratune.checkpoint import load_adapter
-    from doratune.files import read_config, read_weights
+    from doratune.files import read_weights
     from doratune.merge import merge, verify_merge
-    from doratune.train.models import align_padding, load_base, load_tokenizer
+    from doratune.train.models import NAMELESS, align_padding, base_name, load_base, load_tokenizer
     from doratune.train.quiet import quiet_libraries
 
-    raw = read_config(options.adapter)
+    base = base_name(options.adapter, options.base)
     read_weights(options.adapter)  # a broken file is found before a large model is loaded
-    base = options.base or raw.get("base_model_name_or_path")
-    if not base:
-        raise AdapterError(f"{options.adapter} does not name its base model; give it with --base")
+    if base is None:
+        raise AdapterError(NAMELESS.format(options.adapter))
     if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
         raise AdapterError(f"output {options.output} exists and is not empty; name a new folder")
     quiet_libraries()

@@ -19,7 +19,9 @@ from doratune.inference.sources import inner_folder, is_model
 from doratune.targets import HEAD_NAMES
 from doratune.train.information import Information
 from doratune.train.models import (
+    NAMELESS,
     align_padding,
+    base_name,
     choose_dtype,
     load_base,
     load_config,
@@ -69,23 +71,23 @@ class Classifier:
             AdapterError: if the folder holds no classifier that can be used, or the base is not known.
         """
         whole = is_model(folder)
+        name: str | None = str(folder)
         if not whole:
             try:
-                raw = read_config(folder)
+                name = base_name(folder, base)
             except AdapterError as error:
                 raise AdapterError(f"{error}{inner_folder(folder)}") from error
             read_weights(folder)  # a broken file is found before a large model is loaded
         elif base is not None:
             raise AdapterError(f"{folder} is a whole model, which needs no --base")
         about = Information.load(folder)
-        name = str(folder) if whole else base or raw.get("base_model_name_or_path") or (about.base if about else None)
-        if not name:
-            raise AdapterError(f"{folder} does not name its base model; give it with --base")
+        if name is None:
+            raise AdapterError(NAMELESS.format(folder))
         problem = model_problem(name)
         if problem:
             raise AdapterError(problem if base else f"{problem} (named by {folder}; give another place with --base)")
         if about is None:
-            about = Information(_task(name, None if whole else raw.get("task_type")), name, "")
+            about = Information(_task(name, None if whole else read_config(folder).get("task_type")), name, "")
         if about.task not in TASKS:
             raise AdapterError(f"{folder} was trained for {about.task}; use doratune generate {folder}")
         return cls(folder, name, about)

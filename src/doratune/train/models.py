@@ -28,6 +28,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and deviation of red, green and blue, as most vision models but the first ViT were pretrained with."""
 TOKENIZER_FILES = ("*token*", "vocab*", "*.model", "*.gguf")
 """Without any of these a folder has no tokenizer."""
+NAMELESS = "{} does not name its base model; give it with --base"
 CLASSIFIERS = ("text-classification", "image-classification", "SEQ_CLS")
 
 
@@ -106,13 +107,23 @@ def load_base(folder: str | os.PathLike[str], base: str | None = None, dtype: to
     about = Information.load(folder)
     if (folder / "config.json").is_file():
         return load_model(str(folder), dtype, about.task if about else None, about.labels if about else ())
-    raw = read_config(folder)
-    name = base or raw.get("base_model_name_or_path") or (about.base if about else None)
-    if not name:
-        raise AdapterError(f"{folder} does not name its base model; give it with --base")
+    name = base_name(folder, base)
+    if name is None:
+        raise AdapterError(NAMELESS.format(folder))
     if about is None:
-        return load_model(name, dtype, raw.get("task_type") or None)
+        return load_model(name, dtype, read_config(folder).get("task_type") or None)
     return load_model(name, dtype, about.task, about.labels)
+
+
+def base_name(folder: str | os.PathLike[str], given: str | None = None) -> str | None:
+    """The base model of an adapter's folder: the one given, else the one that PEFT's file or ``doratune.json`` names.
+
+    Raises:
+        AdapterError: if the folder holds no adapter, or one of the two files is broken.
+    """
+    raw, about = read_config(Path(folder)), Information.load(folder)
+    name = given or raw.get("base_model_name_or_path") or (about.base if about else None)
+    return str(name) if name else None
 
 
 def _load(
