@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from doratune.errors import AdapterError
+from doratune.errors import AdapterError, first_line
 from doratune.extras import require
 from doratune.files import CONFIG, PICKLED, WEIGHTS
 from doratune.study.stored import StoredWeights, Weights
@@ -129,8 +129,7 @@ def base_folder(name: str) -> Path:
     try:
         return Path(hub.snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
     except Exception as error:  # whatever an absent model or an absent network makes it raise
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise AdapterError(
-            f"base {name}: there is no folder of that name, so it was looked for on the model hub: {said}; without a "
-            "network, name the folder of a downloaded model"
+            f"base {name}: there is no folder of that name, so it was looked for on the model hub: "
+            f"{first_line(error)}; without a network, name the folder of a downloaded model"
         ) from error

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from doratune.errors import AdapterError
+from doratune.errors import AdapterError, first_line
 from doratune.extras import require
 from doratune.files import read_config
 from doratune.ops.hardware import multiplies
@@ -269,7 +269,6 @@ def _raise_problem(name: str) -> None:
 
 
 def _could_not_load(what: str, name: str, local: bool, error: Exception) -> str:
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     advice = (
         "the folder may be incomplete"
         if local
@@ -278,4 +277,4 @@ def _could_not_load(what: str, name: str, local: bool, error: Exception) -> str:
             "name the folder of a downloaded model"
         )
     )
-    return f"{what} {name} could not be loaded: {said} ({advice})"
+    return f"{what} {name} could not be loaded: {first_line(error)} ({advice})"
