@@ -62,7 +62,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
         raise AdapterError.of(f"adapter {name!r} cannot be saved", problems)
     spread = is_spread(root)
     if spread or processes() == 1:  # alone, or all at once: what is decided here has to be the same everywhere
-        look_for_cancellation(root, name)
+        decide(root, name)
     if spread and not is_first():
         return
     config = next(iter(layers.values())).adapters[name].config
@@ -245,7 +245,7 @@ def _fill_layer(path: str, layer: AdaptedLayer, name: str, parts: dict[str, Tens
             _recognise_plain_rows(layer, name)
         else:
             layer.reset_magnitude(name)
-    _look_for_cancellation(path, layer, name)
+    _decide_layer(path, layer, name)
 
 
 def _recognise_plain_rows(layer: AdaptedLayer, name: str) -> None:
@@ -271,14 +271,17 @@ def _recognise_plain_rows(layer: AdaptedLayer, name: str) -> None:
     assign(layer.magnitude[name], m)
 
 
-def look_for_cancellation(root: nn.Module, name: str) -> None:
-    """Choose for each layer what depends on the adapter's values; processes that train together do it together."""
+def decide(root: nn.Module, name: str) -> None:
+    """Choose each layer's norm and what it keeps for the backward pass from the adapter's values.
+
+    With parts on several processes all have to call it.
+    """
     for path, layer in adapted_layers(root).items():
         if name in layer.adapters:
-            _look_for_cancellation(path, layer, name)
+            _decide_layer(path, layer, name)
 
 
-def _look_for_cancellation(path: str, layer: AdaptedLayer, name: str) -> None:
+def _decide_layer(path: str, layer: AdaptedLayer, name: str) -> None:
     layer.decide(name)
     if layer.adapters[name].dense_norm:
         log.warning("%s: W + s B A nearly cancels in some rows; this layer computes its norm densely", path)

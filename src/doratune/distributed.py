@@ -52,8 +52,8 @@ def is_fully_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def check_attachable(model: nn.Module, layers: Mapping[str, Kind], config: AdapterConfig, trainable: bool) -> bool:
-    """Whether FSDP makes the weights of these layers whole for each forward.
+def refuse_unattachable(model: nn.Module, layers: Mapping[str, Kind], config: AdapterConfig, trainable: bool) -> None:
+    """Refuse a model whose way of being spread keeps an adapter from these layers.
 
     Raises:
         AdapterError: listing what keeps an adapter from being attached, or from being trained the same everywhere.
@@ -74,7 +74,6 @@ def check_attachable(model: nn.Module, layers: Mapping[str, Kind], config: Adapt
         problems += [f"{path}: {why}" for path in layers if (why := refusal(modules[path], config))]
     if problems:
         raise AdapterError.of("this model cannot take an adapter", problems)
-    return sharded
 
 
 def _unserved(root: nn.Module) -> list[str]:

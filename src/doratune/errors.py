@@ -35,8 +35,8 @@ def first_line(error: BaseException) -> str:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, when what is kept and how to go on has been told already: nothing is to be said about it any more."""
+    """Ctrl-C after the user was told what is kept and how to resume: print nothing more."""
 
 
 class DivergedError(AdapterError):
-    """Training has left everything behind that can be learnt back: too high a learning rate, as a rule."""
+    """Training has gone so far off that no later step can bring it back; usually the learning rate is too high."""

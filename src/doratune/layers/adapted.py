@@ -20,7 +20,7 @@ from doratune.layers.loading import accept_plain_keys, after_load
 from doratune.layers.sharded import assign, whole
 from doratune.layers.weights import WeightRows, is_dtensor, on_device
 
-Method = TypeVar("Method", bound=Callable[..., Any])
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 BIAS_DROWNS = 8.0
 """Keep a tensor of our own for the magnitude's gradient where a bias is this many times its magnitude."""
 CANCELLATION = 1e-2
@@ -49,7 +49,7 @@ class LayerAdapter:
         self.scale_text = repr(float(value))
 
 
-def _with_weights(method: Method) -> Method:
+def _with_weights(method: Decorated) -> Decorated:
     """Have the base's weights on their device meanwhile, where accelerate keeps them elsewhere between forwards."""
 
     @functools.wraps(method)

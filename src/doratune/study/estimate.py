@@ -234,7 +234,7 @@ def _run(
 
 
 def _as_after_attaching(model: nn.Module) -> None:
-    """What a layer has decided and computed by the time it trains, and cannot without data."""
+    """Set what needs data: |W|^2 without zero rows, and keep_output, as on a real model after attaching."""
     for layer in adapted_layers(model).values():
         squared = torch.empty(layer.kind.rows(layer.base_layer).shape[0], dtype=torch.float32)
         layer.cache._base_squared = lambda rows, n=squared: (n, n, False)  # type: ignore[method-assign, misc]
