@@ -71,7 +71,7 @@ def run(options: Bench) -> int:
     from rich.progress import Progress
 
     from doratune.study.speed import measure_speed
-    from doratune.train.models import choose_dtype, load_model
+    from doratune.train.models import check_context, choose_dtype, load_model
     from doratune.train.quiet import quiet_libraries
 
     quiet_libraries()
@@ -106,17 +106,6 @@ def run(options: Bench) -> int:
     else:
         Console().print(_table(costs, about))
     return 0
-
-
-def check_context(config: Any, model: str, tokens: int) -> None:
-    """A model takes no longer sequences than it has positions.
-
-    Raises:
-        AdapterError: if it has fewer than these tokens.
-    """
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or tokens
-    if tokens > longest:
-        raise AdapterError(f"tokens is {tokens}, but {model} takes sequences of {longest} at most; use fewer --tokens")
 
 
 def _table(costs: list[Cost], about: dict[str, Any]) -> Table:

@@ -78,9 +78,8 @@ def run(options: EstimateOptions) -> int:
     import torch
     from rich.console import Console
 
-    from doratune.cli.bench import check_context
     from doratune.study.estimate import estimate
-    from doratune.train.models import load_config
+    from doratune.train.models import check_context, load_config
     from doratune.train.quiet import quiet_libraries
 
     quiet_libraries()

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -138,14 +138,9 @@ def _record(completion: Completion) -> str:
 
 def _stream(writer: Writer, prompt: Prompt, name: str | None, sampling: Sampling) -> None:
     """Every word as soon as it is there; a prompt to be continued is shown before it."""
+    from doratune.inference.writer import streamer
+
     writer.write([prompt], sampling, name, streamer=streamer(writer.tokenizer, prompt.messages is not None))
-
-
-def streamer(tokenizer: Any, skip_prompt: bool) -> Any:
-    """transformers' streamer to stdout."""
-    from transformers import TextStreamer
-
-    return TextStreamer(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
 
 
 def _show(out: Console, group: tuple[Completion, ...], several: bool) -> None:

@@ -23,6 +23,7 @@ from doratune.train.models import (
     align_padding,
     base_name,
     choose_dtype,
+    context_length,
     load_base,
     load_config,
     load_image_processor,
@@ -152,7 +153,7 @@ class Predictor:
             return cls(model, _image_processor(found), labels, forward=dict(about.forward))
         own = (folder / "tokenizer_config.json").is_file()
         tokenizer = load_tokenizer(str(folder) if own else found.base)
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
+        context = context_length(model.config) or tokenizer.model_max_length
         return cls(model, tokenizer, labels, about.max_length or min(tokenizer.model_max_length, context))
 
     def predict(self, inputs: Sequence[Input]) -> list[Prediction]:

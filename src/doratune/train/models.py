@@ -212,6 +212,22 @@ def load_config(name: str) -> Any:
         raise AdapterError(_could_not_load("model", name, bool(options), error)) from error
 
 
+def context_length(config: Any) -> int | None:
+    """Tokens that a model of this configuration takes; None: it does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_context(config: Any, model: str, tokens: int) -> None:
+    """Refuse sequences longer than a model has positions for.
+
+    Raises:
+        AdapterError: if it has fewer than these tokens.
+    """
+    longest = context_length(config)
+    if longest and tokens > longest:
+        raise AdapterError(f"tokens is {tokens}, but {model} takes sequences of {longest} at most; use fewer --tokens")
+
+
 def load_image_processor(name: str, size: int | None = None) -> Any:
     """Load what turns images into a vision model's input; a folder without one gets ViT's, at the model's own size.
 
