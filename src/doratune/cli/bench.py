@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 import tyro
 
 from doratune.config import AdapterConfig
@@ -66,7 +67,6 @@ def run(options: Bench) -> int:
     found = list(options.problems())
     if found:
         raise AdapterError.of("these options cannot work", found)
-    import torch
     from rich.console import Console
     from rich.progress import Progress
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
+import torch
 import tyro
 
 from doratune.config import AdapterConfig, Method
@@ -75,7 +76,6 @@ def run(options: EstimateOptions) -> int:
     found = list(options.problems())
     if found:
         raise AdapterError.of("these options cannot work", found)
-    import torch
     from rich.console import Console
 
     from doratune.study.estimate import estimate

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import secrets
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import torch
 import tyro
 
+from doratune.checkpoint import load_adapter
 from doratune.errors import AdapterError
-
-if TYPE_CHECKING:
-    from doratune.merge import MergeCheck
+from doratune.files import read_weights
+from doratune.merge import MergeCheck, merge, verify_merge
 
 
 @dataclass
@@ -38,9 +41,6 @@ def run(options: Merge) -> int:
     """Load, check, merge, check again, write."""
     from rich.console import Console
 
-    from doratune.checkpoint import load_adapter
-    from doratune.files import read_weights
-    from doratune.merge import merge, verify_merge
     from doratune.train.models import NAMELESS, align_padding, base_name, load_base, load_tokenizer
     from doratune.train.quiet import quiet_libraries
 
@@ -92,8 +92,6 @@ class _Logits:
             self.before = self._logits()
 
     def _logits(self) -> Any:
-        import torch
-
         with torch.no_grad():
             return self.model(**self.inputs)[0].float()
 
@@ -107,8 +105,6 @@ class _Logits:
 
 def _inputs(model: Any) -> dict[str, Any]:
     """Random tokens or images of the model's own size; empty for models that take neither."""
-    import torch
-
     generator = torch.Generator().manual_seed(0)
     name, config = getattr(model, "main_input_name", None), model.config
     words, pixels = getattr(config, "vocab_size", None), getattr(config, "image_size", None)
@@ -128,9 +124,6 @@ def _has_tokenizer(base: str) -> bool:
 
 def _write(model: Any, tokenizer: Any, adapter: Path, output: Path) -> None:
     """Write beside the output folder and rename, so that a broken attempt leaves nothing behind."""
-    import secrets
-    import shutil
-
     from doratune.train.information import FILE
 
     partial = output.parent / f".{output.name}.{secrets.token_hex(4)}.partial"

@@ -16,7 +16,10 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from doratune.train.config import TrainConfig
+from doratune.train.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from doratune.train.results import TrainResult
@@ -48,8 +51,6 @@ def train_apart(config: TrainConfig, worker: int = 0, workers: int = 1) -> Train
 
 
 def _context() -> Any:
-    import torch
-
     if torch.version.cuda is not None:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -62,9 +63,6 @@ def _cores() -> Any:
 
 
 def _train(config: TrainConfig, worker: int, threads: int) -> TrainResult:
-    import torch
-
-    from doratune.train.quiet import quiet_libraries
     from doratune.train.run import train
 
     if "OMP_NUM_THREADS" not in os.environ:
