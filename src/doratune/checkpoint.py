@@ -19,7 +19,7 @@ from doratune.config import matches
 from doratune.contents import BIAS, METADATA, PREFIX, Contents, read_contents
 from doratune.distributed import is_first, is_spread, processes
 from doratune.errors import AdapterError
-from doratune.files import WEIGHTS, read_config, read_weights, write_adapter
+from doratune.files import CONFIG, WEIGHTS, read_config, read_weights, write_adapter
 from doratune.layers import AdaptedLayer, SavedModule
 from doratune.layers.sharded import assign, whole
 from doratune.layers.weights import is_transformers_conv1d
@@ -206,7 +206,7 @@ def read_adapter(root: nn.Module, folder: Path) -> Contents:
     Raises:
         AdapterError: listing the problems, the first ten of many.
     """
-    options = from_peft(read_config(folder), str(folder / "adapter_config.json"))
+    options = from_peft(read_config(folder), str(folder / CONFIG))
     tensors, metadata = read_weights(folder)
     contents = read_contents(root, options, tensors, metadata)
     if contents.problems:

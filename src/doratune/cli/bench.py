@@ -6,13 +6,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import tyro
 
 from doratune.config import AdapterConfig
 from doratune.errors import AdapterError
+from doratune.train.config import Dtype
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,7 +43,7 @@ class Bench:
     """Sequences in a training step."""
     seconds: float = 20.0
     """For each of the two races: training steps and decode steps."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """Of the base weights; auto: bfloat16 on a GPU that has it, else float32, as in training."""
     json: bool = False
     """Print the result as JSON."""

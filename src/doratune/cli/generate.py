@@ -6,12 +6,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from doratune.errors import AdapterError
 from doratune.inference.sampling import Sampling
+from doratune.train.config import Dtype
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,7 +46,7 @@ class Generate:
     """How tokens are chosen."""
     batch_size: int = 8
     """Prompts of a file at a time."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """Of the base weights; auto: bfloat16 on a GPU that has it, else float32, as in training."""
     merge: bool = False
     """Put the adapter into the weights first: the fastest way to write much. Takes a single adapter."""

@@ -7,7 +7,7 @@ import secrets
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import tyro
@@ -16,6 +16,7 @@ from doratune.checkpoint import load_adapter
 from doratune.errors import AdapterError
 from doratune.files import read_weights
 from doratune.merge import MergeCheck, merge, verify_merge
+from doratune.train.config import Dtype
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Merge:
     """Folder for the merged model; it must not exist, or be empty. It appears when it is whole, or not at all."""
     base: str | None = None
     """Base model, a folder or hub name; none: the one that the adapter names."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """Of the merged weights; auto: as the base is stored."""
     verify: bool = False
     """Compare merged with unmerged outputs. Layer by layer a difference beyond rounding is an error; that of the whole

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from doratune.config import AdapterConfig
 from doratune.contents import KEY, PREFIX
-from doratune.files import WEIGHTS, read_config, read_weights
+from doratune.files import CONFIG, WEIGHTS, read_config, read_weights
 from doratune.peft_config import from_peft
 from doratune.study.names import natural
 
@@ -63,7 +63,7 @@ def inspect_adapter(folder: Path) -> FileReport:
         AdapterError: if it cannot be read at all: no folder, no JSON, a truncated file, another kind of adapter.
     """
     raw = read_config(folder)
-    config = from_peft(raw, str(folder / "adapter_config.json")).config
+    config = from_peft(raw, str(folder / CONFIG)).config
     tensors, _ = read_weights(folder)
     report = FileReport(
         str(folder),

@@ -13,11 +13,10 @@ from doratune.extras import require
 from doratune.files import CONFIG, PICKLED, WEIGHTS
 from doratune.study.stored import StoredWeights, Weights
 from doratune.study.stored_adapter import StoredAdapter
+from doratune.train.output import CHECKPOINTS, RESULTS
 
-CHECKPOINTS = "checkpoints"
-"""Folder of the checkpoints in a run of ``doratune train``; beside it lies what was trained, as it was in the end."""
 FINAL = ("adapter", "model")
-RESULTS = "results.json"
+"""Folders in a run of ``doratune train`` with what was trained, as it was in the end."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from doratune.distributed import processes
 from doratune.errors import AdapterError, DivergedError, first_line
 from doratune.train.checkpoints import last_checkpoint
 from doratune.train.config import TrainConfig
+from doratune.train.output import RECIPE
 from doratune.train.processes import processes_asked
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -52,7 +53,7 @@ def resume_command(config: TrainConfig) -> str:
     """How to go on with a run."""
     asked = processes_asked()
     program = "doratune" if asked == 1 else f"torchrun --nproc-per-node {asked} -m doratune"
-    return f"{program} train --recipe {config.output / 'recipe.toml'} --resume"
+    return f"{program} train --recipe {config.output / RECIPE} --resume"
 
 
 def _cause(error: Exception, config: TrainConfig) -> str | None:
