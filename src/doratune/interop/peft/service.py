@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from doratune.interop.peft.adapter import PeftAdapter, result_dtype, servable_adapter
 from doratune.layers import Options, quantised
-from doratune.layers.adapted import choices
 from doratune.layers.cache import ScaleCache
+from doratune.layers.choices import choices
 from doratune.layers.weights import on_device
 
 ATTRIBUTE = "_doratune"
