@@ -15,22 +15,12 @@ import doratune as dt
 from doratune.study.estimate import estimate
 from doratune.study.footprint import peak_bytes
 
-SMALL: dict[str, int] = {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
+SMALL = LlamaConfig(
+    vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8
+)
 CASES: dict[str, tuple[Any, int, bool]] = {
-    "Llama, 8 layers of 512": (
-        LlamaConfig(
-            vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8
-        ),
-        1024,
-        False,
-    ),
-    "the same, checkpointing": (
-        LlamaConfig(
-            vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8
-        ),
-        1024,
-        True,
-    ),
+    "Llama, 8 layers of 512": (SMALL, 1024, False),
+    "the same, checkpointing": (SMALL, 1024, True),
     "GPT-2 (124M)": (GPT2Config(attn_pdrop=0, embd_pdrop=0, resid_pdrop=0), 256, False),
     "Qwen2, 12 layers of 768": (
         Qwen2Config(

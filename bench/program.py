@@ -21,10 +21,10 @@ import tyro
 from rich.console import Console
 
 import doratune as dt
-from doratune.cli.quiet import quiet_libraries
 from doratune.study.race import median_interval
 from doratune.train import AdapterOptions, TrainConfig, train
 from doratune.train.models import load_model
+from doratune.train.quiet import quiet_libraries
 from doratune.train.tasks.text import prepare
 
 

@@ -48,10 +48,10 @@ class ModelTask:
     whose embeddings train looks them up itself.
     """
 
-    def __init__(self, base: Any, tokens: int, batch: int = 1) -> None:
+    def __init__(self, base: Any, tokens: int) -> None:
         device = base.get_input_embeddings().weight.device
         generator = torch.Generator().manual_seed(1)
-        self.ids = torch.randint(base.config.vocab_size, (batch, tokens // batch), generator=generator).to(device)
+        self.ids = torch.randint(base.config.vocab_size, (1, tokens), generator=generator).to(device)
         with torch.no_grad():
             self.inputs = base.get_input_embeddings()(self.ids).clone()
         self.inputs.requires_grad_()

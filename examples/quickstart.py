@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from assets import AssetError, grimm_tales, smollm2
-from doratune.study.curves import draw_curves
+from doratune.train.curves import draw_curves
 from doratune.train.results import TrainResult, read_metrics
 
 console = Console()

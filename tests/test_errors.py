@@ -1,4 +1,5 @@
 from doratune import AdapterError
+from doratune.errors import first_line
 from doratune.train.config import listed
 
 
@@ -12,3 +13,8 @@ def test_of_many_the_first_are_shown_and_the_others_counted():
     assert str(error).splitlines()[0] == "file (12 problems):"
     assert listed(error) == [*map(str, range(10)), "and 2 more"]
     assert listed(AdapterError.of("file", map(str, range(10)), at_most=10)) == [*map(str, range(10))]
+
+
+def test_the_first_line_of_an_error():
+    assert first_line(RuntimeError("\nno room left.\nhelp: clear some")) == "no room left"
+    assert first_line(MemoryError()) == "MemoryError"

@@ -366,5 +366,6 @@ def test_all_linear_does_not_pass_over_layers_quantised_by_others():
     model = nn.ModuleDict({"router": nn.Linear(4, 4), **{f"up_{i}": Packed() for i in range(7)}})
     with pytest.raises(dt.AdapterError, match="up_0: no kind of layer serves Packed") as raised:
         dt.attach(model, dt.AdapterConfig(rank=2))
+    assert "(7 problems):" in str(raised.value)
     assert "and 2 more" in str(raised.value)
     dt.attach(model, dt.AdapterConfig(rank=2, targets=["router"]))

@@ -19,7 +19,7 @@ from doratune.config import matches
 from doratune.contents import BIAS, METADATA, PREFIX, Contents, read_contents
 from doratune.distributed import is_first, is_spread, processes
 from doratune.errors import AdapterError
-from doratune.files import WEIGHTS, read_config, read_weights, write_adapter
+from doratune.files import CONFIG, WEIGHTS, read_config, read_weights, write_adapter
 from doratune.layers import AdaptedLayer, SavedModule
 from doratune.layers.sharded import assign, whole
 from doratune.layers.weights import is_transformers_conv1d
@@ -62,7 +62,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
         raise AdapterError.of(f"adapter {name!r} cannot be saved", problems)
     spread = is_spread(root)
     if spread or processes() == 1:  # alone, or all at once: what is decided here has to be the same everywhere
-        look_for_cancellation(root, name)
+        decide(root, name)
     if spread and not is_first():
         return
     config = next(iter(layers.values())).adapters[name].config
@@ -206,7 +206,7 @@ def read_adapter(root: nn.Module, folder: Path) -> Contents:
     Raises:
         AdapterError: listing the problems, the first ten of many.
     """
-    options = from_peft(read_config(folder), str(folder / "adapter_config.json"))
+    options = from_peft(read_config(folder), str(folder / CONFIG))
     tensors, metadata = read_weights(folder)
     contents = read_contents(root, options, tensors, metadata)
     if contents.problems:
@@ -245,7 +245,7 @@ def _fill_layer(path: str, layer: AdaptedLayer, name: str, parts: dict[str, Tens
             _recognise_plain_rows(layer, name)
         else:
             layer.reset_magnitude(name)
-    _look_for_cancellation(path, layer, name)
+    _decide_layer(path, layer, name)
 
 
 def _recognise_plain_rows(layer: AdaptedLayer, name: str) -> None:
@@ -271,17 +271,17 @@ def _recognise_plain_rows(layer: AdaptedLayer, name: str) -> None:
     assign(layer.magnitude[name], m)
 
 
-def look_for_cancellation(root: nn.Module, name: str) -> None:
-    """Choose for each layer what depends on the adapter's values; processes that train together do it together."""
+def decide(root: nn.Module, name: str) -> None:
+    """Choose each layer's norm and what it keeps for the backward pass from the adapter's values.
+
+    With parts on several processes all have to call it.
+    """
     for path, layer in adapted_layers(root).items():
         if name in layer.adapters:
-            _look_for_cancellation(path, layer, name)
+            _decide_layer(path, layer, name)
 
 
-def _look_for_cancellation(path: str, layer: AdaptedLayer, name: str) -> None:
+def _decide_layer(path: str, layer: AdaptedLayer, name: str) -> None:
     layer.decide(name)
     if layer.adapters[name].dense_norm:
         log.warning("%s: W + s B A nearly cancels in some rows; this layer computes its norm densely", path)
-
-
-__all__ = ["adapter_tensors", "load_adapter", "save_adapter"]

@@ -6,7 +6,6 @@ layers only while they compute) and tensor parallelism (parts everywhere, which 
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -21,8 +20,6 @@ from doratune.layers.holder import plain_parameters
 from doratune.layers.sharded import assign, refusal, whole
 from doratune.layers.weights import is_dtensor
 from doratune.targets import adapted_layers, plain_modules, unwrap
-
-log = logging.getLogger("doratune")
 
 
 def processes() -> int:
@@ -55,8 +52,8 @@ def is_fully_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def check_attachable(model: nn.Module, layers: Mapping[str, Kind], config: AdapterConfig, trainable: bool) -> bool:
-    """Whether FSDP makes the weights of these layers whole for each forward.
+def refuse_unattachable(model: nn.Module, layers: Mapping[str, Kind], config: AdapterConfig, trainable: bool) -> None:
+    """Refuse a model whose way of being spread keeps an adapter from these layers.
 
     Raises:
         AdapterError: listing what keeps an adapter from being attached, or from being trained the same everywhere.
@@ -77,7 +74,6 @@ def check_attachable(model: nn.Module, layers: Mapping[str, Kind], config: Adapt
         problems += [f"{path}: {why}" for path in layers if (why := refusal(modules[path], config))]
     if problems:
         raise AdapterError.of("this model cannot take an adapter", problems)
-    return sharded
 
 
 def _unserved(root: nn.Module) -> list[str]:

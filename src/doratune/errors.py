@@ -29,9 +29,14 @@ class AdapterError(ValueError):
         return cls("\n".join([f"{heading} ({len(lines)} problems):", *(f"  - {line}" for line in shown)]))
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, as a part of a sentence; its type if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, when what is kept and how to go on has been told already: nothing is to be said about it any more."""
+    """Ctrl-C after the user was told what is kept and how to resume: print nothing more."""
 
 
 class DivergedError(AdapterError):
-    """Training has left everything behind that can be learnt back: too high a learning rate, as a rule."""
+    """Training has gone so far off that no later step can bring it back; usually the learning rate is too high."""

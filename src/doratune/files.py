@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from doratune.errors import AdapterError
+from doratune.weight_files import opened
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -125,8 +126,6 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         AdapterError: if the file is missing, truncated or no safetensors file.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = folder / WEIGHTS
     if not path.is_file():
         if (folder / PICKLED).exists():
@@ -135,8 +134,5 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 f"save the adapter as {WEIGHTS} with the program that made it"
             )
         raise AdapterError(f"{folder} has no {WEIGHTS}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"{path} cannot be read: {error}; it may be truncated or no safetensors file") from error
+    with opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from doratune.config import AdapterConfig
-from doratune.distributed import check_attachable
+from doratune.distributed import is_fully_sharded, refuse_unattachable
 from doratune.errors import AdapterError
 from doratune.layers import AdaptedLayer, AdapterHolder, AttentionHost, SavedModule
 from doratune.layers.attention import AttentionProjection
@@ -55,7 +55,8 @@ def attach(model: nn.Module, config: AdapterConfig, name: str = "default", *, tr
     if name in adapter_names(root):
         raise AdapterError(f"the model already has an adapter {name!r}; choose another name or delete that one first")
     selection = select(root, config)
-    gathered = check_attachable(model, selection.layers, config, trainable)
+    refuse_unattachable(model, selection.layers, config, trainable)
+    gathered = is_fully_sharded(root)
     adapted, saved = adapted_layers(root), saved_modules(root)
     hosts = _new_hosts(root, selection)
     new: list[AdapterHolder] = []

@@ -294,7 +294,10 @@ def _plain_number(value: float) -> float:
 
 
 def with_own_options(config: AdapterConfig, own: dict[str, Any]) -> AdapterConfig:
-    """Add what only doratune's files say (in the weights' metadata): rank 0 and the norm's gradient."""
+    """Add what only doratune's files say, in the weights' metadata.
+
+    That is: layers of rank 0, the norm's gradient and its refreshing, outputs kept in 8 bits, the initialisation.
+    """
     ranks = {f"^{re.escape(path)}": 0 for path in own.get("magnitude_only", [])}
     return replace(
         config,

@@ -115,20 +115,17 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
             passed_over[path] = reason or ""  # an expression may well match containers, too
         else:
             unserved[path] = reason or ""
-    shown = list(unserved.items())[:LISTED]
-    problems.extend(f"{path}: {reason}" for path, reason in shown)
-    if len(shown) < len(unserved):
-        problems.append(f"and {len(unserved) - len(shown)} more")
     if not everything and not isinstance(config.targets, str):
         for target in config.targets:
             if not any(matches(path, [target]) for path in modules):
                 problems.append(f"target {target!r} matches no module{_suggestion(target, modules)}")
-    if not selection.layers and not problems:
-        problems.extend(f"{path}: {reason}" for path, reason in list(passed_over.items())[:5])
-        if not problems:
+    if not selection.layers and not problems and not unserved:
+        unserved = passed_over
+        if not unserved:
             problems.append(_nothing(config, modules, selection))
-    if problems:
-        raise AdapterError.of("targets", problems)
+    if problems or unserved:
+        lines = [*problems, *(f"{path}: {reason}" for path, reason in unserved.items())]
+        raise AdapterError.of("targets", lines, at_most=len(problems) + LISTED)
     if config.bias == "all":
         inside = tuple(path + "." for path in selection.saved)
         hosted = {path.rpartition(".")[0] for path, kind in selection.layers.items() if kind.name == "attention"}

@@ -8,6 +8,7 @@ from doratune.inference.prompts import Prompt
 from doratune.inference.sampling import Sampling
 from doratune.inference.sources import find_sources
 from doratune.inference.writer import Writer
+from doratune.train.information import Information
 from inference.small import save_moved, save_writer
 
 
@@ -45,6 +46,14 @@ def test_a_prompt_is_continued_as_it_is_written(base, adapters, capsys):
     assert plain == f"once{written(base)}\n" != with_adapter
     assert generate("--base", base, adapters[0], "--prompt", "once", "--merge") == 0
     assert capsys.readouterr().out == with_adapter
+
+
+def test_commands_take_the_base_that_doratune_json_names(base, tmp_path, capsys):
+    folder = save_moved(tmp_path / "nameless", None)
+    Information("text-generation", str(base), "dora").save(folder)
+    assert generate(folder, "--prompt", "once") == 0
+    assert capsys.readouterr().out == f"once{written(base, folder)}\n"
+    assert main(["merge", str(folder), "--output", str(tmp_path / "merged")]) == 0
 
 
 def test_side_by_side(base, adapters, capsys, monkeypatch):

@@ -23,9 +23,10 @@ def test_16_bits_on_a_cpu_are_if_onednn_says_so(dtype, name, answer, monkeypatch
     assert not multiplies(dtype, CPU)
 
 
-def test_this_processor_says_something():
-    assert isinstance(multiplies(torch.bfloat16, CPU), bool)
-    assert isinstance(multiplies(torch.float16, CPU), bool)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_this_torch_can_be_asked(dtype):
+    """The questions to oneDNN are private functions of torch, which another version may have lost."""
+    assert multiplies(dtype, CPU) in (True, False)
 
 
 @pytest.mark.parametrize("allowed", ["highest", "high", "medium"])

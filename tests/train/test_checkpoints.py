@@ -145,6 +145,7 @@ def test_an_adapter_of_another_rank_is_refused_and_nothing_changes(tmp_path):
     before = {name: p.clone() for name, p in dt.trainable_parameters(model).items()}
     with pytest.raises(dt.AdapterError, match=r"adapter of another kind") as caught:
         restore_adapter(model, tmp_path)
+    assert "(14 problems):" in str(caught.value)
     assert "and 4 more" in str(caught.value)
     assert before.keys() == dt.trainable_parameters(model).keys()
     assert all(torch.equal(p, before[n]) for n, p in dt.trainable_parameters(model).items())

@@ -1,3 +1,4 @@
+import json
 import sys
 
 import pytest
@@ -7,8 +8,9 @@ import doratune as dt
 from doratune.extras import require
 from doratune.train import TrainConfig
 from doratune.train.assemble import autocast
-from doratune.train.models import choose_dtype, load_model, load_tokenizer, model_problem
-from train.tiny import save_model
+from doratune.train.information import Information
+from doratune.train.models import base_name, choose_dtype, load_base, load_model, load_tokenizer, model_problem
+from train.tiny import llama, save_model
 
 
 def test_problems_seen_without_loading(tmp_path):
@@ -18,6 +20,19 @@ def test_problems_seen_without_loading(tmp_path):
     (tmp_path / "file").touch()
     assert "is a file" in model_problem(str(tmp_path / "file"))
     assert model_problem("owner/name") is None
+
+
+def test_the_base_that_is_given_goes_before_pefts_and_that_before_our_own(tmp_path):
+    dt.save_adapter(dt.attach(llama(), dt.AdapterConfig(rank=2)), tmp_path)
+    assert base_name(tmp_path) is None
+    with pytest.raises(dt.AdapterError, match="does not name its base model; give it with --base"):
+        load_base(tmp_path)
+    Information("text-generation", "ours", "dora").save(tmp_path)
+    assert base_name(tmp_path) == "ours"
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "theirs"}))
+    assert base_name(tmp_path) == "theirs"
+    assert base_name(tmp_path, "given") == "given"
 
 
 def test_a_folder_is_loaded_in_the_dtype_asked_for(tmp_path):

@@ -1,7 +1,7 @@
 """The ``doratune`` command: one file per command, flags from dataclasses.
 
-Exit codes: 0, 1 for failures, 2 for wrong usage, 130 after Ctrl-C, 141 if nobody reads the output any more. torch and
-transformers are not imported here.
+Exit codes: 0, 1 for failures, 2 for wrong usage, 130 after Ctrl-C, 141 if nobody reads the output any more.
+transformers is imported only by the command that needs it.
 """
 
 from __future__ import annotations

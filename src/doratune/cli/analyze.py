@@ -6,16 +6,15 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from doratune.errors import AdapterError
+from doratune.study.analysis import PAPER, Analysis, Spectra, analyze
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from doratune.study.analysis import Analysis
 
 NAMED = 8
 """Weights that were not compared which are named on the terminal, for each reason; the page names all."""
@@ -38,7 +37,7 @@ class Analyze:
     """Folder for the report; an earlier report there is replaced."""
     labels: tuple[str, ...] = ()
     """Names for what was trained, in the same order; not given: those of the folders."""
-    spectra: Literal["last", "all", "none"] = "last"
+    spectra: Spectra = "last"
     """Checkpoints whose changes are decomposed into singular values, which takes the longest."""
     json: bool = False
     """Print everything as JSON, and write no report."""
@@ -70,7 +69,6 @@ def run(options: Analyze) -> int:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from doratune.extras import require
-    from doratune.study.analysis import analyze
     from doratune.study.runs import base_folder, labels_of
 
     if not options.json:
@@ -115,11 +113,11 @@ def _table(analysis: Analysis) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    from doratune.study.analysis import PAPER
     from doratune.study.analysis_plots import METHODS, interval, number
+    from doratune.study.correlation import CONFIDENCE
 
     table = Table(title="correlation of ΔD with ΔM", box=SIMPLE_HEAD, pad_edge=False)
-    table.caption = "intervals: 95 %, bootstrapped over layers; paper: VL-BART, query and value"
+    table.caption = f"intervals: {CONFIDENCE:.0%}, bootstrapped over layers; paper: VL-BART, query and value"
     for name in ("run", "weights", "r", "interval", "sign", "points", "paper"):
         table.add_column(name, justify="left" if name in ("run", "weights", "sign") else "right", overflow="fold")
     for run in analysis.runs:

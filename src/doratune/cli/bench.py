@@ -6,12 +6,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+import torch
 import tyro
 
 from doratune.config import AdapterConfig
 from doratune.errors import AdapterError
+from doratune.train.config import Dtype
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,7 +43,7 @@ class Bench:
     """Sequences in a training step."""
     seconds: float = 20.0
     """For each of the two races: training steps and decode steps."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """Of the base weights; auto: bfloat16 on a GPU that has it, else float32, as in training."""
     json: bool = False
     """Print the result as JSON."""
@@ -66,13 +68,12 @@ def run(options: Bench) -> int:
     found = list(options.problems())
     if found:
         raise AdapterError.of("these options cannot work", found)
-    import torch
     from rich.console import Console
     from rich.progress import Progress
 
-    from doratune.cli.quiet import quiet_libraries
     from doratune.study.speed import measure_speed
-    from doratune.train.models import choose_dtype, load_model
+    from doratune.train.models import check_context, choose_dtype, load_model
+    from doratune.train.quiet import quiet_libraries
 
     quiet_libraries()
     model = load_model(options.model, choose_dtype(options.dtype))
@@ -106,17 +107,6 @@ def run(options: Bench) -> int:
     else:
         Console().print(_table(costs, about))
     return 0
-
-
-def check_context(config: Any, model: str, tokens: int) -> None:
-    """A model takes no longer sequences than it has positions.
-
-    Raises:
-        AdapterError: if it has fewer than these tokens.
-    """
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or tokens
-    if tokens > longest:
-        raise AdapterError(f"tokens is {tokens}, but {model} takes sequences of {longest} at most; use fewer --tokens")
 
 
 def _table(costs: list[Cost], about: dict[str, Any]) -> Table:

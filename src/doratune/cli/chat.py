@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from doratune.errors import AdapterError
 from doratune.inference.prompts import chat
 from doratune.inference.sources import BASE
+from doratune.inference.writer import streamer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,8 +84,6 @@ class _Session:
 
     def answer(self, line: str) -> None:
         """Write an answer, and remember it; one that was interrupted, or could not be given, is not remembered."""
-        from doratune.cli.generate import streamer
-
         try:
             (completion,) = self.writer.write(
                 [chat(line, self.system, self.said)],

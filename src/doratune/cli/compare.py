@@ -62,8 +62,8 @@ def run(options: Compare) -> int:
     """Check, do what is missing, report."""
     from rich.console import Console
 
-    from doratune.cli.quiet import quiet_libraries
     from doratune.study.comparison import recipe
+    from doratune.train.quiet import quiet_libraries
 
     comparison = recipe.load(options.recipe, options.seeds)
     found = [*options.problems(), *_of_runs(comparison, options.output)]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
+import torch
 import tyro
 
 from doratune.config import AdapterConfig, Method
@@ -75,13 +76,11 @@ def run(options: EstimateOptions) -> int:
     found = list(options.problems())
     if found:
         raise AdapterError.of("these options cannot work", found)
-    import torch
     from rich.console import Console
 
-    from doratune.cli.bench import check_context
-    from doratune.cli.quiet import quiet_libraries
     from doratune.study.estimate import estimate
-    from doratune.train.models import load_config
+    from doratune.train.models import check_context, load_config
+    from doratune.train.quiet import quiet_libraries
 
     quiet_libraries()
     config = load_config(options.model)

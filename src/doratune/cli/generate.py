@@ -6,12 +6,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from doratune.errors import AdapterError
 from doratune.inference.sampling import Sampling
+from doratune.train.config import Dtype
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,7 +46,7 @@ class Generate:
     """How tokens are chosen."""
     batch_size: int = 8
     """Prompts of a file at a time."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """Of the base weights; auto: bfloat16 on a GPU that has it, else float32, as in training."""
     merge: bool = False
     """Put the adapter into the weights first: the fastest way to write much. Takes a single adapter."""
@@ -77,10 +78,10 @@ def run(options: Generate) -> int:
     from rich.console import Console
 
     from doratune.cli.chat import talk
-    from doratune.cli.quiet import quiet_libraries
     from doratune.inference.prompts import Prompt, chat, read_prompts
     from doratune.inference.sources import find_sources
     from doratune.inference.writer import Writer
+    from doratune.train.quiet import quiet_libraries
 
     problems = list(options.problems())
     if problems:
@@ -138,14 +139,9 @@ def _record(completion: Completion) -> str:
 
 def _stream(writer: Writer, prompt: Prompt, name: str | None, sampling: Sampling) -> None:
     """Every word as soon as it is there; a prompt to be continued is shown before it."""
+    from doratune.inference.writer import streamer
+
     writer.write([prompt], sampling, name, streamer=streamer(writer.tokenizer, prompt.messages is not None))
-
-
-def streamer(tokenizer: Any, skip_prompt: bool) -> Any:
-    """transformers' streamer to stdout."""
-    from transformers import TextStreamer
-
-    return TextStreamer(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
 
 
 def _show(out: Console, group: tuple[Completion, ...], several: bool) -> None:

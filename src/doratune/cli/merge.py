@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import secrets
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
+import torch
 import tyro
 
+from doratune.checkpoint import load_adapter
 from doratune.errors import AdapterError
-
-if TYPE_CHECKING:
-    from doratune.merge import MergeCheck
+from doratune.files import read_weights
+from doratune.merge import MergeCheck, merge, verify_merge
+from doratune.train.config import Dtype
 
 
 @dataclass
@@ -25,7 +29,7 @@ class Merge:
     """Folder for the merged model; it must not exist, or be empty. It appears when it is whole, or not at all."""
     base: str | None = None
     """Base model, a folder or hub name; none: the one that the adapter names."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """Of the merged weights; auto: as the base is stored."""
     verify: bool = False
     """Compare merged with unmerged outputs. Layer by layer a difference beyond rounding is an error; that of the whole
@@ -38,17 +42,13 @@ def run(options: Merge) -> int:
     """Load, check, merge, check again, write."""
     from rich.console import Console
 
-    from doratune.checkpoint import load_adapter
-    from doratune.cli.quiet import quiet_libraries
-    from doratune.files import read_config, read_weights
-    from doratune.merge import merge, verify_merge
-    from doratune.train.models import align_padding, load_base, load_tokenizer
+    from doratune.train.models import NAMELESS, align_padding, base_name, load_base, load_tokenizer
+    from doratune.train.quiet import quiet_libraries
 
-    raw = read_config(options.adapter)
+    base = base_name(options.adapter, options.base)
     read_weights(options.adapter)  # a broken file is found before a large model is loaded
-    base = options.base or raw.get("base_model_name_or_path")
-    if not base:
-        raise AdapterError(f"{options.adapter} does not name its base model; give it with --base")
+    if base is None:
+        raise AdapterError(NAMELESS.format(options.adapter))
     if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
         raise AdapterError(f"output {options.output} exists and is not empty; name a new folder")
     quiet_libraries()
@@ -93,8 +93,6 @@ class _Logits:
             self.before = self._logits()
 
     def _logits(self) -> Any:
-        import torch
-
         with torch.no_grad():
             return self.model(**self.inputs)[0].float()
 
@@ -108,8 +106,6 @@ class _Logits:
 
 def _inputs(model: Any) -> dict[str, Any]:
     """Random tokens or images of the model's own size; empty for models that take neither."""
-    import torch
-
     generator = torch.Generator().manual_seed(0)
     name, config = getattr(model, "main_input_name", None), model.config
     words, pixels = getattr(config, "vocab_size", None), getattr(config, "image_size", None)
@@ -129,9 +125,6 @@ def _has_tokenizer(base: str) -> bool:
 
 def _write(model: Any, tokenizer: Any, adapter: Path, output: Path) -> None:
     """Write beside the output folder and rename, so that a broken attempt leaves nothing behind."""
-    import secrets
-    import shutil
-
     from doratune.train.information import FILE
 
     partial = output.parent / f".{output.name}.{secrets.token_hex(4)}.partial"

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from doratune.errors import AdapterError
+from doratune.train.config import Dtype
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,7 +53,7 @@ class Predict:
     """Go on without files and rows that cannot be used, and count them; otherwise they are listed as an error."""
     batch_size: int = 16
     """Texts or images at a time."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """Of the base weights; auto: bfloat16 on a GPU that has it, else float32, as in training."""
 
     def problems(self) -> Iterator[str]:
@@ -73,12 +74,12 @@ def run(options: Predict) -> int:
     """Check, read, load, classify."""
     from rich.console import Console
 
-    from doratune.cli.quiet import quiet_libraries
     from doratune.inference.inputs import read_pictures, read_texts
     from doratune.inference.predictions import Score, csv_file, record
     from doratune.inference.predictor import Classifier, Predictor
     from doratune.train.config import TrainConfig
     from doratune.train.models import choose_dtype
+    from doratune.train.quiet import quiet_libraries
 
     problems = list(options.problems())
     if problems:

@@ -39,15 +39,15 @@ def run(config: TrainConfig) -> int:
     if config.print_recipe:
         print(explain(config))
         return 0
-    from doratune.train.output import CURVES, METRICS, RECIPE
+    from doratune.train.output import CURVES, METRICS, RECIPE, RESULTS
     from doratune.train.run import check, train
 
     check(config)  # before the libraries are imported, which takes seconds
     from rich.console import Console
 
-    from doratune.cli.quiet import quiet_libraries
     from doratune.distributed import leave_group
     from doratune.train.processes import is_first_asked
+    from doratune.train.quiet import quiet_libraries
 
     quiet_libraries()
     result = train(config, Console(stderr=True))
@@ -62,7 +62,7 @@ def run(config: TrainConfig) -> int:
         for name, sample in (("before", result.sample_before), ("after", result.sample_after)):
             out.print(f"[bold]{name}:[/bold]", end=" ")
             out.print(f"{result.prompt}{sample}", markup=False, highlight=False)
-    written = [f"{Path(result.adapter).name}/", METRICS, CURVES, "results.json", RECIPE]
+    written = [f"{Path(result.adapter).name}/", METRICS, CURVES, RESULTS, RECIPE]
     out.print(f"Written to {config.output}: {', '.join(written)}", markup=False, highlight=False, soft_wrap=True)
     out.print(result.next_steps(), markup=False, highlight=False, soft_wrap=True)
     return 0

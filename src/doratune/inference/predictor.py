@@ -19,8 +19,11 @@ from doratune.inference.sources import inner_folder, is_model
 from doratune.targets import HEAD_NAMES
 from doratune.train.information import Information
 from doratune.train.models import (
+    NAMELESS,
     align_padding,
+    base_name,
     choose_dtype,
+    context_length,
     load_base,
     load_config,
     load_image_processor,
@@ -69,23 +72,23 @@ class Classifier:
             AdapterError: if the folder holds no classifier that can be used, or the base is not known.
         """
         whole = is_model(folder)
+        name: str | None = str(folder)
         if not whole:
             try:
-                raw = read_config(folder)
+                name = base_name(folder, base)
             except AdapterError as error:
                 raise AdapterError(f"{error}{inner_folder(folder)}") from error
             read_weights(folder)  # a broken file is found before a large model is loaded
         elif base is not None:
             raise AdapterError(f"{folder} is a whole model, which needs no --base")
         about = Information.load(folder)
-        name = str(folder) if whole else base or raw.get("base_model_name_or_path") or (about.base if about else None)
-        if not name:
-            raise AdapterError(f"{folder} does not name its base model; give it with --base")
+        if name is None:
+            raise AdapterError(NAMELESS.format(folder))
         problem = model_problem(name)
         if problem:
             raise AdapterError(problem if base else f"{problem} (named by {folder}; give another place with --base)")
         if about is None:
-            about = Information(_task(name, None if whole else raw.get("task_type")), name, "")
+            about = Information(_task(name, None if whole else read_config(folder).get("task_type")), name, "")
         if about.task not in TASKS:
             raise AdapterError(f"{folder} was trained for {about.task}; use doratune generate {folder}")
         return cls(folder, name, about)
@@ -150,7 +153,7 @@ class Predictor:
             return cls(model, _image_processor(found), labels, forward=dict(about.forward))
         own = (folder / "tokenizer_config.json").is_file()
         tokenizer = load_tokenizer(str(folder) if own else found.base)
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
+        context = context_length(model.config) or tokenizer.model_max_length
         return cls(model, tokenizer, labels, about.max_length or min(tokenizer.model_max_length, context))
 
     def predict(self, inputs: Sequence[Input]) -> list[Prediction]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from doratune.errors import AdapterError
-from doratune.files import CONFIG, read_config, read_weights
+from doratune.files import CONFIG, read_weights
 from doratune.train.information import Information
-from doratune.train.models import CLASSIFIERS, model_problem
+from doratune.train.models import CLASSIFIERS, NAMELESS, base_name, model_problem
 
 BASE = "base"
 """What the model without any adapter is called."""
@@ -42,7 +42,7 @@ def find_sources(folders: Sequence[str], base: str | None = None) -> Sources:
     named: dict[str, str] = {}
     for folder in map(Path, folders):
         try:
-            found = read_config(folder).get("base_model_name_or_path")
+            found = base_name(folder, base)
             read_weights(folder)  # a broken file is found before a large model is loaded
             _refuse_classifier(folder)
         except AdapterError as error:
@@ -50,10 +50,10 @@ def find_sources(folders: Sequence[str], base: str | None = None) -> Sources:
             continue
         name = _name(folder, adapters)
         adapters[name] = folder
-        if base is None and not found:
-            problems.append(f"{folder} does not name its base model; give it with --base")
-        elif base is None:
-            named[name] = str(found)
+        if found is None:
+            problems.append(NAMELESS.format(folder))
+        else:
+            named[name] = found
     if base is None and not folders:
         problems.append("name an adapter's folder, or a model with --base")
     if len(set(named.values())) > 1:

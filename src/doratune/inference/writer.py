@@ -19,8 +19,8 @@ from doratune.inference.sampling import Sampling
 from doratune.inference.sources import BASE, Sources
 from doratune.merge import merge
 from doratune.model import adapter_names, disabled, set_adapter
-from doratune.study.stored import header, weight_files
-from doratune.train.models import choose_dtype, load_model, load_tokenizer
+from doratune.train.models import choose_dtype, context_length, load_model, load_tokenizer
+from doratune.weight_files import header, weight_files
 
 LISTED = 20
 """Prompts that do not fit which are listed one by one."""
@@ -95,7 +95,7 @@ class Writer:
             AdapterError: listing those that are empty or longer than the model's context, or if a chat cannot be
                 rendered.
         """
-        context = self._context()
+        context = context_length(self.model.config)
         rows: list[list[int]] = []
         problems = []
         for number, prompt in enumerate(prompts, 1):
@@ -137,7 +137,7 @@ class Writer:
                 without a chat template, or memory is short.
         """
         rows = self.check(prompts)
-        context = self._context()
+        context = context_length(self.model.config)
         room = context - max(map(len, rows)) if context else None
         batch = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.model.device)
         require("transformers").set_seed(sampling.seed)
@@ -172,9 +172,10 @@ class Writer:
         known = found if isinstance(found, list) else [found]
         return sorted({token for token in (*known, self.tokenizer.eos_token_id) if token is not None})
 
-    def _context(self) -> int | None:
-        """Tokens that the model takes; None: it is not known."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+def streamer(tokenizer: Any, skip_prompt: bool) -> Any:
+    """transformers' streamer to stdout, for ``Writer.write``."""
+    return require("transformers").TextStreamer(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
 
 
 def label(adapter: str | None) -> str:

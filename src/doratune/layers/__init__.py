@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from doratune.layers.adapted import AdaptedLayer, LayerAdapter
+from doratune.layers.adapted import AdaptedLayer
 from doratune.layers.attention import AttentionHost, AttentionProjection
 from doratune.layers.conv import Convolution
 from doratune.layers.embedding import Embedding
@@ -21,7 +21,6 @@ __all__ = [
     "AdapterHolder",
     "AttentionHost",
     "Kind",
-    "LayerAdapter",
     "Options",
     "SavedModule",
     "kind_of",

@@ -13,18 +13,15 @@ from torch import Tensor, nn
 from doratune.config import AdapterConfig
 from doratune.errors import AdapterError
 from doratune.layers import sharded
-from doratune.layers.cache import AdapterParameters, ScaleCache, without_autocast
+from doratune.layers.cache import AdapterParameters, ScaleCache
+from doratune.layers.choices import choices
 from doratune.layers.holder import AdapterHolder
 from doratune.layers.kind import Kind, Options
 from doratune.layers.loading import accept_plain_keys, after_load
 from doratune.layers.sharded import assign, whole
-from doratune.layers.weights import WeightRows, is_dtensor, on_device
+from doratune.layers.weights import is_dtensor, on_device
 
-Method = TypeVar("Method", bound=Callable[..., Any])
-BIAS_DROWNS = 8.0
-"""Keep a tensor of our own for the magnitude's gradient where a bias is this many times its magnitude."""
-CANCELLATION = 1e-2
-"""Use the dense norm where ``n^2 / |W|^2`` falls below this: the factored one would lose digits."""
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
 @dataclass
@@ -49,7 +46,7 @@ class LayerAdapter:
         self.scale_text = repr(float(value))
 
 
-def _with_weights(method: Method) -> Method:
+def _with_weights(method: Decorated) -> Decorated:
     """Have the base's weights on their device meanwhile, where accelerate keeps them elsewhere between forwards."""
 
     @functools.wraps(method)
@@ -193,16 +190,14 @@ class AdaptedLayer(AdapterHolder):
         return A, B, m
 
     @_with_weights
-    def row_scale(self, name: str, reuse: bool = False) -> Tensor:
+    def row_scale(self, name: str) -> Tensor:
         """g of one adapter, float32 ``[out]``, between forwards."""
         adapter, rows = self.adapters[name], self.kind.rows(self.base_layer)
         A, B, m = self.whole_parts(name)
         assert m is not None
         if A is not None and B is not None:
             A, B = rows.own(A, B)
-        return self.cache.row_scale(
-            rows, A, B, m, adapter.scale, adapter.config.norm_gradient, adapter.dense_norm, reuse
-        )
+        return self.cache.row_scale(rows, A, B, m, adapter.scale, adapter.config.norm_gradient, adapter.dense_norm)
 
     def adapter_names(self) -> list[str]:
         return list(self.adapters)
@@ -305,25 +300,3 @@ class AdaptedLayer(AdapterHolder):
         """Adapters of this layer, for ``print(model)``."""
         names = (f"{n}: {a.config.method} rank {a.rank}" for n, a in self.adapters.items())
         return f"{', '.join(names)}; active: {self.active}"
-
-
-def choices(
-    cache: ScaleCache,
-    rows: WeightRows,
-    A: Tensor | None,
-    B: Tensor | None,
-    m: Tensor,
-    scale: float,
-    bias: Tensor | None,
-) -> tuple[bool, bool]:
-    """``dense_norm`` and ``keep_output`` of ``Options``, as the adapter's values ask for; it waits for the device."""
-    with torch.no_grad(), without_autocast(rows.device):
-        base, m = cache.base_squared(rows), m.detach().float()
-        squared = base
-        if A is not None and B is not None:
-            squared = cache.squared_norm(rows, A, B, scale)
-        near = (squared < CANCELLATION * base) & (base > 0)
-        usable = (m != 0) | (base == 0)
-        if bias is not None:
-            usable &= bias.detach().abs().float() <= BIAS_DROWNS * m.abs()
-        return bool(near.any()), bool(usable.all())

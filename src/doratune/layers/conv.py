@@ -105,9 +105,6 @@ class Convolution(Kind):
 
     forward = staticmethod(forward)
 
-    def explain(self, base: nn.Module) -> tuple[str, str]:
-        return "over the base's output", "convolutions have one path"
-
     def file_refusal(self, base: nn.Module) -> str | None:
         if cast(Conv, base).groups == 1:
             return None

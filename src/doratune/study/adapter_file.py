@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,8 +10,9 @@ from torch import Tensor
 
 from doratune.config import AdapterConfig
 from doratune.contents import KEY, PREFIX
-from doratune.files import WEIGHTS, read_config, read_weights
+from doratune.files import CONFIG, WEIGHTS, read_config, read_weights
 from doratune.peft_config import from_peft
+from doratune.study.names import natural
 
 HUGE = 1e3
 """No trained A, B or m has values like this: where they are, training diverged."""
@@ -63,7 +63,7 @@ def inspect_adapter(folder: Path) -> FileReport:
         AdapterError: if it cannot be read at all: no folder, no JSON, a truncated file, another kind of adapter.
     """
     raw = read_config(folder)
-    config = from_peft(raw, str(folder / "adapter_config.json")).config
+    config = from_peft(raw, str(folder / CONFIG)).config
     tensors, _ = read_weights(folder)
     report = FileReport(
         str(folder),
@@ -89,7 +89,7 @@ def inspect_adapter(folder: Path) -> FileReport:
             report.saved[key.removeprefix(PREFIX)] = tensor.numel()
     if not layers:
         report.broken.append(f"{WEIGHTS} holds no adapted layer")
-    for path, parts in sorted(layers.items(), key=lambda item: _natural(item[0])):
+    for path, parts in sorted(layers.items(), key=lambda item: natural(item[0])):
         _look_at(report, config, path, parts)
     return report
 
@@ -136,8 +136,3 @@ def _look_at(report: FileReport, config: AdapterConfig, path: str, parts: dict[s
             None if m is None else float(m.max()),
         )
     )
-
-
-def _natural(path: str) -> list[tuple[int, str]]:
-    """Sort key by which layer 10 comes after layer 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"\.", path)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -16,7 +16,7 @@ from doratune.errors import AdapterError
 from doratune.study.correlation import Correlation, correlate, within_groups
 from doratune.study.decompose import Decomposition, has_spectrum, moved
 from doratune.study.matrix import HELD, Matrix
-from doratune.study.names import align, layer_of, module_names, natural, short_kinds
+from doratune.study.names import align, layer_of, module_names, natural, short_kinds, some
 from doratune.study.runs import Snapshot, snapshots
 from doratune.study.spectrum import EXACT, LARGEST, BaseSpectrum
 from doratune.study.stored import StoredWeights, Weights
@@ -225,8 +225,8 @@ class _Series:
             raise AdapterError.of(heading, differing, at_most=5)
         if not fitting:
             raise AdapterError(
-                f"{one.folder} and {base.source} have no weight in common; the base has {_some(base.shapes)}, "
-                f"the other {_some(checkpoint.shapes)}"
+                f"{one.folder} and {base.source} have no weight in common; the base has {some(base.shapes)}, "
+                f"the other {some(checkpoint.shapes)}"
             )
         whole = isinstance(checkpoint, StoredWeights)
         absent = f"not in {one.name}" if whole else UNCHANGED
@@ -257,8 +257,3 @@ class _Series:
 
 def _shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
-
-
-def _some(names: Iterable[str]) -> str:
-    every = list(names)
-    return ", ".join(every[:3]) + (f" and {len(every) - 3} more" if len(every) > 3 else "") or "none"

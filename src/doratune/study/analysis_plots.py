@@ -12,6 +12,7 @@ from doratune.study.names import natural
 from doratune.study.page import Plot
 from doratune.study.plots import (
     COLOURS,
+    GROUND,
     INK,
     MARKERS,
     MUTED,
@@ -22,7 +23,6 @@ from doratune.study.plots import (
     ordered_colours,
     style,
 )
-from doratune.study.plots import PAPER as GROUND
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,6 +22,7 @@ from doratune.errors import AdapterError
 from doratune.layers import AdaptedLayer, AdapterHolder, kind_of
 from doratune.layers.weights import WeightRows
 from doratune.study.matrix import Matrix, adapted
+from doratune.study.names import some
 from doratune.study.spectrum import LARGEST, BaseSpectrum, Spectrum
 from doratune.targets import adapted_layers, plain_modules, saved_modules, unwrap
 
@@ -70,7 +71,7 @@ def decompose(before: Source, after: Source, spectra: bool = False) -> dict[str,
     common = [path for path in old if path in new]
     if not common:
         raise AdapterError(
-            f"decompose: the two have no weight in common; before has {_some(old)}, after has {_some(new)}"
+            f"decompose: the two have no weight in common; before has {some(old)}, after has {some(new)}"
         )
     problems = [
         f"{path}: before {old[path].shape}, after {new[path].shape}"
@@ -209,8 +210,3 @@ def _of_layer(layer: AdaptedLayer) -> Matrix:
         layer.adapters[name].scale,
         zero_m_is_plain=True,
     )
-
-
-def _some(weights: Mapping[str, Matrix]) -> str:
-    names = list(weights)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "none"

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from doratune.config import AdapterConfig
-from doratune.errors import AdapterError
+from doratune.errors import AdapterError, first_line
 from doratune.extras import require
 from doratune.model import attach
 from doratune.study.tape import Tape, flash_attention
@@ -178,7 +178,7 @@ def _extrapolated(
     except AdapterError:
         raise
     except Exception as error:  # whatever a model of another kind makes transformers or torch raise
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0].rstrip(".")
+        said = first_line(error).split(". ")[0]
         raise AdapterError(f"a step of a {config.model_type} cannot be estimated: {said}; {SERVED}") from error
     return two.further(one, layers - 2)
 
@@ -234,7 +234,7 @@ def _run(
 
 
 def _as_after_attaching(model: nn.Module) -> None:
-    """What a layer has decided and computed by the time it trains, and cannot without data."""
+    """Set what needs data: |W|^2 without zero rows, and keep_output, as on a real model after attaching."""
     for layer in adapted_layers(model).values():
         squared = torch.empty(layer.kind.rows(layer.base_layer).shape[0], dtype=torch.float32)
         layer.cache._base_squared = lambda rows, n=squared: (n, n, False)  # type: ignore[method-assign, misc]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -53,7 +52,13 @@ def short_kinds(paths: Iterable[str]) -> dict[str, str]:
 
 def natural(path: str) -> list[tuple[int, str]]:
     """Sort key by which layer 10 comes after layer 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"\.", path)]
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
+
+
+def some(names: Iterable[str]) -> str:
+    """The first three names and how many more there are, for a message."""
+    every = list(names)
+    return ", ".join(every[:3]) + (f" and {len(every) - 3} more" if len(every) > 3 else "") or "none"
 
 
 def module_names(source: Path, paths: Iterable[str]) -> dict[str, str]:

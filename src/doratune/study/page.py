@@ -189,9 +189,8 @@ class Page:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        tips: dict[
-            str, int
-        ] = {}  # many marks, in several plots, are the same weight: each text stands in the page once
+        # Many marks, in several plots, are the same weight: each text stands in the page once.
+        tips: dict[str, int] = {}
         svgs = {plot.name: themed_svg(plot.svg, plot.name, plot.label, plot.tips, tips) for plot in self._plots()}
         text: str = environment.get_template("page.html.j2").render(page=self, svgs=svgs, tips=list(tips), files=files)
         return text

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, MUTED, FAINT, PAPER = "#1b1f27", "#5d6573", "#d5d9e0", "#fdfdfc"
+INK, MUTED, FAINT, GROUND = "#1b1f27", "#5d6573", "#d5d9e0", "#fdfdfc"
 """Text and axes, what stands back, grid lines, and the ground; in a page they follow its theme."""
-_THEMED = {INK: "var(--ink)", MUTED: "var(--muted)", FAINT: "var(--faint)", PAPER: "var(--paper)"}
+_THEMED = {INK: "var(--ink)", MUTED: "var(--muted)", FAINT: "var(--faint)", GROUND: "var(--paper)"}
 COLOURS = ("#3a7fc8", "#d9772b", "#2d9c78", "#9a68cc", "#cf4d63", "#82868f")
 """Of things that have no order: told apart by most eyes, on white and on black."""
 _ORDERED = ("#4a79d6", "#8b65cb", "#cf5699", "#e4704d", "#dfa030")
@@ -78,7 +78,7 @@ _STYLE = {
     "ytick.labelsize": 8,
     "legend.frameon": False,
     "legend.fontsize": 8,
-    "figure.facecolor": PAPER,
+    "figure.facecolor": GROUND,
     "svg.fonttype": "none",
     "svg.hashsalt": "doratune",
     "svg.id": None,

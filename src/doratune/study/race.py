@@ -203,7 +203,7 @@ def _timing(name: str, times: list[float], floor: list[float], left_out: int) ->
     return Timing(name, 1e3 * statistics.median(times), ratio, low, high, len(times), tuple(times), left_out)
 
 
-def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
     """A confidence interval of the median from order statistics, whatever the distribution.
 
     The k-th smallest and k-th largest value enclose the median except with probability ``2 P(Bin(n, 1/2) < k)``. With
@@ -213,7 +213,7 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
     tail, k = 0.0, 0
     while k < n:
         tail += math.comb(n, k) * 0.5**n
-        if 2 * tail > 1 - confidence:
+        if 2 * tail > 1 - CONFIDENCE:
             break
         k += 1
     k = max(k, 1)

@@ -8,16 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from doratune.errors import AdapterError
+from doratune.errors import AdapterError, first_line
 from doratune.extras import require
 from doratune.files import CONFIG, PICKLED, WEIGHTS
 from doratune.study.stored import StoredWeights, Weights
 from doratune.study.stored_adapter import StoredAdapter
+from doratune.train.output import CHECKPOINTS, RESULTS
 
-CHECKPOINTS = "checkpoints"
-"""Folder of the checkpoints in a run of ``doratune train``; beside it lies what was trained, as it was in the end."""
 FINAL = ("adapter", "model")
-RESULTS = "results.json"
+"""Folders in a run of ``doratune train`` with what was trained, as it was in the end."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +128,7 @@ def base_folder(name: str) -> Path:
     try:
         return Path(hub.snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
     except Exception as error:  # whatever an absent model or an absent network makes it raise
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise AdapterError(
-            f"base {name}: there is no folder of that name, so it was looked for on the model hub: {said}; without a "
-            "network, name the folder of a downloaded model"
+            f"base {name}: there is no folder of that name, so it was looked for on the model hub: "
+            f"{first_line(error)}; without a network, name the folder of a downloaded model"
         ) from error

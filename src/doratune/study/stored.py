@@ -16,11 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor
-
-from doratune.errors import AdapterError
 from doratune.layers.attention import NAMES as PROJECTIONS
 from doratune.study.matrix import Matrix
+from doratune.weight_files import header, read_tensor, weight_files
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 EMBEDDING = re.compile(r"(.*\.)?(\w*embed(ding|dings|s)?(_tokens|_positions)?|wte|wpe|shared)")
@@ -113,82 +111,9 @@ class StoredWeights:
         yield Matrix.of(tensor.T if place.transposed else tensor.flatten(1))
 
 
-def weight_files(source: Path) -> list[Path]:
-    """The safetensors files of a model's folder.
-
-    Raises:
-        AdapterError: if there are none, or the index names one that is not there.
-    """
-    if source.is_file() and source.suffix == ".safetensors":
-        return [source]
-    if not source.is_dir():
-        what = "is no safetensors file" if source.exists() else "does not exist"
-        raise AdapterError(f"{source} {what}; name a folder with safetensors files")
-    indices = sorted(source.glob("*.safetensors.index.json"))
-    if indices:
-        try:
-            names = sorted(set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values()))
-            files = [source / name for name in names]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise AdapterError(f"{indices[0]} cannot be read: {error}") from error
-        missing = [f"{file.name}: named in {indices[0].name}, but not there" for file in files if not file.is_file()]
-        if missing:
-            raise AdapterError.of(f"{source} is incomplete", missing)
-        return files
-    whole = source / "model.safetensors"
-    files = [whole] if whole.is_file() else sorted(source.glob("*.safetensors"))
-    if not files:
-        pickled = next((file.name for end in ("bin", "pt", "pth") for file in sorted(source.glob(f"*.{end}"))), None)
-        if pickled:
-            raise AdapterError(
-                f"{source} holds {pickled}, a pickle file, which can run code and is never read; "
-                "save the model as safetensors with the program that made it"
-            )
-        raise AdapterError(f"{source} holds no safetensors file")
-    return files
-
-
-def header(file: Path) -> dict[str, tuple[str, list[int]]]:
-    """Type and shape of each tensor in a file.
-
-    Raises:
-        AdapterError: if the file is truncated or no safetensors file.
-    """
-    with _opened(file) as opened:
-        found = {}
-        for key in opened.keys():  # noqa: SIM118
-            view = opened.get_slice(key)
-            found[key] = (view.get_dtype(), view.get_shape())
-        return found
-
-
-def read_tensor(file: Path, key: str) -> Tensor:
-    """One tensor, mapped; its memory goes with it."""
-    with _opened(file) as opened:
-        tensor: Tensor = opened.get_tensor(key)
-        return tensor
-
-
-def read_metadata(file: Path) -> dict[str, str]:
-    """What a file says about itself."""
-    with _opened(file) as opened:
-        return opened.metadata() or {}
-
-
 def flat(shape: list[int]) -> tuple[int, int]:
     """The shape of a weight as a matrix: its first dimension, and all others."""
     return shape[0], math.prod(shape[1:])
-
-
-@contextlib.contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as opened:
-            yield opened
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{file} cannot be read: {error}; it may be truncated or no safetensors file") from error
 
 
 def _unfit(key: str, dtype: str, shape: list[int], quantised: set[str]) -> str | None:

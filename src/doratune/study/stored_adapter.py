@@ -13,7 +13,8 @@ from doratune.files import WEIGHTS, read_config
 from doratune.peft_config import from_peft, with_own_options
 from doratune.study.adapter_file import inspect_adapter
 from doratune.study.matrix import Matrix, adapted
-from doratune.study.stored import flat, header, read_metadata, read_tensor
+from doratune.study.stored import flat
+from doratune.weight_files import header, read_metadata, read_tensor
 
 _A = ("lora_A.weight", "lora_embedding_A")
 _B = ("lora_B.weight", "lora_embedding_B")

@@ -20,6 +20,7 @@ from doratune.contents import BIAS, Contents
 from doratune.errors import AdapterError
 from doratune.model import active_adapter
 from doratune.targets import adapted_layers, saved_modules, unwrap
+from doratune.train.files import write_whole
 
 log = logging.getLogger("doratune")
 
@@ -35,9 +36,7 @@ def mark_complete(folder: str | os.PathLike[str]) -> None:
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file.name != MARKER
     }
-    partial = folder / f"{MARKER}.partial"
-    partial.write_text(json.dumps({"files": sizes}, indent=2))
-    os.replace(partial, folder / MARKER)
+    write_whole(folder / MARKER, json.dumps({"files": sizes}, indent=2))
 
 
 def unmark(folder: str | os.PathLike[str]) -> None:
@@ -135,7 +134,7 @@ def _compare(root: nn.Module, name: str, contents: Contents, folder: str | os.Pa
     ]
     if problems:
         heading = f"{folder} holds an adapter of another kind; go on with the options it was made with"
-        raise AdapterError.of(heading, problems[:10] + ([f"and {len(problems) - 10} more"] if problems[10:] else []))
+        raise AdapterError.of(heading, problems, at_most=10)
 
 
 def _told(kind: object) -> str:

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from doratune.distributed import processes
-from doratune.errors import AdapterError, DivergedError
+from doratune.errors import AdapterError, DivergedError, first_line
 from doratune.train.checkpoints import last_checkpoint
 from doratune.train.config import TrainConfig
+from doratune.train.output import RECIPE
 from doratune.train.processes import processes_asked
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -52,7 +53,7 @@ def resume_command(config: TrainConfig) -> str:
     """How to go on with a run."""
     asked = processes_asked()
     program = "doratune" if asked == 1 else f"torchrun --nproc-per-node {asked} -m doratune"
-    return f"{program} train --recipe {config.output / 'recipe.toml'} --resume"
+    return f"{program} train --recipe {config.output / RECIPE} --resume"
 
 
 def _cause(error: Exception, config: TrainConfig) -> str | None:
@@ -68,19 +69,15 @@ def _cause(error: Exception, config: TrainConfig) -> str | None:
             advice.append("--gradient-checkpointing")
         if config.is_adapter and not config.quantize:
             advice.append("--quantize nf4")
-        return f"out of memory: {_first_line(error)}. Try {', '.join(advice)}"
+        return f"out of memory: {first_line(error)}. Try {', '.join(advice)}"
     if number in NO_ROOM or any(sign in said for sign in NO_ROOM_SIGNS):
         free = shutil.disk_usage(config.output).free / 1e6
         return (
-            f"writing to {config.output} failed: {_first_line(error)} ({free:,.0f} MB are free). Make room, or name an "
+            f"writing to {config.output} failed: {first_line(error)} ({free:,.0f} MB are free). Make room, or name an "
             "output on another disk; a smaller keep needs less"
         )
     if processes() > 1 and any(sign in said for sign in PEER_SIGNS):
-        return f"another process of this run has ended ({_first_line(error)}); its own message is above or below"
+        return f"another process of this run has ended ({first_line(error)}); its own message is above or below"
     if isinstance(error, OSError):
-        return f"reading or writing failed while training: {_first_line(error)}. Are data and output still there?"
+        return f"reading or writing failed while training: {first_line(error)}. Are data and output still there?"
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from doratune.errors import AdapterError
+from doratune.train.files import write_whole
 
 FILE = "doratune.json"
 
@@ -42,7 +43,7 @@ class Information:
     def save(self, folder: Path) -> None:
         """Write ``doratune.json``."""
         text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
-        (folder / FILE).write_text(text, encoding="utf-8")
+        write_whole(folder / FILE, text)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Information | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from doratune.errors import AdapterError
+from doratune.errors import AdapterError, first_line
 from doratune.extras import require
 from doratune.files import read_config
 from doratune.ops.hardware import multiplies
@@ -28,6 +28,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and deviation of red, green and blue, as most vision models but the first ViT were pretrained with."""
 TOKENIZER_FILES = ("*token*", "vocab*", "*.model", "*.gguf")
 """Without any of these a folder has no tokenizer."""
+NAMELESS = "{} does not name its base model; give it with --base"
 CLASSIFIERS = ("text-classification", "image-classification", "SEQ_CLS")
 
 
@@ -106,13 +107,23 @@ def load_base(folder: str | os.PathLike[str], base: str | None = None, dtype: to
     about = Information.load(folder)
     if (folder / "config.json").is_file():
         return load_model(str(folder), dtype, about.task if about else None, about.labels if about else ())
-    raw = read_config(folder)
-    name = base or raw.get("base_model_name_or_path") or (about.base if about else None)
-    if not name:
-        raise AdapterError(f"{folder} does not name its base model; give it with --base")
+    name = base_name(folder, base)
+    if name is None:
+        raise AdapterError(NAMELESS.format(folder))
     if about is None:
-        return load_model(name, dtype, raw.get("task_type") or None)
+        return load_model(name, dtype, read_config(folder).get("task_type") or None)
     return load_model(name, dtype, about.task, about.labels)
+
+
+def base_name(folder: str | os.PathLike[str], given: str | None = None) -> str | None:
+    """The base model of an adapter's folder: the one given, else the one that PEFT's file or ``doratune.json`` names.
+
+    Raises:
+        AdapterError: if the folder holds no adapter, or one of the two files is broken.
+    """
+    raw, about = read_config(Path(folder)), Information.load(folder)
+    name = given or raw.get("base_model_name_or_path") or (about.base if about else None)
+    return str(name) if name else None
 
 
 def _load(
@@ -201,6 +212,22 @@ def load_config(name: str) -> Any:
         raise AdapterError(_could_not_load("model", name, bool(options), error)) from error
 
 
+def context_length(config: Any) -> int | None:
+    """Tokens that a model of this configuration takes; None: it does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_context(config: Any, model: str, tokens: int) -> None:
+    """Refuse sequences longer than a model has positions for.
+
+    Raises:
+        AdapterError: if it has fewer than these tokens.
+    """
+    longest = context_length(config)
+    if longest and tokens > longest:
+        raise AdapterError(f"tokens is {tokens}, but {model} takes sequences of {longest} at most; use fewer --tokens")
+
+
 def load_image_processor(name: str, size: int | None = None) -> Any:
     """Load what turns images into a vision model's input; a folder without one gets ViT's, at the model's own size.
 
@@ -258,7 +285,6 @@ def _raise_problem(name: str) -> None:
 
 
 def _could_not_load(what: str, name: str, local: bool, error: Exception) -> str:
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     advice = (
         "the folder may be incomplete"
         if local
@@ -267,4 +293,4 @@ def _could_not_load(what: str, name: str, local: bool, error: Exception) -> str:
             "name the folder of a downloaded model"
         )
     )
-    return f"{what} {name} could not be loaded: {said} ({advice})"
+    return f"{what} {name} could not be loaded: {first_line(error)} ({advice})"

@@ -1,4 +1,4 @@
 """Names of what a run leaves in its output folder."""
 
-METRICS, CURVES, CHECKPOINTS, RECIPE = "metrics.jsonl", "curves.png", "checkpoints", "recipe.toml"
-TENSORBOARD = "tensorboard"
+METRICS, CURVES, RESULTS, RECIPE = "metrics.jsonl", "curves.png", "results.json", "recipe.toml"
+CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"

@@ -16,11 +16,11 @@ import torch
 
 from doratune.train.files import write_whole
 from doratune.train.models import LOADERS
+from doratune.train.output import RESULTS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-FILE = "results.json"
 LARGEST_EXPONENT = 700.0
 """exp of more does not fit a float."""
 
@@ -95,12 +95,12 @@ class TrainResult:
 
     def save(self, folder: Path) -> None:
         """Write ``results.json``."""
-        write_whole(folder / FILE, json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n")
+        write_whole(folder / RESULTS, json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> TrainResult:
         """Read ``results.json`` of a run's output folder."""
-        raw = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        raw = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         return cls(**{**raw, "labels": tuple(raw["labels"])})
 
     def table(self) -> Table:

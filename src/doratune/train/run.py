@@ -15,6 +15,7 @@ from doratune.train import recipe
 from doratune.train.assemble import autocast, make_model, make_trainer, precision
 from doratune.train.checkpoints import checkpoints, last_checkpoint, remove_incomplete
 from doratune.train.config import TrainConfig
+from doratune.train.curves import draw_curves
 from doratune.train.failures import explained, kept
 from doratune.train.information import Information
 from doratune.train.models import choose_dtype, model_problem
@@ -252,8 +253,6 @@ def _save(config: TrainConfig, model: Any, prepared: Prepared) -> Path:
 
 
 def _draw(config: TrainConfig, prepared: Prepared) -> None:
-    from doratune.study.curves import draw_curves
-
     records = read_metrics(config.output / METRICS)
     loss_unit = "nats per token" if prepared.unit == "tokens" else f"nats per {prepared.unit.rstrip('s')}"
     title = f"{config.method}, {config.task} on {Path(config.model).name}"

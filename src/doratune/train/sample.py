@@ -6,12 +6,9 @@ from typing import Any
 
 import torch
 
-from doratune.extras import require
-
 
 def continuation(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
     """What the model writes after a prompt, the likeliest token at each step."""
-    require("transformers")
     was_training = model.training
     model.eval()
     try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from doratune.errors import AdapterError
+from doratune.errors import AdapterError, first_line
 from doratune.extras import require
 
 TEXT = (".txt", ".text", ".md")
@@ -190,10 +190,10 @@ def _from_hub(name: str, split: str, streaming: bool) -> Any:
     try:
         return datasets.load_dataset(name, split=split, streaming=streaming)
     except Exception as error:  # no network, no such name, no such split, no access: it says which
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise AdapterError(
             f"data {name}: there is no file or folder of that name, and as a data set of the hub it could not be "
-            f"loaded: {said} (without a network, name a downloaded file ({FORMATS}) or a folder of save_to_disk)"
+            f"loaded: {first_line(error)} (without a network, name a downloaded file ({FORMATS}) or a folder of "
+            "save_to_disk)"
         ) from error
 
 

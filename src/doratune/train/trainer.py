@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from doratune.checkpoint import look_for_cancellation, save_adapter
+from doratune.checkpoint import decide, save_adapter
 from doratune.distributed import is_fully_sharded, is_spread, load_whole_optimizer_state, whole_optimizer_state
 from doratune.errors import AdapterError
 from doratune.extras import require
@@ -178,7 +178,7 @@ class AdapterTrainerMixin(Trainer):
         refuse_broken_weights(self.model, self.state.global_step)
         name = active_adapter(self.model)
         if name is not None:
-            look_for_cancellation(self.model, name)  # on every process, so that all decide alike
+            decide(self.model, name)  # on every process, so that all decide alike
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             unmark(folder)

@@ -46,7 +46,7 @@ def call_refusal(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     return f"the call has {', '.join(given)}" if given else None
 
 
-def active_adapter(layer: Any) -> PeftAdapter | str:
+def servable_adapter(layer: Any) -> PeftAdapter | str:
     """The adapter that doratune can compute for a PEFT layer as it is now, or the reason why PEFT has to.
 
     Read in every forward: PEFT's switches are plain attributes that anybody may set at any time.

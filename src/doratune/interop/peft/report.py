@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from doratune.interop.peft.adapter import active_adapter
+from doratune.interop.peft.adapter import servable_adapter
 from doratune.interop.peft.service import ATTRIBUTE, State
 
 
@@ -81,7 +81,7 @@ def _layer_report(path: str, layer: Any) -> LayerReport:
         return LayerReport(path, name, False, "not accelerated")
     if "forward" in layer.__dict__ and not _leads_here(layer):
         return LayerReport(path, name, False, "its forward was replaced on the instance before")
-    adapter = active_adapter(layer)
+    adapter = servable_adapter(layer)
     if isinstance(adapter, str):
         return LayerReport(path, name, False, adapter)
     way, why = adapter.kind.explain(adapter.base)

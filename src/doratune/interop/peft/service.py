@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from doratune.interop.peft.adapter import PeftAdapter, active_adapter, result_dtype
+from doratune.interop.peft.adapter import PeftAdapter, result_dtype, servable_adapter
 from doratune.layers import Options, quantised
-from doratune.layers.adapted import choices
 from doratune.layers.cache import ScaleCache
+from doratune.layers.choices import choices
 from doratune.layers.weights import on_device
 
 ATTRIBUTE = "_doratune"
@@ -147,7 +147,7 @@ class Service:
         base = layer.base_layer
         self.repacking = base.__dict__.get(REPACKING)
         quantised.prepare(base)
-        adapter = active_adapter(layer)
+        adapter = servable_adapter(layer)
         if not isinstance(adapter, str):
             self._memory(adapter.name, layer).look(layer, adapter, reuse=False)
 

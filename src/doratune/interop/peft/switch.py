@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from doratune.errors import AdapterError
-from doratune.interop.peft.adapter import active_adapter, call_refusal
+from doratune.interop.peft.adapter import call_refusal, servable_adapter
 from doratune.interop.peft.report import Report, layers_of, report
 from doratune.interop.peft.service import ATTRIBUTE, DROPOUTS, Service, State
 
@@ -151,7 +151,7 @@ def _serving(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
             service.enter(self)
         if service is None or call_refusal(args, kwargs) is not None:
             return original(self, x, *args, **kwargs)
-        adapter = active_adapter(self)
+        adapter = servable_adapter(self)
         if isinstance(adapter, str):
             return original(self, x, *args, **kwargs)
         return service.forward(self, adapter, x)

@@ -3,7 +3,7 @@
 import importlib
 import logging
 
-from doratune.cli.quiet import quiet_libraries
+from doratune.train.quiet import quiet_libraries
 
 logging.basicConfig(level=logging.ERROR)
 quiet_libraries()

@@ -10,14 +10,16 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from doratune.train.config import TrainConfig
+from doratune.train.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from doratune.train.results import TrainResult
@@ -49,9 +51,7 @@ def train_apart(config: TrainConfig, worker: int = 0, workers: int = 1) -> Train
 
 
 def _context() -> Any:
-    import torch
-
-    if sys.platform == "win32" or torch.version.cuda is not None:
+    if torch.version.cuda is not None:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["doratune.study.comparison.preload"])
@@ -63,9 +63,6 @@ def _cores() -> Any:
 
 
 def _train(config: TrainConfig, worker: int, threads: int) -> TrainResult:
-    import torch
-
-    from doratune.cli.quiet import quiet_libraries
     from doratune.train.run import train
 
     if "OMP_NUM_THREADS" not in os.environ:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from doratune.errors import AdapterError, DivergedError
+from doratune.errors import AdapterError, DivergedError, first_line
 from doratune.extras import require
 from doratune.study.comparison import storage, trials
 from doratune.study.comparison.process import KilledError, train_apart
@@ -95,7 +95,7 @@ class Worker:
             found.set_user_attr(storage.KILLED, True)
             raise
         except DivergedError as error:
-            found.set_user_attr(storage.PROBLEM, str(error).splitlines()[0])
+            found.set_user_attr(storage.PROBLEM, first_line(error))
             raise pruned(str(error)) from error
         values = {key: value for key, value in dataclasses.asdict(result).items() if key not in UNINTERESTING}
         score = Outcome(trial, values).score(self.comparison.by_accuracy)

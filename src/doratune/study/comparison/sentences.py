@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 
+from doratune.study.comparison.contestants import RANKED
 from doratune.study.comparison.findings import Findings, Gap, Standing
 from doratune.study.comparison.signed_rank import Typical
 from doratune.study.comparison.statistics import POWER, Difference
@@ -113,7 +114,7 @@ def about_ranks(findings: Findings) -> Iterator[str]:
     """How much the rank matters to each method."""
     unit = findings.unit
     for one in findings.rank_spreads:
-        name = {"lora": "LoRA", "dora": "DoRA"}[one.method]
+        name = RANKED[one.method]
         ranks = ", ".join(map(str, one.ranks))
         yield (
             f"{name}: over the ranks {ranks} the best and the worst test score of a seed lie "

@@ -66,8 +66,8 @@ def of_each(confidence: float, together: int) -> float:
     return 1 - (1 - confidence) / together
 
 
-def detectable(gaps: Sequence[float], confidence: float, power: float = POWER) -> float:
-    """The smallest true mean that a two-sided t test of values scattered like these finds with a chance of ``power``.
+def detectable(gaps: Sequence[float], confidence: float) -> float:
+    """The smallest true mean that a two-sided t test of values scattered like these finds with a chance of ``POWER``.
 
     Solves the test's power function, by the noncentral t distribution; NaN for fewer than two values.
     """
@@ -79,7 +79,7 @@ def detectable(gaps: Sequence[float], confidence: float, power: float = POWER) -
 
     def excess(noncentrality: float) -> float:
         """Power above what is wanted."""
-        return float(stats.nct.sf(threshold, count - 1, noncentrality)) - power
+        return float(stats.nct.sf(threshold, count - 1, noncentrality)) - POWER
 
     return _error(gaps) * float(optimize.brentq(excess, 0.0, 4 * threshold + 10))
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from doratune.errors import AdapterError
+from doratune.errors import AdapterError, first_line
 from doratune.extras import require
 from doratune.study.comparison.recipe import Comparison
 from doratune.study.comparison.trials import Outcome, Trial
@@ -54,8 +54,7 @@ def open_study(url: str, name: str, comparison: Comparison, heartbeat: int = HEA
             break
         except Exception as error:  # of SQLAlchemy, of the database's driver, or that the driver is missing
             if attempt == TRIES or isinstance(error, ImportError):
-                said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise AdapterError(f"storage {_without_password(url)} cannot be used: {said}") from error
+                raise AdapterError(f"storage {_without_password(url)} cannot be used: {first_line(error)}") from error
             time.sleep(0.2 * attempt)
     mine = comparison.identity()
     theirs = study.user_attrs.get(RECIPE)

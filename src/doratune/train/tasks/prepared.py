@@ -29,8 +29,6 @@ class Prepared:
     """Arguments of the model's forward besides its inputs."""
     test: Any = None
     """What is measured once, after training; None: nothing."""
-    epoch_tokens: int | None = None
-    """Tokens that one epoch trains on, where they are known."""
 
     @property
     def examples(self) -> int | None:

@@ -1,6 +1,6 @@
 import pytest
 
-from doratune.study.curves import _smooth, draw_curves
+from doratune.train.curves import _smooth, draw_curves
 
 
 def test_a_picture_is_drawn_of_runs_of_any_length(tmp_path):
