@@ -31,6 +31,7 @@ def images() -> None:
         ("digits-more", pool, order, 0, 100),
         ("digits-eval", pool, order, 300, 350),
         ("digits-test", test, np.arange(len(test["labels"])), 0, 50),
+        ("digits-test-all", test, np.arange(len(test["labels"])), 0, 100),
     ):
         own = [indices[source["labels"][indices] == digit][first:last] for digit in range(10)]
         chosen = np.concatenate(own)
