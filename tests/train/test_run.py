@@ -104,6 +104,68 @@ def test_two_runs_are_equal_and_a_resumed_one_too(assets, tmp_path):
     assert metrics[0] == metrics[1]
 
 
+def begun(assets, output, **values):
+    """A run that ended at its fourth step of six."""
+    train(config(assets, output, **values))
+    shutil.rmtree(output / "checkpoints" / "checkpoint-6")
+    (output / "results.json").unlink()
+
+
+def rates(output):
+    return {r["step"]: r["learning_rate"] for r in read_metrics(output / "metrics.jsonl") if "loss" in r}
+
+
+@pytest.mark.parametrize("method", ["dora", "full"])
+def test_a_resumed_run_has_the_rates_that_are_asked_for_now(assets, tmp_path, method):
+    options = {"method": method, "schedule": "cosine", "warmup": 0}
+    begun(assets, tmp_path / "a", **options)
+    train(config(assets, tmp_path / "a", resume=True, **{**options, "learning_rate": 1e-3}))
+    train(config(assets, tmp_path / "b", **options))
+    asked = {step: rate * (0.1 if step > 4 else 1) for step, rate in rates(tmp_path / "b").items()}
+    assert rates(tmp_path / "a") == pytest.approx(asked)
+
+
+@pytest.mark.parametrize("ratio", [4.0, 1.0])
+def test_every_group_has_the_options_that_are_asked_for_now(assets, tmp_path, ratio, monkeypatch):
+    from doratune.train.trainer import AdapterTrainerMixin
+
+    groups = []
+
+    def note(self, **kwargs):
+        groups.extend({k: g[k] for k in ("name", "lr", "weight_decay")} for g in self.optimizer.param_groups)
+        return original(self, **kwargs)
+
+    original = AdapterTrainerMixin._run_epoch
+    options = {"schedule": "constant", "warmup": 0}
+    begun(assets, tmp_path / "a", lora_plus_ratio=4.0 if ratio == 4 else 1.0, weight_decay=0.5, **options)
+    monkeypatch.setattr(AdapterTrainerMixin, "_run_epoch", note)
+    asked = {"magnitude_learning_rate": 2e-3, "weight_decay": 0.25, "magnitude_weight_decay": 0.125}
+    ratio = 8.0 if ratio == 4 else 1.0
+    train(config(assets, tmp_path / "a", resume=True, lora_plus_ratio=ratio, **options, **asked))
+    found = {g["name"]: (g["lr"], g["weight_decay"]) for g in groups}
+    expected = {"weights": (1e-2, 0.25), "B": (8e-2, 0.25), "magnitudes": (2e-3, 0.125)}
+    if ratio == 1:
+        del expected["B"]
+    assert found == expected
+
+
+def test_other_groups_than_the_checkpoint_has_are_refused(assets, tmp_path):
+    begun(assets, tmp_path / "a")
+    with pytest.raises(dt.AdapterError, match=r"other groups of parameters than .*leave lora_plus_ratio"):
+        train(config(assets, tmp_path / "a", resume=True, lora_plus_ratio=16.0))
+
+
+def test_a_resumed_run_has_the_intervals_that_are_asked_for_now(assets, tmp_path):
+    begun(assets, tmp_path / "a", eval_every=4)
+    asked = {"log_every": 3, "eval_every": 5, "save_every": 1, "keep": 9}
+    train(config(assets, tmp_path / "a", resume=True, steps=8, **asked))
+    records = [r for r in read_metrics(tmp_path / "a" / "metrics.jsonl") if r["step"] > 4]
+    assert [r["step"] for r in records if "loss" in r] == [6]
+    assert [r["step"] for r in records if "eval_loss" in r] == [5, 8]
+    found = {p.name for p in checkpoints(tmp_path / "a" / "checkpoints")}
+    assert found >= {"checkpoint-5", "checkpoint-6", "checkpoint-7", "checkpoint-8"}
+
+
 def test_checkpoints_are_limited(assets, tmp_path):
     train(config(assets, tmp_path / "a", save_every=1, keep=2))
     assert [p.name for p in checkpoints(tmp_path / "a" / "checkpoints")] == ["checkpoint-5", "checkpoint-6"]
