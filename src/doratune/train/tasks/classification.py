@@ -15,6 +15,7 @@ from doratune.train.columns import choose, described
 from doratune.train.config import TrainConfig
 from doratune.train.gather import BadRow, Say, gather, rows, set_aside
 from doratune.train.models import load_tokenizer
+from doratune.train.positions import check_length, longest_of
 from doratune.train.sources import TABLES, Row, path_of, problem_of
 from doratune.train.tasks.prepared import Prepared
 from doratune.train.tokens import string
@@ -70,6 +71,7 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
     train_set, held_out, tested = (
         _encoded(part, names, tokenizer, config.max_length, say) if part else None for part in (examples, others, test)
     )
+    check_length(config, longest_of((train_set, held_out, tested)), say)
     told = f", {len(test)} to test on" if test else ""
     say(f"{len(examples)} texts in {len(names)} classes to train on, {len(others)} held out{told}")
     return Prepared(

@@ -15,6 +15,7 @@ from doratune.train.columns import described, roles_of_text
 from doratune.train.config import TrainConfig
 from doratune.train.gather import BadRow, Say, gather, hold_out, rows, set_aside, usable
 from doratune.train.models import load_tokenizer
+from doratune.train.positions import check_length, longest_of
 from doratune.train.sources import Row, problem_of
 from doratune.train.tasks.batches import Packed, Padded, collate_blocks
 from doratune.train.tasks.prepared import Prepared
@@ -46,6 +47,8 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
     tokenizer = load_tokenizer(config.model)
     reader = Reader(config, tokenizer, say)
     blocks = reader.documents if config.packing is None else config.packing
+    if config.streaming or (blocks and reader.documents):
+        check_length(config, config.max_length, say)
     if config.streaming:
         train, held_out, test = _stream(config, reader, blocks, say)
         return _prepared(config, reader, train, held_out, test, blocks and reader.documents, False)
@@ -78,6 +81,7 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
             f"{len(train)} examples to train on and {len(held_out)} to measure on are left, at least one of each is "
             "needed; give more data, or a larger max_length"
         )
+    check_length(config, longest_of((train, held_out, test)), say)
     if blocks:
         parts = (train, held_out, test)
         train, held_out, test = (_pack(part, config.max_length) if len(part) else part for part in parts)
