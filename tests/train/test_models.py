@@ -7,8 +7,14 @@ import doratune as dt
 from doratune.extras import require
 from doratune.train import TrainConfig
 from doratune.train.assemble import autocast
-from doratune.train.models import choose_dtype, load_model, load_tokenizer, model_problem
-from train.tiny import save_model
+from doratune.train.models import (
+    choose_dtype,
+    load_classifier,
+    load_model,
+    load_tokenizer,
+    model_problem,
+)
+from train.tiny import llama, save_model
 
 
 def test_problems_seen_without_loading(tmp_path):
@@ -40,6 +46,17 @@ def test_a_broken_folder_is_named(tmp_path):
     (tmp_path / "tokenizer.json").unlink(), (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(dt.AdapterError, match="holds no tokenizer"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(("before", "labels"), [("regression", 1), ("multi_label_classification", 3)])
+def test_a_base_for_another_kind_of_loss_learns_classes(tmp_path, before, labels):
+    model = llama()
+    model.config.num_labels, model.config.problem_type = labels, before
+    model.save_pretrained(tmp_path / "text")
+    loaded, _ = load_classifier(str(tmp_path / "text"), torch.float32, "text-classification", ["a", "b", "c"])
+    ids, labels = torch.tensor([[1, 2], [3, 4]]), torch.tensor([0, 2])
+    found = loaded(input_ids=ids, labels=labels)
+    assert torch.allclose(found.loss, torch.nn.functional.cross_entropy(found.logits, labels))
 
 
 def test_dtypes():

@@ -134,6 +134,9 @@ def _load(
             names = dict(enumerate(labels))
             more |= {"id2label": names, "label2id": {label: i for i, label in names.items()}}
             more |= {"num_labels": len(labels), "ignore_mismatched_sizes": True}
+        if len(labels) > 1 and task in CLASSIFIERS:
+            # The loss goes by it, and a base may have been trained for regression or several labels at once.
+            more["problem_type"] = "single_label_classification"
         model, found = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **more)
     except Exception as error:  # whatever a broken folder, an absent file or an absent network makes it raise
         raise AdapterError(_could_not_load("model", name, bool(options), error)) from error
