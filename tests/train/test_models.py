@@ -8,13 +8,15 @@ from doratune.extras import require
 from doratune.train import TrainConfig
 from doratune.train.assemble import autocast
 from doratune.train.models import (
+    align_padding,
     choose_dtype,
     load_classifier,
     load_model,
     load_tokenizer,
     model_problem,
 )
-from train.tiny import llama, save_model
+from doratune.train.tasks.classification import _Collate
+from train.tiny import llama, save_model, tokenizer
 
 
 def test_problems_seen_without_loading(tmp_path):
@@ -57,6 +59,25 @@ def test_a_base_for_another_kind_of_loss_learns_classes(tmp_path, before, labels
     ids, labels = torch.tensor([[1, 2], [3, 4]]), torch.tensor([0, 2])
     found = loaded(input_ids=ids, labels=labels)
     assert torch.allclose(found.loss, torch.nn.functional.cross_entropy(found.logits, labels))
+
+
+@pytest.mark.parametrize("unknown", ["<unk>", None])
+def test_a_tokenizer_without_signs_for_padding_and_end_pads(unknown):
+    from transformers import LlamaForSequenceClassification
+
+    made = tokenizer()
+    made.pad_token, made.eos_token = None, None
+    if unknown:
+        made.unk_token = "<end>"
+    model = LlamaForSequenceClassification(llama().config)
+    align_padding(model, made)
+    assert model.config.pad_token_id == made.pad_token_id == (256 if unknown else 0)
+    rows = [{"input_ids": [1, 2, 3], "labels": 0}, {"input_ids": [4], "labels": 1}]
+    other = tokenizer()
+    other.pad_token, other.eos_token = None, None
+    batch = _Collate(other)(rows)
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
 def test_dtypes():
