@@ -3,7 +3,7 @@ import pytest
 import doratune as dt
 from doratune.train import tokens as module
 from doratune.train.gather import BadRow
-from train.tiny import chat_tokenizer, tokenizer
+from train.tiny import chat_tokenizer, sentencepiece_tokenizer, tokenizer
 
 
 def learnt(example, made):
@@ -34,6 +34,16 @@ def test_a_start_sign_comes_where_the_tokenizer_puts_one():
     assert module.completion("a", "b", made, False).ids[0] != 256
     made.backend_tokenizer.post_processor = TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 256)])
     assert module.completion("a", "b", made, False).ids.tolist() == [256, *tokenizer()("ab")["input_ids"], 256]
+
+
+def test_a_prompt_has_the_signs_before_a_text_and_none_behind():
+    made = sentencepiece_tokenizer()
+    assert made("once upon")["input_ids"] == [1, 3, 4, 2]
+    assert module.opening("once upon", made) == [1, 3, 4]
+    assert module.completion("once upon", "a", made, False).ids.tolist() == [1, 3, 4, 5, 2]
+    assert module.plain("once upon", made) == [3, 4]
+    made.bos_token = None  # as encoders, whose first sign is no beginning of a text
+    assert module.opening("once upon", made) == [1, 3, 4]
 
 
 def test_a_chat_is_learnt_where_the_assistant_speaks():

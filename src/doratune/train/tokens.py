@@ -56,14 +56,32 @@ def document(text: Any, tokenizer: Any) -> Tokens:
     return Tokens.of([*_start(tokenizer), *chain.from_iterable(encoded), *_end(tokenizer)])
 
 
+def opening(prompt: str, tokenizer: Any) -> list[int]:
+    """A prompt's tokens, the same in training and when it is continued: the signs before a text, none after it."""
+    return [*_start(tokenizer), *plain(prompt, tokenizer)]
+
+
+def plain(text: str, tokenizer: Any) -> list[int]:
+    """A text's tokens without any sign."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return ids
+
+
+def written(ids: Sequence[int], new: Sequence[int], tokenizer: Any) -> str:
+    """What new tokens add to the text; decoded alone they would lose a space that some tokenizers drop at a start."""
+    before = tokenizer.decode(ids, skip_special_tokens=True)
+    whole: str = tokenizer.decode([*ids, *new], skip_special_tokens=True)
+    return whole[len(before) :]
+
+
 def completion(prompt: Any, answer: Any, tokenizer: Any, learn_prompt: bool) -> Tokens:
     """A prompt and what follows it.
 
     Raises:
         BadRow: if one of them is missing.
     """
-    before = [*_start(tokenizer), *_plain(string(prompt, "prompt"), tokenizer)]
-    after = [*_plain(string(answer, "completion"), tokenizer), *_end(tokenizer)]
+    before = opening(string(prompt, "prompt"), tokenizer)
+    after = [*plain(string(answer, "completion"), tokenizer), *_end(tokenizer)]
     return Tokens.of(before + after, [learn_prompt] * len(before) + [True] * len(after))
 
 
@@ -186,14 +204,12 @@ def _rendered(tokenizer: Any, turns: list[dict[str, Any]], **options: Any) -> Ma
     return rendered
 
 
-def _plain(text: str, tokenizer: Any) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return ids
-
-
 def _start(tokenizer: Any) -> list[int]:
-    adds = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return [tokenizer.bos_token_id] if adds else []
+    """The signs that the tokenizer puts before a text; BERT's also has one behind."""
+    text = plain("a", tokenizer)
+    whole: list[int] = tokenizer("a")["input_ids"]
+    fits = (place for place in range(len(whole)) if whole[place : place + len(text)] == text)
+    return whole[: next(fits, 0)]
 
 
 def _end(tokenizer: Any) -> list[int]:
