@@ -131,3 +131,31 @@ def test_whether_anything_is_learnt():
     assert not example.cut(3).learns
     assert example.cut(4).learns
     assert not module.Tokens.of([7]).learns
+
+
+def test_null_fields_of_a_chat_are_absent_fields():
+    """Llama 3's template refuses whatever has a field tool_calls; tables with one have it in every row."""
+    made = chat_tokenizer()
+    made.chat_template = (
+        "{% for m in messages %}{% if 'tool_calls' in m or 'name' in m %}{{ raise_exception('one call at a time') }}"
+        "{% endif %}[{{ m['role'] }}]{{ m['content'] }}<end>{% endfor %}"
+    )
+    turns = [
+        {"role": "user", "content": "hi", "tool_calls": None, "name": None},
+        {"role": "assistant", "content": "yes", "tool_calls": [], "name": None},
+    ]
+    assert made.decode(module.chat(turns, made, learn_all=True).ids) == "[user]hi<end>[assistant]yes<end>"
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    assert module.turns_of([call]) == [call]
+
+
+def test_half_a_character_is_a_bad_row():
+    made = chat_tokenizer()
+    for use in (
+        lambda text: module.document(text, made),
+        lambda text: module.completion("ask", text, made, False),
+        lambda text: module.chat([{"role": "assistant", "content": text}], made, True),
+    ):
+        use("ab\U0001f600")
+        with pytest.raises(BadRow, match=r"character 3 is \\ud83d, half of one"):
+            use("ab\ud83d")

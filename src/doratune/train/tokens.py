@@ -155,13 +155,17 @@ def turns_of(messages: Any) -> list[dict[str, Any]]:
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping):
             raise BadRow(f"message {number}: expected role and content, found {_short(message)}")
-        turn = dict(message)
+        # Tables have null for absent fields, and templates take a field of tool calls for tool calls. They do ask for
+        # an absent content.
+        turn = {k: v for k, v in message.items() if k == "content" or (v is not None and (k != "tool_calls" or v))}
         if "from" in turn and "value" in turn:
             turn = {"role": SHAREGPT.get(turn["from"], turn["from"]), "content": turn["value"]}
         if turn.get("role") not in ROLES:
             raise BadRow(f"message {number}: role must be one of {', '.join(ROLES)}; found {turn.get('role')!r}")
         if not turn.get("content") and not turn.get("tool_calls"):
             raise BadRow(f"message {number} ({turn['role']}) has no content")
+        if isinstance(turn.get("content"), str):
+            _refuse_halves(turn["content"], f"message {number}")
         turns.append(turn)
     return turns
 
@@ -189,7 +193,17 @@ def string(value: Any, what: str) -> str:
         raise BadRow(f"{what}: expected text, found {_short(value)}")
     if not value.strip():
         raise BadRow(f"{what} is empty")
+    _refuse_halves(value, what)
     return value
+
+
+def _refuse_halves(text: str, what: str) -> None:
+    """JSON can write half of a character (a lone surrogate), which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise BadRow(f"{what}: character {error.start + 1} is {half}, half of one; write it whole") from error
 
 
 def _rendered(tokenizer: Any, turns: list[dict[str, Any]], **options: Any) -> Mapping[str, list[int]]:
