@@ -1,3 +1,5 @@
+import re
+
 import datasets
 import pytest
 import torch
@@ -125,6 +127,18 @@ def test_a_prompt_template_takes_any_columns(tmp_path, model, said):
     for template, message in said_of.items():
         config.prompt_template = template
         with pytest.raises(dt.AdapterError, match=message):
+            module.prepare(config, said.append)
+
+
+def test_a_prompt_template_takes_texts_and_numbers(tmp_path, model, said):
+    values = [{"ask": None, "n": 3, "parts": ["x", {"y": "z"}], "output": "out"}] * 2
+    config = rows(tmp_path, model, values, prompt_template="<{ask}|{n:02d}|{parts[0]}|{parts[1][y]}>")
+    assert decoded(module.prepare(config, said.append).train)[0][0] == "<|03|x|z>out<end>"
+    for field, kind in (("parts", "a list"), ("parts[1]", "an object")):
+        config.prompt_template = f"<{{{field}}}>"
+        with pytest.raises(
+            dt.AdapterError, match=rf"rows.jsonl:1: .*{re.escape(repr(field))} is {kind}, expected text"
+        ):
             module.prepare(config, said.append)
 
 

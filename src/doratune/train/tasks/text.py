@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from string import Formatter
 from typing import Any
 
 import numpy as np
@@ -142,9 +143,24 @@ class Reader:
     def _prompt(self, row: Row) -> str:
         template = (self.config.prompt_template or "").replace("\\n", "\n")  # as one types it in a shell
         try:
-            return template.format_map(row.values)
+            return _Filled().vformat(template, (), row.values)
+        except BadRow:
+            raise
         except (KeyError, IndexError, ValueError, AttributeError) as error:
             raise BadRow(f"prompt_template cannot be filled: {type(error).__name__}: {error}") from error
+
+
+class _Filled(Formatter):
+    """Fills a template with texts and numbers; null is no text."""
+
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
+        value, first = super().get_field(field_name, args, kwargs)
+        if isinstance(value, list | tuple | Mapping):
+            kind = "an object" if isinstance(value, Mapping) else "a list"
+            raise BadRow(
+                f"prompt_template: {field_name!r} is {kind}, expected text; name a part: {{{field_name}[...]}}"
+            )
+        return "" if value is None else value, first
 
 
 def fitted(examples: Sequence[Tokens], length: int, say: Say, what: str) -> list[Tokens]:
