@@ -3,6 +3,7 @@ import re
 import datasets
 import pytest
 import torch
+import transformers
 from rich.console import Console
 from torch.utils.data import DataLoader
 
@@ -140,6 +141,25 @@ def test_a_prompt_template_takes_texts_and_numbers(tmp_path, model, said):
             dt.AdapterError, match=rf"rows.jsonl:1: .*{re.escape(repr(field))} is {kind}, expected text"
         ):
             module.prepare(config, said.append)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "bart", "decoder"])
+def test_encoders_are_refused_before_data_are_read(tmp_path, kind, said, monkeypatch):
+    made = {
+        "bert": transformers.BertConfig(),
+        "roberta": transformers.RobertaConfig(),
+        "bart": transformers.BartConfig(),
+        "decoder": transformers.BertConfig(is_decoder=True),
+    }[kind]
+    made.save_pretrained(tmp_path)
+    monkeypatch.setattr(module, "load_tokenizer", lambda _: None)
+    monkeypatch.setattr(module, "Reader", lambda *_: {}["read"])
+    message = "a bart has an encoder, which would be left out" if kind == "bart" else f"a {kind} is an encoder"
+    expected = pytest.raises(dt.AdapterError, match=f"{message}.*name a decoder")
+    if kind == "decoder":
+        expected = pytest.raises(KeyError, match="read")
+    with expected:
+        module.prepare(TrainConfig(str(tmp_path), ("d",)), said.append)
 
 
 def test_chats_and_prompts_as_chats(tmp_path, chat_model, said):

@@ -15,7 +15,7 @@ from doratune.train import tokens
 from doratune.train.columns import described, roles_of_text
 from doratune.train.config import TrainConfig
 from doratune.train.gather import BadRow, Say, gather, hold_out, rows, set_aside, usable
-from doratune.train.models import load_tokenizer
+from doratune.train.models import load_config, load_tokenizer
 from doratune.train.positions import check_length, longest_of
 from doratune.train.sources import Row, problem_of
 from doratune.train.tasks.batches import Packed, Padded, collate_blocks
@@ -46,6 +46,7 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
         AdapterError: listing every row that cannot be used, or if there is too little text.
     """
     tokenizer = load_tokenizer(config.model)
+    _refuse_encoders(config)
     reader = Reader(config, tokenizer, say)
     blocks = reader.documents if config.packing is None else config.packing
     if config.streaming or (blocks and reader.documents):
@@ -90,6 +91,25 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
     told = f", {len(test)} to test on" if len(test) else ""
     say(f"{len(train)} {what} to train on, {len(held_out)} held out{told}")
     return _prepared(config, reader, train, held_out, test, False, blocks)
+
+
+def _refuse_encoders(config: TrainConfig) -> None:
+    """transformers loads encoders as language models, too: tokens then see those that they are to predict.
+
+    Of a model with encoder and decoder it takes the decoder alone.
+    """
+    transformers, own = require("transformers"), load_config(config.model)
+    advice = "name a decoder (Llama, Qwen, GPT-2, ...), or another task"
+    if getattr(own, "is_encoder_decoder", False):
+        raise AdapterError(
+            f"model {config.model}: a {own.model_type} has an encoder, which would be left out; {advice}"
+        )
+    # Decoders that know the word is_decoder say that they are one, or have never been trained with masks.
+    if getattr(own, "is_decoder", None) is False and type(own) in transformers.MODEL_FOR_MASKED_LM_MAPPING:
+        raise AdapterError(
+            f"model {config.model}: a {own.model_type} is an encoder, in which a token sees those after it, so that "
+            f"there is nothing to predict; {advice}"
+        )
 
 
 class Reader:
