@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import re
 import shlex
 import shutil
 
@@ -78,8 +79,8 @@ def test_full_fine_tuning_writes_a_model(assets, tmp_path):
     result = train(config(assets, tmp_path / "run", method="full"))
     assert result.trained == result.base
     assert result.loss_after < result.loss_before
-    loaded = load_model(result.adapter)
-    assert not torch.equal(loaded.model.layers[0].mlp.up_proj.weight, llama().model.layers[0].mlp.up_proj.weight)
+    for again in (load_model(result.adapter), *loaded(result.next_steps())):
+        assert not torch.equal(again.model.layers[0].mlp.up_proj.weight, llama().model.layers[0].mlp.up_proj.weight)
 
 
 def test_two_runs_are_equal_and_a_resumed_one_too(assets, tmp_path):
@@ -205,19 +206,34 @@ def test_a_loss_that_is_not_finite_stops_the_run(assets, tmp_path):
         train(config(assets, tmp_path / "a", learning_rate=1e30, max_grad_norm=0, method="full", save_every=None))
 
 
+def loaded(commands):
+    """The models that each of the printed pieces of Python loads, by itself."""
+    pieces = re.split(r"^#.*\n", commands, flags=re.MULTILINE)
+    for piece in pieces:
+        if "import" in piece:
+            names = {}
+            exec(piece, names)
+            yield names["model"]
+
+
 def test_the_table_and_the_commands(assets, tmp_path):
-    result = train(config(assets, tmp_path / "a", steps=1, save_every=None))
+    result = train(config(assets, tmp_path / 'a "king"', steps=2, warmup=0, save_every=None))
     screen = io.StringIO()
     Console(file=screen, width=160).print(result.table())
     for part in ("trained parameters", "held-out perplexity", "peak memory", "tokens/s"):
         assert part in screen.getvalue()
     commands = result.next_steps()
-    for part in ("doratune merge", "doratune.load_adapter", "PeftModel.from_pretrained"):
-        assert part in commands
-    assert json.loads((tmp_path / "a" / "results.json").read_text())["peak_memory"] > 2**20
+    assert "doratune merge" in commands
+    models = [model.eval() for model in loaded(commands)]
+    assert len(models) == 2
+    ids = torch.arange(12).view(2, 6)
+    ours, theirs = (model(ids).logits for model in models)
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert not torch.allclose(ours, llama().eval()(ids).logits, atol=1e-5)
+    assert json.loads((tmp_path / 'a "king"' / "results.json").read_text())["peak_memory"] > 2**20
     use = dataclasses.replace(result, prompt='a "king"').next_steps().splitlines()[1]
     assert shlex.split(use) == ["doratune", "generate", result.adapter, "--prompt", 'a "king"']
-    assert "adapter --chat\n" in dataclasses.replace(result, chat=True).next_steps()
+    assert " --chat\n" in dataclasses.replace(result, chat=True).next_steps()
 
 
 def test_a_terminal_gets_a_bar_with_everything(assets, tmp_path):
@@ -257,6 +273,7 @@ def test_classifiers_are_inspected_and_merged_like_others(tmp_path, capsys):
     ]
     for command in commands:
         assert main(command.split()[1:]) == 0, command
+    assert [model.num_labels for model in loaded(result.next_steps())] == [2, 2]
     capsys.readouterr()
     merged = AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "merged")
     assert merged.config.id2label == {0: "blue", 1: "red"}
