@@ -7,7 +7,7 @@ from doratune.inference.sampling import Sampling
 from doratune.inference.sources import Sources
 from doratune.inference.writer import Writer, label
 from inference.small import save_moved, save_writer
-from train.tiny import llama, save_encoder, tokenizer
+from train.tiny import llama, save_encoder, sentencepiece_tokenizer, tokenizer
 
 SHORT = Sampling(max_tokens=8)
 
@@ -163,3 +163,11 @@ def test_sampling_that_cannot_work(options, complaint):
 
 def test_labels():
     assert (label(None), label("tales")) == ("base", "tales")
+
+
+def test_prompts_are_what_they_were_in_training():
+    """A tokenizer that ends every text with a sign would have the model continue a text that is over."""
+    made = sentencepiece_tokenizer()
+    made.chat_template = "<s>{% for m in messages %} {{ m['content'] }}{% endfor %}"
+    writer = Writer(llama(), made)
+    assert writer.check([Prompt("once upon"), chat("a")]) == [[1, 3, 4], [1, *made("a")["input_ids"][1:-1]]]

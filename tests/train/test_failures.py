@@ -4,8 +4,10 @@ import errno
 import io
 import os
 import resource
+import shlex
 import signal
 import traceback
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from rich.console import Console
 
 import doratune as dt
 from doratune.train import AdapterOptions, TrainConfig, last_checkpoint, train
-from doratune.train.failures import explained
+from doratune.train.failures import explained, resume_command
+from doratune.train.interruption import Interruption
 from train.tiny import save_image_folder, save_model, save_vision_model, write_text
 
 
@@ -60,6 +63,27 @@ def test_out_of_memory(tmp_path, error):
         assert advice in said
     said = fails_with(RuntimeError("DefaultCPUAllocator: can't allocate memory"), tmp_path, task="image-classification")
     assert "a smaller image_size" in said
+
+
+def test_the_command_to_go_on_with_is_one_for_a_shell(tmp_path):
+    found = shlex.split(resume_command(config(("m", "d"), tmp_path / "my run's")))
+    assert found == ["doratune", "train", "--recipe", str(tmp_path / "my run's" / "recipe.toml"), "--resume"]
+
+
+def test_workers_that_inherit_ctrl_c_say_nothing_about_it():
+    screen = io.StringIO()
+    interruption = Interruption(Console(file=screen))
+    interruption.on_train_begin(SimpleNamespace(world_size=1), None, None)
+    try:
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+            os._exit(3 if screen.getvalue() else 0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        os.kill(os.getpid(), signal.SIGINT)
+        assert "Stopping after this step" in screen.getvalue()
+    finally:
+        interruption.close()
 
 
 def test_what_is_not_understood_passes(tmp_path):

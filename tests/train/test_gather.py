@@ -67,6 +67,28 @@ def test_columns_are_guessed_and_said():
     assert described({"text": "id"}, config(text_column="id")) == "text = 'id'"
 
 
+@pytest.mark.parametrize(
+    ("names", "template", "prompt"),
+    [
+        (["instruction", "input", "output", "text"], r"{instruction}\n{input}\n", "instruction"),
+        (["instruction", "context", "response", "category"], r"{instruction}\n{context}\n", "instruction"),
+        (["id", "system_prompt", "question", "response"], r"{system_prompt}\n{question}\n", "question"),
+    ],
+)
+def test_half_a_prompt_is_not_guessed(names, template, prompt):
+    with pytest.raises(dt.AdapterError) as caught:
+        roles_of_text(config(), names, "f:1")
+    assert f'--prompt-template "{template}", or --prompt-column {prompt} to' in str(caught.value)
+    completion = "output" if "output" in names else "response"
+    assert roles_of_text(config(prompt_column=prompt), names, "f") == {"prompt": prompt, "completion": completion}
+    assert roles_of_text(config(prompt_template=template), names, "f") == {"completion": completion}
+
+
+def test_a_completion_is_no_part_of_a_prompt():
+    names = ["question", "input"]
+    assert roles_of_text(config(completion_column="input"), names, "f") == {"prompt": "question", "completion": "input"}
+
+
 def test_columns_that_are_not_there():
     with pytest.raises(
         dt.AdapterError, match=r"f: no column looks like a text.* among foo, bar; name them with --text"

@@ -9,8 +9,18 @@ from doratune.extras import require
 from doratune.train import TrainConfig
 from doratune.train.assemble import autocast
 from doratune.train.information import Information
-from doratune.train.models import base_name, choose_dtype, load_base, load_model, load_tokenizer, model_problem
-from train.tiny import llama, save_model
+from doratune.train.models import (
+    align_padding,
+    base_name,
+    choose_dtype,
+    load_base,
+    load_classifier,
+    load_model,
+    load_tokenizer,
+    model_problem,
+)
+from doratune.train.tasks.classification import _Collate
+from train.tiny import llama, save_model, tokenizer
 
 
 def test_problems_seen_without_loading(tmp_path):
@@ -55,6 +65,36 @@ def test_a_broken_folder_is_named(tmp_path):
     (tmp_path / "tokenizer.json").unlink(), (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(dt.AdapterError, match="holds no tokenizer"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(("before", "labels"), [("regression", 1), ("multi_label_classification", 3)])
+def test_a_base_for_another_kind_of_loss_learns_classes(tmp_path, before, labels):
+    model = llama()
+    model.config.num_labels, model.config.problem_type = labels, before
+    model.save_pretrained(tmp_path / "text")
+    loaded, _ = load_classifier(str(tmp_path / "text"), torch.float32, "text-classification", ["a", "b", "c"])
+    ids, labels = torch.tensor([[1, 2], [3, 4]]), torch.tensor([0, 2])
+    found = loaded(input_ids=ids, labels=labels)
+    assert torch.allclose(found.loss, torch.nn.functional.cross_entropy(found.logits, labels))
+
+
+@pytest.mark.parametrize("unknown", ["<unk>", None])
+def test_a_tokenizer_without_signs_for_padding_and_end_pads(unknown):
+    from transformers import LlamaForSequenceClassification
+
+    made = tokenizer()
+    made.pad_token, made.eos_token = None, None
+    if unknown:
+        made.unk_token = "<end>"
+    model = LlamaForSequenceClassification(llama().config)
+    align_padding(model, made)
+    assert model.config.pad_token_id == made.pad_token_id == (256 if unknown else 0)
+    rows = [{"input_ids": [1, 2, 3], "labels": 0}, {"input_ids": [4], "labels": 1}]
+    other = tokenizer()
+    other.pad_token, other.eos_token = None, None
+    batch = _Collate(other)(rows)
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
 def test_dtypes():

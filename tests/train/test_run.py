@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import re
 import shlex
 import shutil
 
@@ -78,8 +79,8 @@ def test_full_fine_tuning_writes_a_model(assets, tmp_path):
     result = train(config(assets, tmp_path / "run", method="full"))
     assert result.trained == result.base
     assert result.loss_after < result.loss_before
-    loaded = load_model(result.adapter)
-    assert not torch.equal(loaded.model.layers[0].mlp.up_proj.weight, llama().model.layers[0].mlp.up_proj.weight)
+    for again in (load_model(result.adapter), *loaded(result.next_steps())):
+        assert not torch.equal(again.model.layers[0].mlp.up_proj.weight, llama().model.layers[0].mlp.up_proj.weight)
 
 
 def test_two_runs_are_equal_and_a_resumed_one_too(assets, tmp_path):
@@ -102,6 +103,68 @@ def test_two_runs_are_equal_and_a_resumed_one_too(assets, tmp_path):
         for name in "ab"
     ]
     assert metrics[0] == metrics[1]
+
+
+def begun(assets, output, **values):
+    """A run that ended at its fourth step of six."""
+    train(config(assets, output, **values))
+    shutil.rmtree(output / "checkpoints" / "checkpoint-6")
+    (output / "results.json").unlink()
+
+
+def rates(output):
+    return {r["step"]: r["learning_rate"] for r in read_metrics(output / "metrics.jsonl") if "loss" in r}
+
+
+@pytest.mark.parametrize("method", ["dora", "full"])
+def test_a_resumed_run_has_the_rates_that_are_asked_for_now(assets, tmp_path, method):
+    options = {"method": method, "schedule": "cosine", "warmup": 0}
+    begun(assets, tmp_path / "a", **options)
+    train(config(assets, tmp_path / "a", resume=True, **{**options, "learning_rate": 1e-3}))
+    train(config(assets, tmp_path / "b", **options))
+    asked = {step: rate * (0.1 if step > 4 else 1) for step, rate in rates(tmp_path / "b").items()}
+    assert rates(tmp_path / "a") == pytest.approx(asked)
+
+
+@pytest.mark.parametrize("ratio", [4.0, 1.0])
+def test_every_group_has_the_options_that_are_asked_for_now(assets, tmp_path, ratio, monkeypatch):
+    from doratune.train.trainer import AdapterTrainerMixin
+
+    groups = []
+
+    def note(self, **kwargs):
+        groups.extend({k: g[k] for k in ("name", "lr", "weight_decay")} for g in self.optimizer.param_groups)
+        return original(self, **kwargs)
+
+    original = AdapterTrainerMixin._run_epoch
+    options = {"schedule": "constant", "warmup": 0}
+    begun(assets, tmp_path / "a", lora_plus_ratio=4.0 if ratio == 4 else 1.0, weight_decay=0.5, **options)
+    monkeypatch.setattr(AdapterTrainerMixin, "_run_epoch", note)
+    asked = {"magnitude_learning_rate": 2e-3, "weight_decay": 0.25, "magnitude_weight_decay": 0.125}
+    ratio = 8.0 if ratio == 4 else 1.0
+    train(config(assets, tmp_path / "a", resume=True, lora_plus_ratio=ratio, **options, **asked))
+    found = {g["name"]: (g["lr"], g["weight_decay"]) for g in groups}
+    expected = {"weights": (1e-2, 0.25), "B": (8e-2, 0.25), "magnitudes": (2e-3, 0.125)}
+    if ratio == 1:
+        del expected["B"]
+    assert found == expected
+
+
+def test_other_groups_than_the_checkpoint_has_are_refused(assets, tmp_path):
+    begun(assets, tmp_path / "a")
+    with pytest.raises(dt.AdapterError, match=r"other groups of parameters than .*leave lora_plus_ratio"):
+        train(config(assets, tmp_path / "a", resume=True, lora_plus_ratio=16.0))
+
+
+def test_a_resumed_run_has_the_intervals_that_are_asked_for_now(assets, tmp_path):
+    begun(assets, tmp_path / "a", eval_every=4)
+    asked = {"log_every": 3, "eval_every": 5, "save_every": 1, "keep": 9}
+    train(config(assets, tmp_path / "a", resume=True, steps=8, **asked))
+    records = [r for r in read_metrics(tmp_path / "a" / "metrics.jsonl") if r["step"] > 4]
+    assert [r["step"] for r in records if "loss" in r] == [6]
+    assert [r["step"] for r in records if "eval_loss" in r] == [5, 8]
+    found = {p.name for p in checkpoints(tmp_path / "a" / "checkpoints")}
+    assert found >= {"checkpoint-5", "checkpoint-6", "checkpoint-7", "checkpoint-8"}
 
 
 def test_checkpoints_are_limited(assets, tmp_path):
@@ -143,19 +206,34 @@ def test_a_loss_that_is_not_finite_stops_the_run(assets, tmp_path):
         train(config(assets, tmp_path / "a", learning_rate=1e30, max_grad_norm=0, method="full", save_every=None))
 
 
+def loaded(commands):
+    """The models that each of the printed pieces of Python loads, by itself."""
+    pieces = re.split(r"^#.*\n", commands, flags=re.MULTILINE)
+    for piece in pieces:
+        if "import" in piece:
+            names = {}
+            exec(piece, names)
+            yield names["model"]
+
+
 def test_the_table_and_the_commands(assets, tmp_path):
-    result = train(config(assets, tmp_path / "a", steps=1, save_every=None))
+    result = train(config(assets, tmp_path / 'a "king"', steps=2, warmup=0, save_every=None))
     screen = io.StringIO()
     Console(file=screen, width=160).print(result.table())
     for part in ("trained parameters", "held-out perplexity", "peak memory", "tokens/s"):
         assert part in screen.getvalue()
     commands = result.next_steps()
-    for part in ("doratune merge", "doratune.load_adapter", "PeftModel.from_pretrained"):
-        assert part in commands
-    assert json.loads((tmp_path / "a" / "results.json").read_text())["peak_memory"] > 2**20
+    assert "doratune merge" in commands
+    models = [model.eval() for model in loaded(commands)]
+    assert len(models) == 2
+    ids = torch.arange(12).view(2, 6)
+    ours, theirs = (model(ids).logits for model in models)
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert not torch.allclose(ours, llama().eval()(ids).logits, atol=1e-5)
+    assert json.loads((tmp_path / 'a "king"' / "results.json").read_text())["peak_memory"] > 2**20
     use = dataclasses.replace(result, prompt='a "king"').next_steps().splitlines()[1]
     assert shlex.split(use) == ["doratune", "generate", result.adapter, "--prompt", 'a "king"']
-    assert "adapter --chat\n" in dataclasses.replace(result, chat=True).next_steps()
+    assert " --chat\n" in dataclasses.replace(result, chat=True).next_steps()
 
 
 def test_a_terminal_gets_a_bar_with_everything(assets, tmp_path):
@@ -195,6 +273,7 @@ def test_classifiers_are_inspected_and_merged_like_others(tmp_path, capsys):
     ]
     for command in commands:
         assert main(command.split()[1:]) == 0, command
+    assert [model.num_labels for model in loaded(result.next_steps())] == [2, 2]
     capsys.readouterr()
     merged = AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "merged")
     assert merged.config.id2label == {0: "blue", 1: "red"}

@@ -3,7 +3,7 @@ import pytest
 import doratune as dt
 from doratune.train import tokens as module
 from doratune.train.gather import BadRow
-from train.tiny import chat_tokenizer, tokenizer
+from train.tiny import chat_tokenizer, sentencepiece_tokenizer, tokenizer
 
 
 def learnt(example, made):
@@ -34,6 +34,16 @@ def test_a_start_sign_comes_where_the_tokenizer_puts_one():
     assert module.completion("a", "b", made, False).ids[0] != 256
     made.backend_tokenizer.post_processor = TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 256)])
     assert module.completion("a", "b", made, False).ids.tolist() == [256, *tokenizer()("ab")["input_ids"], 256]
+
+
+def test_a_prompt_has_the_signs_before_a_text_and_none_behind():
+    made = sentencepiece_tokenizer()
+    assert made("once upon")["input_ids"] == [1, 3, 4, 2]
+    assert module.opening("once upon", made) == [1, 3, 4]
+    assert module.completion("once upon", "a", made, False).ids.tolist() == [1, 3, 4, 5, 2]
+    assert module.plain("once upon", made) == [3, 4]
+    made.bos_token = None  # as encoders, whose first sign is no beginning of a text
+    assert module.opening("once upon", made) == [1, 3, 4]
 
 
 def test_a_chat_is_learnt_where_the_assistant_speaks():
@@ -121,3 +131,31 @@ def test_whether_anything_is_learnt():
     assert not example.cut(3).learns
     assert example.cut(4).learns
     assert not module.Tokens.of([7]).learns
+
+
+def test_null_fields_of_a_chat_are_absent_fields():
+    """Llama 3's template refuses whatever has a field tool_calls; tables with one have it in every row."""
+    made = chat_tokenizer()
+    made.chat_template = (
+        "{% for m in messages %}{% if 'tool_calls' in m or 'name' in m %}{{ raise_exception('one call at a time') }}"
+        "{% endif %}[{{ m['role'] }}]{{ m['content'] }}<end>{% endfor %}"
+    )
+    turns = [
+        {"role": "user", "content": "hi", "tool_calls": None, "name": None},
+        {"role": "assistant", "content": "yes", "tool_calls": [], "name": None},
+    ]
+    assert made.decode(module.chat(turns, made, learn_all=True).ids) == "[user]hi<end>[assistant]yes<end>"
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    assert module.turns_of([call]) == [call]
+
+
+def test_half_a_character_is_a_bad_row():
+    made = chat_tokenizer()
+    for use in (
+        lambda text: module.document(text, made),
+        lambda text: module.completion("ask", text, made, False),
+        lambda text: module.chat([{"role": "assistant", "content": text}], made, True),
+    ):
+        use("ab\U0001f600")
+        with pytest.raises(BadRow, match=r"character 3 is \\ud83d, half of one"):
+            use("ab\ud83d")

@@ -20,6 +20,7 @@ from doratune.inference.sources import BASE, Sources
 from doratune.merge import merge
 from doratune.model import adapter_names, disabled, set_adapter
 from doratune.train.models import choose_dtype, context_length, load_model, load_tokenizer
+from doratune.train.tokens import opening, plain, written
 from doratune.weight_files import header, weight_files
 
 LISTED = 20
@@ -100,7 +101,7 @@ class Writer:
         problems = []
         for number, prompt in enumerate(prompts, 1):
             text = prompt.render(self.tokenizer)
-            ids = self.tokenizer(text, add_special_tokens=prompt.messages is None, verbose=False)["input_ids"]
+            ids = (opening if prompt.messages is None else plain)(text, self.tokenizer)
             rows.append(ids)
             name = prompt.where or f"prompt {number}"
             if not ids:
@@ -161,10 +162,7 @@ class Writer:
     ) -> Completion:
         place = next((place for place, token in enumerate(new) if token in ends), None)
         new = new if place is None else new[:place]
-        # Decoded together with the prompt, because some tokenizers drop the space at the start of a text.
-        before = self.tokenizer.decode(ids, skip_special_tokens=True)
-        whole = self.tokenizer.decode([*ids, *new], skip_special_tokens=True)
-        return Completion(prompt, adapter, whole[len(before) :], len(new), place is not None)
+        return Completion(prompt, adapter, written(ids, new, self.tokenizer), len(new), place is not None)
 
     def _ends(self) -> list[int]:
         """Tokens that end a text: the model's, which may be several, and the tokenizer's."""

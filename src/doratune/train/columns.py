@@ -17,6 +17,8 @@ GUESSES = {
     "label": ("label", "labels", "class", "category", "target", "sentiment", "y"),
     "image": ("image", "img", "picture", "file_name", "filename", "file", "path", "image_path"),
 }
+PARTS_OF_PROMPTS = ("system_prompt", "system", *GUESSES["prompt"], "context")
+"""Columns that make up a prompt, in the order in which they are usually put together."""
 
 
 def choose(
@@ -56,8 +58,15 @@ def roles_of_text(config: TrainConfig, names: Collection[str], where: str) -> di
     """Whether rows are documents, prompts with completions, or chats, and in which columns.
 
     Raises:
-        AdapterError: if the names do not tell.
+        AdapterError: if the names do not tell, or tell half of a prompt.
     """
+    found = _roles_of_text(config, names, where)
+    if "prompt" in found and not config.prompt_column:
+        _refuse_half_a_prompt(found, names, where)
+    return found
+
+
+def _roles_of_text(config: TrainConfig, names: Collection[str], where: str) -> dict[str, str]:
     if config.messages_column:
         return choose(config, names, ["messages"], where)
     if config.prompt_template:
@@ -74,6 +83,17 @@ def roles_of_text(config: TrainConfig, names: Collection[str], where: str) -> di
         f"{where}: no column looks like a text, a prompt with completion, or a chat among {', '.join(names)}; name "
         "them with --text-column, with --prompt-column and --completion-column, or with --messages-column"
     )
+
+
+def _refuse_half_a_prompt(found: dict[str, str], names: Collection[str], where: str) -> None:
+    parts = [name for name in PARTS_OF_PROMPTS if name in names and name != found["completion"]]
+    others = [name for name in parts if name != found["prompt"]]
+    if others:
+        template = "".join(f"{{{name}}}\\n" for name in parts)
+        raise AdapterError(
+            f"{where}: the prompt could be {found['prompt']!r} alone or together with {', '.join(map(repr, others))}; "
+            f'say which: --prompt-template "{template}", or --prompt-column {found["prompt"]} to leave the rest out'
+        )
 
 
 def _check_template(template: str, names: Collection[str], where: str) -> None:

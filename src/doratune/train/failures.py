@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +54,7 @@ def resume_command(config: TrainConfig) -> str:
     """How to go on with a run."""
     asked = processes_asked()
     program = "doratune" if asked == 1 else f"torchrun --nproc-per-node {asked} -m doratune"
-    return f"{program} train --recipe {config.output / RECIPE} --resume"
+    return f"{program} train --recipe {shlex.quote(str(config.output / RECIPE))} --resume"
 
 
 def _cause(error: Exception, config: TrainConfig) -> str | None:

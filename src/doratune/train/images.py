@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -53,11 +54,11 @@ class Picture:
             if isinstance(self.source, np.ndarray):
                 return image.fromarray(_as_bytes(self.source)).convert("RGB")
             if isinstance(self.source, bytes):
-                return image.open(io.BytesIO(self.source)).convert("RGB")
+                return _in_rgb(image.open(io.BytesIO(self.source)))
             if isinstance(self.source, Path):
                 with image.open(self.source) as opened:
-                    return opened.convert("RGB")
-            return self.source.convert("RGB")
+                    return _in_rgb(opened)
+            return _in_rgb(self.source)
         except (OSError, ValueError, SyntaxError, TypeError, image.DecompressionBombError) as error:
             raise BadRow(f"image cannot be read: {error}") from error
 
@@ -209,6 +210,22 @@ def _table(name: str, split: str, columns: Mapping[str, str], folder: Path | Non
             yield Row(row.where, problem="image is empty")
         else:
             yield Row(row.where, {"image": value, "label": row.values.get(columns.get("label", ""))})
+
+
+def _in_rgb(opened: Image) -> Image:
+    """Upright, and in 8 bits a channel: Pillow makes white of all that is above 255 in 16 bits."""
+    image, operations = require("PIL.Image"), require("PIL.ImageOps")
+    opened.load()
+    try:
+        upright: Image = operations.exif_transpose(opened)
+    except (OSError, ValueError, SyntaxError, struct.error):  # broken EXIF data say nothing about the image
+        upright = opened
+    pixels = np.asarray(upright) if upright.mode[0] in "IF" else None
+    if pixels is None:
+        return upright.convert("RGB")
+    if upright.mode.startswith("I;16") or opened.format in ("PNG", "PPM"):  # the latter's 16 bits may come as mode I
+        pixels = (pixels / 257).round().astype(np.uint8)
+    return image.fromarray(_as_bytes(pixels)).convert("RGB")
 
 
 def _as_bytes(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

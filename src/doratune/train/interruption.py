@@ -6,6 +6,7 @@ the last good checkpoint to go on from.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ class Interruption(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Listen; only the main thread can."""
-        self.alone = args.world_size == 1
+        self.alone, self.process = args.world_size == 1, os.getpid()
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
 
@@ -39,7 +40,8 @@ class Interruption(TrainerCallback):
         if self.asked or not self.alone:
             raise KeyboardInterrupt
         self.asked = True
-        self.console.print("Stopping after this step, with a checkpoint; once more to stop at once.")
+        if os.getpid() == self.process:  # workers that load data inherit this, and go on until the run has ended
+            self.console.print("Stopping after this step, with a checkpoint; once more to stop at once.")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask the Trainer for a checkpoint and an end."""

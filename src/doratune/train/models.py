@@ -145,6 +145,9 @@ def _load(
             names = dict(enumerate(labels))
             more |= {"id2label": names, "label2id": {label: i for i, label in names.items()}}
             more |= {"num_labels": len(labels), "ignore_mismatched_sizes": True}
+        if len(labels) > 1 and task in CLASSIFIERS:
+            # The loss goes by it, and a base may have been trained for regression or several labels at once.
+            more["problem_type"] = "single_label_classification"
         model, found = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **more)
     except Exception as error:  # whatever a broken folder, an absent file or an absent network makes it raise
         raise AdapterError(_could_not_load("model", name, bool(options), error)) from error
@@ -185,15 +188,19 @@ def load_tokenizer(name: str) -> Any:
 def align_padding(model: Any, tokenizer: Any) -> None:
     """Tell a text classifier which token pads: language models classify the last one that is another. Others stay.
 
-    A tokenizer without one gets its end of text. The model's config may say something else, or nothing: those of
+    The model's config may say something else, or nothing: those of
     Llama 3 and Qwen2.5 name other tokens than their tokenizers.
     """
     if "SequenceClassification" not in type(model).__name__:
         return
+    give_padding(tokenizer)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
+def give_padding(tokenizer: Any) -> None:
+    """A tokenizer without a token that pads gets its end of text, what stands for the unknown, or its first token."""
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token_id is not None:
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
 
 
 def load_config(name: str) -> Any:

@@ -1,12 +1,14 @@
-"""What is trained, and how fast: names of optimisers, LoRA+'s groups, heads alone, weights beyond repair."""
+"""What is trained, and how fast: names of optimisers, LoRA+'s groups, heads alone, resumed states, broken weights."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from doratune.errors import AdapterError, DivergedError
 from doratune.model import trainable_parameters
@@ -41,6 +43,36 @@ def with_faster_b(model: nn.Module, groups: list[dict[str, Any]], ratio: float) 
             split.append({**group, "params": others})
         split.append({**group, "name": "B", "params": own, "lr": group["lr"] * ratio})
     return split
+
+
+@contextlib.contextmanager
+def keeping_rates(optimizer: Any, scheduler: Any) -> Iterator[None]:
+    """Within this context a checkpoint's states are loaded; learning rates and weight decay stay those of this run.
+
+    What was learnt so far (moments, the number of steps) is the checkpoint's. Learning rates of schedules that are no
+    function of the step stay the checkpoint's, too: there they are part of what was learnt.
+
+    Raises:
+        AdapterError: if the checkpoint's optimiser has other groups of parameters.
+    """
+    kept = ("initial_lr", "weight_decay")
+    own = [{key: group[key] for key in kept if key in group} for group in optimizer.param_groups]
+    try:
+        yield
+    except ValueError as error:
+        if "parameter group" not in str(error):
+            raise
+        raise AdapterError(
+            f"the checkpoint's optimiser has other groups of parameters than this run's ({error}); leave "
+            "lora_plus_ratio and what else says what is trained together as they were, or begin anew in another output"
+        ) from error
+    for group, before in zip(optimizer.param_groups, own, strict=True):
+        group.update(before)
+    if type(scheduler) is LambdaLR:  # as all that are functions of the step
+        scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+        for group, rate, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = rate * factor(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what is logged for the next step
 
 
 def train_only(model: nn.Module, head: Sequence[str]) -> None:

@@ -146,9 +146,14 @@ class TrainResult:
             "image-classification": f"doratune predict {folder} images/ --out predictions.csv",
         }
         lines = ["# use it", use[self.task]]
+        loader = LOADERS[self.task]
+        imported, written = f"from transformers import {loader}", _in_python(self.adapter)
         if self.method in ("full", "head"):
-            kind = LOADERS[self.task]
-            return "\n".join([*lines, "# load it in Python", f'model = {kind}.from_pretrained("{self.adapter}")'])
+            loading = [imported, f"model = {loader}.from_pretrained({written})"]
+            return "\n".join([*lines, "# load it in Python", *loading])
+        # A base may come with a head for other classes.
+        size = f", num_labels={len(self.labels)}, ignore_mismatched_sizes=True" if self.labels else ""
+        base = f"{loader}.from_pretrained({_in_python(self.model)}{size})"
         return "\n".join(
             [
                 *lines,
@@ -156,16 +161,19 @@ class TrainResult:
                 f"doratune inspect {folder} --base {model}",
                 f"doratune merge {folder} --base {model} --output {merged} --verify",
                 "# load it in Python",
-                f"model = {self._loading()}",
-                f'doratune.load_adapter(model, "{self.adapter}")',
+                "import doratune",
+                imported,
+                f"model = doratune.load_adapter({base}, {written})",
                 "# or in PEFT",
-                f'model = PeftModel.from_pretrained(model, "{self.adapter}")',
+                "from peft import PeftModel",
+                imported,
+                f"model = PeftModel.from_pretrained({base}, {written})",
             ]
         )
 
-    def _loading(self) -> str:
-        size = f", num_labels={len(self.labels)}" if self.labels else ""
-        return f'{LOADERS[self.task]}.from_pretrained("{self.model}"{size})'
+
+def _in_python(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _exp(loss: float) -> float:

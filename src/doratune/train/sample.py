@@ -6,16 +6,20 @@ from typing import Any
 
 import torch
 
+from doratune.train.tokens import opening, written
+
 
 def continuation(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
     """What the model writes after a prompt, the likeliest token at each step."""
     was_training = model.training
     model.eval()
     try:
-        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+        ids = opening(prompt, tokenizer)
+        inputs = torch.tensor([ids], device=model.device)
         with torch.inference_mode():
             out = model.generate(
-                **inputs,
+                input_ids=inputs,
+                attention_mask=torch.ones_like(inputs),
                 max_new_tokens=tokens,
                 do_sample=False,
                 temperature=None,
@@ -26,5 +30,4 @@ def continuation(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
             )
     finally:
         model.train(was_training)
-    text: str = tokenizer.decode(out[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return text
+    return written(ids, out[0][len(ids) :].tolist(), tokenizer)

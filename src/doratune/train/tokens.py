@@ -56,14 +56,32 @@ def document(text: Any, tokenizer: Any) -> Tokens:
     return Tokens.of([*_start(tokenizer), *chain.from_iterable(encoded), *_end(tokenizer)])
 
 
+def opening(prompt: str, tokenizer: Any) -> list[int]:
+    """A prompt's tokens, the same in training and when it is continued: the signs before a text, none after it."""
+    return [*_start(tokenizer), *plain(prompt, tokenizer)]
+
+
+def plain(text: str, tokenizer: Any) -> list[int]:
+    """A text's tokens without any sign."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return ids
+
+
+def written(ids: Sequence[int], new: Sequence[int], tokenizer: Any) -> str:
+    """What new tokens add to the text; decoded alone they would lose a space that some tokenizers drop at a start."""
+    before = tokenizer.decode(ids, skip_special_tokens=True)
+    whole: str = tokenizer.decode([*ids, *new], skip_special_tokens=True)
+    return whole[len(before) :]
+
+
 def completion(prompt: Any, answer: Any, tokenizer: Any, learn_prompt: bool) -> Tokens:
     """A prompt and what follows it.
 
     Raises:
         BadRow: if one of them is missing.
     """
-    before = [*_start(tokenizer), *_plain(string(prompt, "prompt"), tokenizer)]
-    after = [*_plain(string(answer, "completion"), tokenizer), *_end(tokenizer)]
+    before = opening(string(prompt, "prompt"), tokenizer)
+    after = [*plain(string(answer, "completion"), tokenizer), *_end(tokenizer)]
     return Tokens.of(before + after, [learn_prompt] * len(before) + [True] * len(after))
 
 
@@ -137,13 +155,17 @@ def turns_of(messages: Any) -> list[dict[str, Any]]:
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping):
             raise BadRow(f"message {number}: expected role and content, found {_short(message)}")
-        turn = dict(message)
+        # Tables have null for absent fields, and templates take a field of tool calls for tool calls. They do ask for
+        # an absent content.
+        turn = {k: v for k, v in message.items() if k == "content" or (v is not None and (k != "tool_calls" or v))}
         if "from" in turn and "value" in turn:
             turn = {"role": SHAREGPT.get(turn["from"], turn["from"]), "content": turn["value"]}
         if turn.get("role") not in ROLES:
             raise BadRow(f"message {number}: role must be one of {', '.join(ROLES)}; found {turn.get('role')!r}")
         if not turn.get("content") and not turn.get("tool_calls"):
             raise BadRow(f"message {number} ({turn['role']}) has no content")
+        if isinstance(turn.get("content"), str):
+            _refuse_halves(turn["content"], f"message {number}")
         turns.append(turn)
     return turns
 
@@ -171,7 +193,17 @@ def string(value: Any, what: str) -> str:
         raise BadRow(f"{what}: expected text, found {_short(value)}")
     if not value.strip():
         raise BadRow(f"{what} is empty")
+    _refuse_halves(value, what)
     return value
+
+
+def _refuse_halves(text: str, what: str) -> None:
+    """JSON can write half of a character (a lone surrogate), which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise BadRow(f"{what}: character {error.start + 1} is {half}, half of one; write it whole") from error
 
 
 def _rendered(tokenizer: Any, turns: list[dict[str, Any]], **options: Any) -> Mapping[str, list[int]]:
@@ -186,14 +218,12 @@ def _rendered(tokenizer: Any, turns: list[dict[str, Any]], **options: Any) -> Ma
     return rendered
 
 
-def _plain(text: str, tokenizer: Any) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return ids
-
-
 def _start(tokenizer: Any) -> list[int]:
-    adds = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return [tokenizer.bos_token_id] if adds else []
+    """The signs that the tokenizer puts before a text; BERT's also has one behind."""
+    text = plain("a", tokenizer)
+    whole: list[int] = tokenizer("a")["input_ids"]
+    fits = (place for place in range(len(whole)) if whole[place : place + len(text)] == text)
+    return whole[: next(fits, 0)]
 
 
 def _end(tokenizer: Any) -> list[int]:

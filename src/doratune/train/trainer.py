@@ -3,8 +3,9 @@
     class MyTrainer(AdapterTrainerMixin, Trainer): ...
 
 Checkpoints hold the adapter instead of the whole model, and end with a completion marker; resuming goes on from the
-last complete one; magnitudes get their own learning rate and no weight decay. On a model without adapters everything
-but the marker is the Trainer's own.
+last complete one, with the learning rates, weight decay and intervals that are asked for now; magnitudes get their own
+learning rate and no weight decay. On a model without adapters everything but the marker and what a resumed run goes on
+with is the Trainer's own.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from doratune.train.checkpoints import (
     unmark,
 )
 from doratune.train.launch import keep_torchao_from_ddp, refuse_unserved, refuse_unsynchronised
-from doratune.train.optimizer import refuse_broken_weights, with_faster_b
+from doratune.train.optimizer import keeping_rates, refuse_broken_weights, with_faster_b
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -138,6 +139,7 @@ class AdapterTrainerMixin(Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        self.state.compute_steps(self.args, self.state.max_steps)  # a resumed run's are those of its checkpoint
         keep_torchao_from_ddp(self.model)
         prepared = super()._prepare_for_training(*args, **kwargs)
         refuse_unsynchronised(self)
@@ -200,7 +202,14 @@ class AdapterTrainerMixin(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or active_adapter(self.model) is None or not is_spread(self.model):
+        if checkpoint is None or self.is_deepspeed_enabled:  # which has loaded both already
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        with keeping_rates(self.optimizer, self.lr_scheduler):
+            self._load_both(checkpoint)
+
+    def _load_both(self, checkpoint: str) -> None:
+        if active_adapter(self.model) is None or not is_spread(self.model):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         load = functools.partial(torch.load, map_location="cpu", weights_only=True)

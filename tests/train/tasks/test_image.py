@@ -177,6 +177,21 @@ def test_bad_images_are_listed_or_left_out(assets, tmp_path):
     assert len(found.train) + len(found.held_out) == 24
 
 
+def test_of_many_images_bad_ones_are_left_out_too(assets, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "OPENED", 10)
+    folder = tmp_path / "images"
+    shutil.copytree(assets / "images", folder)
+    whole = (folder / "blue" / "0.png").read_bytes()
+    (folder / "blue" / "0.png").write_bytes(whole[: len(whole) // 2])
+    said = []
+    found = prepare(config(assets, tmp_path, data=folder, skip_bad=True), said)
+    assert len(found.train) + len(found.held_out) == 23
+    assert said[:2] == ["10 of 24 images checked", "20 of 24 images checked"]
+    found = prepare(config(assets, tmp_path, data=folder))
+    with pytest.raises(dt.AdapterError, match=r"0\.png: image cannot be read.*only the beginnings.*--skip-bad checks"):
+        list(map(found.train.__getitem__, range(len(found.train)))) + [found.held_out[i] for i in range(2)]
+
+
 def test_images_named_in_a_table_have_to_be_there(assets, tmp_path):
     table = save_rows(tmp_path / "t.jsonl", [{"image": "none.png", "label": "a"}, {"image": None, "label": "a"}])
     with pytest.raises(dt.AdapterError, match=r"t.jsonl:1: no such image .*none.png\n  - .*t.jsonl:2: image is empty"):

@@ -1,6 +1,9 @@
+import re
+
 import datasets
 import pytest
 import torch
+import transformers
 from rich.console import Console
 from torch.utils.data import DataLoader
 
@@ -126,6 +129,37 @@ def test_a_prompt_template_takes_any_columns(tmp_path, model, said):
         config.prompt_template = template
         with pytest.raises(dt.AdapterError, match=message):
             module.prepare(config, said.append)
+
+
+def test_a_prompt_template_takes_texts_and_numbers(tmp_path, model, said):
+    values = [{"ask": None, "n": 3, "parts": ["x", {"y": "z"}], "output": "out"}] * 2
+    config = rows(tmp_path, model, values, prompt_template="<{ask}|{n:02d}|{parts[0]}|{parts[1][y]}>")
+    assert decoded(module.prepare(config, said.append).train)[0][0] == "<|03|x|z>out<end>"
+    for field, kind in (("parts", "a list"), ("parts[1]", "an object")):
+        config.prompt_template = f"<{{{field}}}>"
+        with pytest.raises(
+            dt.AdapterError, match=rf"rows.jsonl:1: .*{re.escape(repr(field))} is {kind}, expected text"
+        ):
+            module.prepare(config, said.append)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "bart", "decoder"])
+def test_encoders_are_refused_before_data_are_read(tmp_path, kind, said, monkeypatch):
+    made = {
+        "bert": transformers.BertConfig(),
+        "roberta": transformers.RobertaConfig(),
+        "bart": transformers.BartConfig(),
+        "decoder": transformers.BertConfig(is_decoder=True),
+    }[kind]
+    made.save_pretrained(tmp_path)
+    monkeypatch.setattr(module, "load_tokenizer", lambda _: None)
+    monkeypatch.setattr(module, "Reader", lambda *_: {}["read"])
+    message = "a bart has an encoder, which would be left out" if kind == "bart" else f"a {kind} is an encoder"
+    expected = pytest.raises(dt.AdapterError, match=f"{message}.*name a decoder")
+    if kind == "decoder":
+        expected = pytest.raises(KeyError, match="read")
+    with expected:
+        module.prepare(TrainConfig(str(tmp_path), ("d",)), said.append)
 
 
 def test_chats_and_prompts_as_chats(tmp_path, chat_model, said):

@@ -14,7 +14,8 @@ from doratune.train import labels as classes
 from doratune.train.columns import choose, described
 from doratune.train.config import TrainConfig
 from doratune.train.gather import BadRow, Say, gather, rows, set_aside
-from doratune.train.models import load_tokenizer
+from doratune.train.models import give_padding, load_tokenizer
+from doratune.train.positions import check_length, longest_of
 from doratune.train.sources import TABLES, Row, path_of, problem_of
 from doratune.train.tasks.prepared import Prepared
 from doratune.train.tokens import string
@@ -70,6 +71,7 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
     train_set, held_out, tested = (
         _encoded(part, names, tokenizer, config.max_length, say) if part else None for part in (examples, others, test)
     )
+    check_length(config, longest_of((train_set, held_out, tested)), say)
     told = f", {len(test)} to test on" if test else ""
     say(f"{len(examples)} texts in {len(names)} classes to train on, {len(others)} held out{told}")
     return Prepared(
@@ -113,8 +115,7 @@ class _Collate:
     """A batch, padded to its longest text."""
 
     def __init__(self, tokenizer: Any) -> None:
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        give_padding(tokenizer)
         self.tokenizer = tokenizer
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -25,7 +25,8 @@ from doratune.train.sources import Row
 from doratune.train.tasks.prepared import Prepared
 
 OPENED = 20_000
-"""Up to so many images are opened before training, to find those that cannot be read; of others the beginning is."""
+"""Up to so many images are opened before training, to find those that cannot be read; of more the beginning is, unless
+bad ones are to be left out."""
 
 
 def problems(config: TrainConfig) -> Iterator[str]:
@@ -110,7 +111,10 @@ class Images(Dataset[dict[str, Any]]):
         try:
             image = one.open()
         except BadRow as error:
-            raise AdapterError(f"{one.where}: {error}; it was there when the run began") from error
+            there = not isinstance(one.source, Path) or one.source.is_file()
+            hint = f"of more than {OPENED:,} images only the beginnings are checked; --skip-bad checks them whole first"
+            told = hint if there else "it was there when the run began"
+            raise AdapterError(f"{one.where}: {error}; {told}") from error
         if self.augment:
             image = augmented(image, self.augment, self.seed, self.epoch, index)
         pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
@@ -144,12 +148,20 @@ def _gathered(
         columns.update(own)
     if not rows:
         raise AdapterError(f"{', '.join(names)}: no images ({', '.join(images.SUFFIXES)})")
-    thorough = len(rows) <= OPENED
+    thorough = len(rows) <= OPENED or config.skip_bad  # what is left out has to be known before training
     if not thorough:
         say(f"{len(rows)} images: the beginning of each is checked, the rest when it is opened")
     with ThreadPoolExecutor() as pool:  # decoding runs outside of Python's lock
         checked = pool.map(CheckedRow(thorough), rows)
-        return gather(checked, picture, config, say)
+        return gather(_counted(checked, len(rows), say), picture, config, say)
+
+
+def _counted(checked: Iterator[Row], count: int, say: Say) -> Iterator[Row]:
+    """Rows as they come; how far it is is said where there are many."""
+    for number, row in enumerate(checked, 1):
+        yield row
+        if number % OPENED == 0:
+            say(f"{number} of {count} images checked")
 
 
 class CheckedRow:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from string import Formatter
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from doratune.train import tokens
 from doratune.train.columns import described, roles_of_text
 from doratune.train.config import TrainConfig
 from doratune.train.gather import BadRow, Say, gather, hold_out, rows, set_aside, usable
-from doratune.train.models import load_tokenizer
+from doratune.train.models import load_config, load_tokenizer
+from doratune.train.positions import check_length, longest_of
 from doratune.train.sources import Row, problem_of
 from doratune.train.tasks.batches import Packed, Padded, collate_blocks
 from doratune.train.tasks.prepared import Prepared
@@ -44,8 +46,11 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
         AdapterError: listing every row that cannot be used, or if there is too little text.
     """
     tokenizer = load_tokenizer(config.model)
+    _refuse_encoders(config)
     reader = Reader(config, tokenizer, say)
     blocks = reader.documents if config.packing is None else config.packing
+    if config.streaming or (blocks and reader.documents):
+        check_length(config, config.max_length, say)
     if config.streaming:
         train, held_out, test = _stream(config, reader, blocks, say)
         return _prepared(config, reader, train, held_out, test, blocks and reader.documents, False)
@@ -78,6 +83,7 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
             f"{len(train)} examples to train on and {len(held_out)} to measure on are left, at least one of each is "
             "needed; give more data, or a larger max_length"
         )
+    check_length(config, longest_of((train, held_out, test)), say)
     if blocks:
         parts = (train, held_out, test)
         train, held_out, test = (_pack(part, config.max_length) if len(part) else part for part in parts)
@@ -85,6 +91,25 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
     told = f", {len(test)} to test on" if len(test) else ""
     say(f"{len(train)} {what} to train on, {len(held_out)} held out{told}")
     return _prepared(config, reader, train, held_out, test, False, blocks)
+
+
+def _refuse_encoders(config: TrainConfig) -> None:
+    """transformers loads encoders as language models, too: tokens then see those that they are to predict.
+
+    Of a model with encoder and decoder it takes the decoder alone.
+    """
+    transformers, own = require("transformers"), load_config(config.model)
+    advice = "name a decoder (Llama, Qwen, GPT-2, ...), or another task"
+    if getattr(own, "is_encoder_decoder", False):
+        raise AdapterError(
+            f"model {config.model}: a {own.model_type} has an encoder, which would be left out; {advice}"
+        )
+    # Decoders that know the word is_decoder say that they are one, or have never been trained with masks.
+    if getattr(own, "is_decoder", None) is False and type(own) in transformers.MODEL_FOR_MASKED_LM_MAPPING:
+        raise AdapterError(
+            f"model {config.model}: a {own.model_type} is an encoder, in which a token sees those after it, so that "
+            f"there is nothing to predict; {advice}"
+        )
 
 
 class Reader:
@@ -138,9 +163,24 @@ class Reader:
     def _prompt(self, row: Row) -> str:
         template = (self.config.prompt_template or "").replace("\\n", "\n")  # as one types it in a shell
         try:
-            return template.format_map(row.values)
+            return _Filled().vformat(template, (), row.values)
+        except BadRow:
+            raise
         except (KeyError, IndexError, ValueError, AttributeError) as error:
             raise BadRow(f"prompt_template cannot be filled: {type(error).__name__}: {error}") from error
+
+
+class _Filled(Formatter):
+    """Fills a template with texts and numbers; null is no text."""
+
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
+        value, first = super().get_field(field_name, args, kwargs)
+        if isinstance(value, list | tuple | Mapping):
+            kind = "an object" if isinstance(value, Mapping) else "a list"
+            raise BadRow(
+                f"prompt_template: {field_name!r} is {kind}, expected text; name a part: {{{field_name}[...]}}"
+            )
+        return "" if value is None else value, first
 
 
 def fitted(examples: Sequence[Tokens], length: int, say: Say, what: str) -> list[Tokens]:

@@ -1,0 +1,27 @@
+import torch
+
+from doratune.train.sample import continuation
+from train.tiny import sentencepiece_tokenizer
+
+
+class Model:
+    """Writes "upon a", and notes what it was asked."""
+
+    training, device = True, torch.device("cpu")
+
+    def eval(self):
+        self.training = False
+
+    def train(self, mode):
+        self.training = mode
+
+    def generate(self, input_ids, attention_mask, **options):
+        self.asked = input_ids.tolist(), attention_mask.tolist(), self.training
+        return torch.cat([input_ids, torch.tensor([[4, 5]])], 1)
+
+
+def test_a_sample_begins_with_its_space_and_the_prompt_does_not_end():
+    model = Model()
+    assert continuation(model, sentencepiece_tokenizer(), "once", 2) == " upon a"
+    assert model.asked == ([[1, 3]], [[1, 1]], False)
+    assert model.training
