@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from doratune.layers import AdaptedLayer, AttentionHost, quantised
+from doratune.layers import AdaptedLayer, AttentionHost, quantised, running_statistics
 from doratune.layers.attention import NoNestedTensors
-from doratune.targets import holders
+from doratune.targets import holders, walk
 
 _RECORD = "_doratune_trained_before"
 
@@ -29,7 +29,9 @@ def freeze(root: nn.Module) -> None:
 
 
 def prepare(root: nn.Module) -> None:
-    """Settings that keep other libraries' evaluation paths from going past adapters; undone by ``thaw``."""
+    """Settings that keep the base as it is, and evaluation paths from going past adapters; undone by ``thaw``."""
+    for _, module in walk(root):
+        running_statistics.hold(module)
     for module in root.modules():
         quantised.prepare(module)
         if isinstance(module, nn.TransformerEncoderLayer):
@@ -60,6 +62,7 @@ def thaw(root: nn.Module) -> None:
         parameter.requires_grad_(True)
     for module in root.modules():
         quantised.release(module)
+        running_statistics.release(module)
         for hooks, key in _nested_hooks(module):
             del hooks[key]
             module._forward_hooks_always_called.pop(key, None)

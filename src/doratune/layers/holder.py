@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from doratune.layers import running_statistics
+
 
 class NoFastPath(Tensor):
     """A weight that keeps ``nn.TransformerEncoderLayer`` from computing with it and past the layer that holds it.
@@ -96,6 +98,7 @@ def plain_copy(module: nn.Module, shared: Iterable[nn.Parameter]) -> nn.Module:
     """A copy of a module without adapters; the parameters in ``shared`` are not copied."""
     clone = copy.deepcopy(plain(module), {id(p): p for p in shared})
     for part in list(clone.modules()):
+        running_statistics.release(part)
         for name, child in part._modules.items():
             if child is not None:
                 part._modules[name] = plain(child)

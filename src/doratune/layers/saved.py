@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from doratune.layers import running_statistics
 from doratune.layers.holder import AdapterHolder, plain_copy, plain_parameters
 
 
@@ -27,6 +28,9 @@ class SavedModule(AdapterHolder):
         """Add an adapter's copy, in which the named parameters are its own."""
         clone = plain_copy(self.base_layer, [p for n, p in plain_parameters(self.base_layer) if n not in parameters])
         clone.train(self.training)
+        if len(parameters) < len(list(plain_parameters(self.base_layer))):
+            for part in clone.modules():  # biases only are in the file
+                running_statistics.hold(part)
         self.copies[name] = clone
         self.trained[name] = parameters
         self.trainable[name] = trainable

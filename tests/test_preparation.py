@@ -1,0 +1,82 @@
+"""What holds for a whole model while adapters are attached."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import doratune as dt
+from helpers import assert_same, snapshot
+
+CONV = dt.AdapterConfig(rank=2, targets=["0", "3"])
+
+
+def convolutional():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4))
+
+
+def steps(model, number=3):
+    """Training steps on data whose statistics are not those of the base."""
+    model.train()
+    optimizer = torch.optim.SGD(dt.trainable_parameters(model).values(), lr=0.1)
+    for _ in range(number):
+        model(torch.randn(4, 3, 8, 8) * 3 + 2).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+# Running statistics
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_running_statistics_are_the_bases_own_and_stay(tmp_path, bias):
+    model = convolutional().train()
+    before = snapshot(model)
+    x = torch.randn(2, 3, 8, 8)
+    dt.attach(model, dt.AdapterConfig(rank=2, targets=["0", "3"], bias=bias))
+    steps(model)
+    with torch.no_grad():
+        expected = model.eval()(x)
+        dt.save_adapter(model, tmp_path)
+        again = dt.load_adapter(convolutional().eval(), tmp_path)
+        assert torch.equal(again(x), expected)
+        with dt.disabled(model):
+            assert torch.equal(model(x), convolutional().eval()(x))
+    model.train()
+    assert_same(before, snapshot(dt.detach(model)))
+
+
+def test_training_sees_what_evaluation_sees_in_copies_too():
+    model = dt.attach(convolutional(), CONV)
+    x = torch.randn(2, 3, 8, 8)
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            assert torch.equal(twin.train()(x), twin.eval()(x))
+        assert torch.equal(twin[1].running_mean, torch.zeros(8))
+        twin.train()
+        dt.merge(twin)
+        assert twin[1].training
+        twin(x)
+        assert twin[1].running_mean.any()
+
+
+def test_a_normalisation_trained_whole_learns_its_statistics(tmp_path):
+    model = convolutional()
+    dt.attach(model, CONV)
+    config = dt.AdapterConfig(rank=2, targets=["0", "3"], modules_to_save=["1"])
+    dt.attach(model, config, "second")
+    steps(model)
+    x = torch.randn(2, 3, 8, 8)
+    copied = model[1].copies["second"]
+    assert copied.running_mean.any()
+    with torch.no_grad():
+        expected = model.eval()(x)
+        dt.save_adapter(model, tmp_path, "second")
+        assert torch.equal(dt.load_adapter(convolutional().eval(), tmp_path)(x), expected)
+        with dt.disabled(model):
+            assert torch.equal(model(x), convolutional().eval()(x))
+        dt.merge(model)
+        assert torch.allclose(model(x), expected, atol=1e-5)
