@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from doratune.layers.attention import Projection
 from doratune.layers.cache import without_autocast
 from doratune.layers.holder import plain_parameters
 from doratune.layers.quantised import library_of, requantisation_loss
-from doratune.layers.weights import is_offloaded
+from doratune.layers.weights import is_offloaded, is_transformers_conv1d
 from doratune.model import active_adapter, unhold
 from doratune.ops import row_norm
 from doratune.ops.hardware import full_precision
@@ -135,7 +136,8 @@ def _may_adopt(base: nn.Module, new: nn.Module) -> bool:
 def merge(model: nn.Module, verify: bool = False) -> nn.Module:
     """Put the active adapter into the weights, in place; the layers are plain again and all adapters gone.
 
-    Quantised layers become layers of full precision; a warning says what quantising them again would lose.
+    Quantised layers become layers of full precision; a warning says what quantising them again would lose. Where others
+    stay quantised, a transformers model's options name those that are not, so that it can be saved and loaded.
     Weights tied to others (an embedding and the output head) are untied, and ``tie_word_embeddings`` is set to False.
 
     Args:
@@ -223,9 +225,15 @@ def _problem(layer: AdaptedLayer, name: str) -> str | None:
 
 
 def _forget_quantisation(root: nn.Module) -> None:
-    """A transformers model without a quantised layer left is saved and loaded as a plain one."""
+    """A transformers model without a quantised layer left is saved and loaded as a plain one, others as they are."""
     config = getattr(root, "config", None)
-    if not hasattr(config, "quantization_config") or any(library_of(m) for m in root.modules()):
+    if not hasattr(config, "quantization_config"):
+        return
+    # When it saves, transformers would undo how it read quantised weights, and for bitsandbytes' 4 bits it cannot.
+    if conversions := getattr(root, "_weight_conversions", None):
+        root._weight_conversions = [c for c in conversions if _can_be_undone(c)]  # type: ignore[assignment]
+    if any(library_of(m) for m in root.modules()):
+        _name_plain_layers(root, config.quantization_config)  # type: ignore[union-attr]
         return
     del config.quantization_config  # type: ignore[union-attr]
     for name, value in (("is_quantized", False), ("hf_quantizer", None), ("quantization_method", None)):
@@ -234,6 +242,23 @@ def _forget_quantisation(root: nn.Module) -> None:
     for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "_hf_peft_config_loaded"):
         if getattr(root, name, False):
             setattr(root, name, False)
+
+
+def _can_be_undone(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _name_plain_layers(root: nn.Module, options: Any) -> None:
+    """List the linear layers that are not quantised; a list replaces transformers' own, which leaves out the head."""
+    linear = [p for p, m in root.named_modules() if isinstance(m, nn.Linear) or is_transformers_conv1d(m)]
+    plain = [path for path in linear if library_of(root.get_submodule(path)) is None]
+    for name in ("llm_int8_skip_modules", "modules_to_not_convert"):  # bitsandbytes, torchao
+        if hasattr(options, name):
+            setattr(options, name, sorted({*(getattr(options, name) or ()), *plain}))
 
 
 def _shared_parameters(root: nn.Module) -> set[int]:
