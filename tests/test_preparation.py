@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import doratune as dt
-from helpers import assert_same, snapshot
+from helpers import assert_same, ids, snapshot, tiny_llama
 
 CONV = dt.AdapterConfig(rank=2, targets=["0", "3"])
 
@@ -80,3 +80,24 @@ def test_a_normalisation_trained_whole_learns_its_statistics(tmp_path):
             assert torch.equal(model(x), convolutional().eval()(x))
         dt.merge(model)
         assert torch.allclose(model(x), expected, atol=1e-5)
+
+
+# Inputs that require grad
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_.*able. is deprecated:FutureWarning")
+def test_a_second_adapter_that_saves_the_embedding_does_not_copy_the_model():
+    model = dt.attach(tiny_llama(), dt.AdapterConfig(rank=2, targets=["q_proj"]))
+    decoder = model.model
+
+    def copied(memo):
+        raise AssertionError("the decoder is copied")
+
+    decoder.__deepcopy__ = copied
+    dt.attach(model, dt.AdapterConfig(rank=2, targets=["q_proj"], modules_to_save=["embed_tokens"]), "second")
+    del decoder.__deepcopy__
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    embedding = copy.deepcopy(model).train().model.embed_tokens.base_layer
+    assert embedding(ids()).requires_grad
+    dt.detach(model)
+    assert not [hook for m in model.modules() for hook in m._forward_hooks.values()]

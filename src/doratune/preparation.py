@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from doratune.layers import AdaptedLayer, AttentionHost, quantised, running_statistics
 from doratune.layers.attention import NoNestedTensors
+from doratune.layers.input_gradients import InputsRequireGrad, hooks_of
 from doratune.targets import holders, walk
 
 _RECORD = "_doratune_trained_before"
@@ -66,28 +66,11 @@ def thaw(root: nn.Module) -> None:
         for hooks, key in _nested_hooks(module):
             del hooks[key]
             module._forward_hooks_always_called.pop(key, None)
-        for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, _InputsRequireGrad):
-                del module._forward_hooks[key]
-
-
-class _InputsRequireGrad:
-    """Forward hook on the input embeddings: reentrant checkpointing needs an input that requires grad."""
-
-    def __init__(self, checkpointed: list[nn.Module]) -> None:
-        self.checkpointed = checkpointed
-
-    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        first = output[0] if isinstance(output, tuple) else output  # Swin's embeddings also tell the size
-        if torch.is_grad_enabled() and not first.requires_grad and self.is_checkpointing():
-            first.requires_grad_(True)
-
-    def is_checkpointing(self) -> bool:
-        return any(m.gradient_checkpointing for m in self.checkpointed)
+        for key in hooks_of(module):
+            del module._forward_hooks[key]
 
 
 def _let_inputs_require_grad(root: nn.Module) -> None:
-    """As transformers does for PEFT's models, but only while checkpointing is on."""
     checkpointed = [m for m in root.modules() if isinstance(getattr(m, "gradient_checkpointing", None), bool)]
     get_embeddings = getattr(root, "get_input_embeddings", None)
     if not checkpointed or not callable(get_embeddings):
@@ -97,4 +80,4 @@ def _let_inputs_require_grad(root: nn.Module) -> None:
     except NotImplementedError:
         return
     if isinstance(embeddings, nn.Module):
-        embeddings.register_forward_hook(_InputsRequireGrad(checkpointed))
+        embeddings.register_forward_hook(InputsRequireGrad(checkpointed))
