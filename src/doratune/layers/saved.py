@@ -12,6 +12,7 @@ from torch import nn
 
 from doratune.layers import running_statistics
 from doratune.layers.holder import AdapterHolder, plain_copy, plain_parameters
+from doratune.layers.loading import accept_plain_keys_below
 
 
 class SavedModule(AdapterHolder):
@@ -23,6 +24,7 @@ class SavedModule(AdapterHolder):
         self.trained: dict[str, list[str]] = {}
         """For each adapter the names of the parameters that are its own; the rest is shared with the original."""
         self.trainable: dict[str, bool] = {}
+        self.register_load_state_dict_pre_hook(accept_plain_keys_below)
 
     def add(self, name: str, parameters: list[str], trainable: bool = True) -> None:
         """Add an adapter's copy, in which the named parameters are its own."""
