@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -138,7 +139,8 @@ def merge(model: nn.Module, verify: bool = False) -> nn.Module:
 
     Quantised layers become layers of full precision; a warning says what quantising them again would lose. Where others
     stay quantised, a transformers model's options name those that are not, so that it can be saved and loaded.
-    Weights tied to others (an embedding and the output head) are untied, and ``tie_word_embeddings`` is set to False.
+    Weights tied to others (an embedding and the output head) are untied, all of a transformers model, and its
+    ``tie_word_embeddings`` is set to False.
 
     Args:
         verify: compare merged with unmerged outputs first, layer by layer, and log the differences.
@@ -204,8 +206,8 @@ def merge(model: nn.Module, verify: bool = False) -> nn.Module:
             100 * sum(losses) / len(losses),
             100 * max(losses),
         )
-    if untied and hasattr(root, "config") and hasattr(root.config, "tie_word_embeddings"):
-        root.config.tie_word_embeddings = False
+    if untied:
+        _tie_nothing(root)
     return model
 
 
@@ -259,6 +261,28 @@ def _name_plain_layers(root: nn.Module, options: Any) -> None:
     for name in ("llm_int8_skip_modules", "modules_to_not_convert"):  # bitsandbytes, torchao
         if hasattr(options, name):
             setattr(options, name, sorted({*(getattr(options, name) or ()), *plain}))
+
+
+def _tie_nothing(root: nn.Module) -> None:
+    """Have a transformers model tie no embeddings.
+
+    Its option is for all of them, so that those still tied (BART ties four) become separate weights, too: only one of
+    them would be saved.
+    """
+    configs = [getattr(module, "config", None) for module in root.modules()]
+    configs.append(getattr(configs[0], "text_config", None))
+    configs = [config for config in configs if hasattr(config, "tie_word_embeddings")]
+    if not configs:
+        return
+    for config in configs:
+        config.tie_word_embeddings = False  # type: ignore[union-attr]
+    seen: set[int] = set()
+    for module in root.modules():
+        for name, parameter in module._parameters.items():
+            if id(parameter) in seen:
+                module._parameters[name] = copy.deepcopy(parameter)
+            elif parameter is not None:
+                seen.add(id(parameter))
 
 
 def _shared_parameters(root: nn.Module) -> set[int]:
