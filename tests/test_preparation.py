@@ -6,9 +6,10 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import doratune as dt
-from helpers import assert_same, ids, snapshot, tiny_llama
+from helpers import assert_same, ids, snapshot, tiny, tiny_llama
 
 CONV = dt.AdapterConfig(rank=2, targets=["0", "3"])
 
@@ -80,6 +81,26 @@ def test_a_normalisation_trained_whole_learns_its_statistics(tmp_path):
             assert torch.equal(model(x), convolutional().eval()(x))
         dt.merge(model)
         assert torch.allclose(model(x), expected, atol=1e-5)
+
+
+# What is trained
+
+
+@pytest.mark.parametrize("how", ["assign", "to_empty"])
+@pytest.mark.parametrize("leave", [dt.detach, dt.merge])
+def test_what_was_trained_is_trained_again_in_replaced_parameters(leave, how):
+    with torch.device("meta"):
+        model = tiny(tied=True)
+    model.layers[0].up.weight.requires_grad_(False)
+    model.layers[1] = checkpoint_wrapper(model.layers[1])
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    dt.attach(model, dt.AdapterConfig(rank=2, modules_to_save=["norm"]))
+    if how == "to_empty":
+        model.to_empty(device="cpu")
+    model.load_state_dict(tiny(tied=True).state_dict(), strict=False, assign=how == "assign")
+    leave(copy.deepcopy(model))
+    leave(model)
+    assert {n: p.requires_grad for n, p in model.named_parameters() if n in flags} == flags
 
 
 # Inputs that require grad

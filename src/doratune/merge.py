@@ -22,7 +22,7 @@ from doratune.model import active_adapter, unhold
 from doratune.ops import row_norm
 from doratune.ops.hardware import full_precision
 from doratune.preparation import thaw, trained_before
-from doratune.targets import adapted_layers, holders, unwrap
+from doratune.targets import adapted_layers, holders, plain_path, unwrap
 
 log = logging.getLogger("doratune")
 
@@ -174,7 +174,7 @@ def merge(model: nn.Module, verify: bool = False) -> nn.Module:
     if problems:
         raise AdapterError.of("merge", problems)
     shared = _shared_parameters(root)
-    trained = {n for n, p in plain_parameters(root) if any(p is t for t in trained_before(root))}
+    trained = trained_before(root)
     dtype = next((p.dtype for _, p in plain_parameters(root) if p.is_floating_point()), torch.float32)
     untied = False
     losses: list[float] = []
@@ -196,7 +196,7 @@ def merge(model: nn.Module, verify: bool = False) -> nn.Module:
         unhold(root, holder)
     thaw(root)
     for n, p in root.named_parameters():
-        p.requires_grad_(n in trained)
+        p.requires_grad_(plain_path(n) in trained)
     _forget_quantisation(root)
     if losses:
         log.warning(

@@ -11,8 +11,9 @@ from torch import nn
 
 from doratune.layers import AdaptedLayer, AttentionHost, quantised, running_statistics
 from doratune.layers.attention import NoNestedTensors
+from doratune.layers.holder import plain_parameters
 from doratune.layers.input_gradients import InputsRequireGrad, hooks_of
-from doratune.targets import holders, walk
+from doratune.targets import holders, plain_path, walk
 
 _RECORD = "_doratune_trained_before"
 
@@ -20,12 +21,13 @@ _RECORD = "_doratune_trained_before"
 def freeze(root: nn.Module) -> None:
     """Freeze everything but adapters, and note once what was trained before, for ``detach``."""
     own = {id(p) for h in holders(root) for n in h.adapter_names() for p in h.adapter_parameters(n)}
-    base = {n: p for n, p in root.named_parameters() if id(p) not in own}
     if _RECORD not in root.__dict__:
-        root.__dict__[_RECORD] = [p for p in base.values() if p.requires_grad]
+        # Names: parameters may be replaced meanwhile, by loading or moving the model.
+        root.__dict__[_RECORD] = {plain_path(n) for n, p in plain_parameters(root) if p.requires_grad}
         _let_inputs_require_grad(root)
-    for parameter in base.values():
-        parameter.requires_grad_(False)
+    for parameter in root.parameters():
+        if id(parameter) not in own:
+            parameter.requires_grad_(False)
 
 
 def prepare(root: nn.Module) -> None:
@@ -51,15 +53,17 @@ def _nested_hooks(module: nn.Module) -> list[tuple[Any, int]]:
     return found
 
 
-def trained_before(root: nn.Module) -> list[nn.Parameter]:
-    """The parameters that were trained before the first adapter was attached."""
-    return root.__dict__.get(_RECORD, [])
+def trained_before(root: nn.Module) -> set[str]:
+    """Plain names of the parameters that were trained before the first adapter was attached."""
+    return root.__dict__.get(_RECORD, set())
 
 
 def thaw(root: nn.Module) -> None:
     """Undo what ``attach`` set on the model as a whole; the adapters have to be gone."""
-    for parameter in root.__dict__.pop(_RECORD, []):
-        parameter.requires_grad_(True)
+    trained = root.__dict__.pop(_RECORD, set())
+    for name, parameter in plain_parameters(root):
+        if plain_path(name) in trained:
+            parameter.requires_grad_(True)
     for module in root.modules():
         quantised.release(module)
         running_statistics.release(module)
