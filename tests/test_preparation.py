@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import doratune as dt
-from helpers import assert_same, ids, snapshot, tiny, tiny_llama
+from helpers import assert_same, error, gradients, ids, move, snapshot, tiny, tiny_llama
 
 CONV = dt.AdapterConfig(rank=2, targets=["0", "3"])
 
@@ -122,3 +122,59 @@ def test_a_second_adapter_that_saves_the_embedding_does_not_copy_the_model():
     assert embedding(ids()).requires_grad
     dt.detach(model)
     assert not [hook for m in model.modules() for hook in m._forward_hooks.values()]
+
+
+def t5():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    config = T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0)
+    x = ids(vocabulary=32)
+    return T5ForConditionalGeneration(config), {"input_ids": x, "labels": x, "use_cache": False}
+
+
+def llava():
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlavaConfig(
+        text_config=LlamaConfig(vocab_size=32, **sizes),
+        vision_config=CLIPVisionConfig(image_size=8, patch_size=4, **sizes),
+        image_token_id=31,
+    )
+    torch.manual_seed(0)
+    x = torch.tensor([[1, 31, 31, 31, 31, 2, 3]])
+    model = LlavaForConditionalGeneration(config)
+    return model, {"input_ids": x, "labels": x, "pixel_values": torch.randn(1, 3, 8, 8), "use_cache": False}
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_.*able. is deprecated:FutureWarning")
+@pytest.mark.parametrize("make", [t5, llava])
+def test_all_towers_train_under_reentrant_checkpointing(make):
+    model, inputs = make()
+    dt.attach(model, dt.AdapterConfig(rank=2))
+    move(model.train())
+
+    def loss():
+        return model(**inputs).loss
+
+    expected = gradients(model, loss)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    found = gradients(model, loss)
+    assert expected.keys() == found.keys()
+    assert all(error(found[n], expected[n]) < 1e-4 for n in expected)
+    dt.detach(model)
+    assert not [hook for m in model.modules() for hook in m._forward_hooks.values() if "doratune" in str(hook)]
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_.*able. is deprecated:FutureWarning")
+def test_reentrant_checkpointing_after_the_adapter_of_the_embedding_is_deleted():
+    model = tiny_llama()
+    dt.attach(model, dt.AdapterConfig(rank=2, targets=["embed_tokens", "q_proj"]), "first")
+    dt.attach(model, dt.AdapterConfig(rank=2, targets=["q_proj"]), "second")
+    dt.delete_adapter(model, "first")
+    dt.set_adapter(model, "second")
+    model.train().gradient_checkpointing_enable({"use_reentrant": True})
+    x = ids(vocabulary=32)
+    assert gradients(model, lambda: model(x, labels=x, use_cache=False).loss)

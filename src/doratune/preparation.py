@@ -11,7 +11,7 @@ from torch import nn
 
 from doratune.layers import AdaptedLayer, AttentionHost, quantised, running_statistics
 from doratune.layers.attention import NoNestedTensors
-from doratune.layers.holder import plain_parameters
+from doratune.layers.holder import plain, plain_parameters
 from doratune.layers.input_gradients import InputsRequireGrad, hooks_of
 from doratune.targets import holders, plain_path, walk
 
@@ -24,7 +24,6 @@ def freeze(root: nn.Module) -> None:
     if _RECORD not in root.__dict__:
         # Names: parameters may be replaced meanwhile, by loading or moving the model.
         root.__dict__[_RECORD] = {plain_path(n) for n, p in plain_parameters(root) if p.requires_grad}
-        _let_inputs_require_grad(root)
     for parameter in root.parameters():
         if id(parameter) not in own:
             parameter.requires_grad_(False)
@@ -32,6 +31,7 @@ def freeze(root: nn.Module) -> None:
 
 def prepare(root: nn.Module) -> None:
     """Settings that keep the base as it is, and evaluation paths from going past adapters; undone by ``thaw``."""
+    let_inputs_require_grad(root)
     for _, module in walk(root):
         running_statistics.hold(module)
     for module in root.modules():
@@ -74,14 +74,16 @@ def thaw(root: nn.Module) -> None:
             del module._forward_hooks[key]
 
 
-def _let_inputs_require_grad(root: nn.Module) -> None:
+def let_inputs_require_grad(root: nn.Module) -> None:
+    """Put hooks on input embeddings that lack one: those of the model, and of the towers and decoders inside it."""
     checkpointed = [m for m in root.modules() if isinstance(getattr(m, "gradient_checkpointing", None), bool)]
-    get_embeddings = getattr(root, "get_input_embeddings", None)
-    if not checkpointed or not callable(get_embeddings):
+    if not checkpointed:
         return
-    try:
-        embeddings = get_embeddings()
-    except NotImplementedError:
-        return
-    if isinstance(embeddings, nn.Module):
-        embeddings.register_forward_hook(InputsRequireGrad(checkpointed))
+    for module in root.modules():
+        get_embeddings = getattr(module, "get_input_embeddings", None)
+        try:
+            embeddings = get_embeddings() if callable(get_embeddings) else None
+        except NotImplementedError:
+            continue
+        if isinstance(embeddings, nn.Module) and not any(map(hooks_of, (embeddings, plain(embeddings)))):
+            embeddings.register_forward_hook(InputsRequireGrad(checkpointed))

@@ -16,7 +16,8 @@ class InputsRequireGrad:
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
         first = output[0] if isinstance(output, tuple) else output  # Swin's embeddings also tell the size
-        if torch.is_grad_enabled() and not first.requires_grad and self.is_checkpointing():
+        wanted = isinstance(first, torch.Tensor) and first.is_floating_point() and not first.requires_grad
+        if wanted and torch.is_grad_enabled() and self.is_checkpointing():
             first.requires_grad_(True)
 
     def is_checkpointing(self) -> bool:
