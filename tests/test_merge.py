@@ -228,6 +228,55 @@ def test_a_head_trained_whole_is_untied_from_the_embedding(tmp_path):
         assert error(again(x).logits, expected) < 1e-5
 
 
+def encoder_decoder(kind):
+    from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    if kind == "t5":
+        config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        return T5ForConditionalGeneration(config).eval()
+    sizes = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in (("layers", 1), ("ffn_dim", 16))}
+    config = BartConfig(vocab_size=32, d_model=16, max_position_embeddings=32, **sizes)
+    return BartForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+@pytest.mark.parametrize("adapted", ["lm_head", "shared", "embed_tokens", "saved"])
+def test_one_of_several_tied_weights_is_merged_and_all_are_saved(tmp_path, kind, adapted):
+    inner = {"targets": [{"bart": "fc1", "t5": "wi"}[kind]], "modules_to_save": ["lm_head"]}
+    options = inner if adapted == "saved" else {"targets": [adapted]}
+    model = moved(dt.AdapterConfig(rank=2, **options), encoder_decoder(kind))
+    x = ids(vocabulary=32)
+    with torch.no_grad():
+        for p in dt.trainable_parameters(model).values():
+            p.add_(0.05)
+        expected = model(input_ids=x, decoder_input_ids=x).logits
+        dt.merge(model).save_pretrained(tmp_path)
+        again, loading = type(model).from_pretrained(tmp_path, output_loading_info=True)
+        assert not loading["missing_keys"]
+        assert error(again.eval()(input_ids=x, decoder_input_ids=x).logits, expected) < 1e-5
+
+
+def test_merging_unties_a_language_model_inside_another(tmp_path):
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = LlamaConfig(vocab_size=32, tie_word_embeddings=True, **sizes)
+    vision = CLIPVisionConfig(image_size=8, patch_size=4, **sizes)
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, tie_word_embeddings=True))
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    moved(dt.AdapterConfig(rank=2, targets=["lm_head"]), model.eval())
+    x = ids(vocabulary=31)
+    with torch.no_grad():
+        expected = model(input_ids=x).logits
+        dt.merge(model).save_pretrained(tmp_path)
+        again = type(model).from_pretrained(tmp_path).eval()
+        assert error(again(input_ids=x).logits, expected) < 1e-5
+    assert not model.config.tie_word_embeddings
+    assert not again.config.get_text_config().tie_word_embeddings
+
+
 def test_generation_is_the_same_before_and_after():
     model = moved(model=tiny_llama(), amount=0.5)
     x = ids(vocabulary=32)

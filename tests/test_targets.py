@@ -68,6 +68,10 @@ def test_all_linear_takes_transformers_conv1d_and_leaves_the_classifier():
         ({"targets": r".*proj"}, {f"layers.{i}.{n}" for i in (0, 1) for n in ("q_proj", "v_proj")}),
         ({"targets": ["lm_head"]}, {"lm_head"}),
         ({"exclude": ["q_proj", "0.up"]}, LINEARS - {"layers.0.q_proj", "layers.1.q_proj", "layers.0.up"}),
+        ({"exclude": ["layers.0"]}, {p for p in LINEARS if p.startswith("layers.1")}),
+        ({"exclude": ["lm_head", "norm"]}, LINEARS),
+        ({"targets": ["up"], "exclude": ["q_proj"]}, {"layers.0.up", "layers.1.up"}),
+        ({"exclude": r"(?!.*up).*"}, {"layers.0.up", "layers.1.up"}),
         ({"exclude": r"layers\.0\..*"}, {p for p in LINEARS if p.startswith("layers.1")}),
         ({"targets": ["up"], "exclude": r".*\.0\..*"}, {"layers.1.up"}),
         ({"modules_to_save": ["layers.0"]}, {p for p in LINEARS if p.startswith("layers.1")}),
@@ -137,6 +141,19 @@ def test_targets_that_match_nothing_are_all_listed():
 @pytest.mark.parametrize("targets", [r"blocks\..*", r".*proj2"])
 def test_an_expression_that_matches_nothing(targets):
     refused(tiny(), repr(targets), "matches no module", targets=targets)
+
+
+@pytest.mark.parametrize(
+    ("exclude", "words"),
+    [
+        (["layers.O", "q_porj"], ["exclude 'layers.O' matches no module", "'q_porj'", "did you mean q_proj"]),
+        ("up", ["exclude 'up', an expression for whole paths, matches no module", "list"]),
+        (r"layers.0", ["matches only modules that contain others (layers.0)", repr(r"layers\.0\..*")]),
+    ],
+)
+def test_what_excludes_nothing_is_an_error(exclude, words):
+    """Silence would adapt the vision tower that was to be spared."""
+    refused(tiny(), *words, exclude=exclude)
 
 
 def test_a_model_without_linear_layers():

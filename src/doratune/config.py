@@ -41,7 +41,8 @@ class AdapterConfig:
     """Which modules: "all-linear" (all but the output head), names ("q_proj"), or one regular expression
     that matches whole module paths."""
     exclude: str | Sequence[str] = ()
-    """Modules to leave out of targets: names, or one regular expression."""
+    """Modules to leave out of targets: names ("visual"), each with all that lies under it, or one regular expression
+    that matches whole module paths."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """Other ranks for some modules, by name or regular expression."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)

@@ -19,7 +19,7 @@ from doratune.layers import Kind
 from doratune.layers.holder import plain_parameters
 from doratune.layers.sharded import assign, refusal, whole
 from doratune.layers.weights import is_dtensor
-from doratune.targets import adapted_layers, plain_modules, unwrap
+from doratune.targets import adapted_layers, plain_modules, saved_modules, unwrap
 
 
 def processes() -> int:
@@ -94,6 +94,8 @@ def initialise(model: nn.Module) -> None:
     """
     for layer in adapted_layers(unwrap(model)).values():
         layer.initialise()
+    for saved in saved_modules(unwrap(model)).values():
+        saved.initialise()
 
 
 def load_base(model: nn.Module, folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> None:
@@ -122,7 +124,11 @@ def load_base(model: nn.Module, folder: str | os.PathLike[str], device: str | to
     from torch.distributed.checkpoint.state_dict_loader import load
 
     root = unwrap(model)
+    tied = _places_of_shared(root)
     root._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
+    for (owner, own), *others in tied:
+        for module, name in others:
+            module._parameters[name] = owner._parameters[own]
     state: dict[str, Tensor] = {}
     seen: set[int] = set()
     reader = HuggingFaceStorageReader(str(folder))
@@ -141,6 +147,16 @@ def load_base(model: nn.Module, folder: str | os.PathLike[str], device: str | to
     initialise(root)
     for layer in adapted_layers(root).values():
         layer.cache.clear()
+
+
+def _places_of_shared(root: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """Where each shared parameter hangs: off the meta device every module gets one of its own. DTensors are FSDP's."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in root.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not is_dtensor(parameter):
+                places.setdefault(id(parameter), []).append((module, name))
+    return [found for found in places.values() if len(found) > 1]
 
 
 def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, object]:

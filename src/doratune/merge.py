@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +17,12 @@ from doratune.layers.attention import Projection
 from doratune.layers.cache import without_autocast
 from doratune.layers.holder import plain_parameters
 from doratune.layers.quantised import library_of, requantisation_loss
-from doratune.layers.weights import is_offloaded
+from doratune.layers.weights import is_offloaded, is_transformers_conv1d
 from doratune.model import active_adapter, unhold
 from doratune.ops import row_norm
 from doratune.ops.hardware import full_precision
 from doratune.preparation import thaw, trained_before
-from doratune.targets import adapted_layers, holders, unwrap
+from doratune.targets import adapted_layers, holders, plain_path, unwrap
 
 log = logging.getLogger("doratune")
 
@@ -135,8 +137,10 @@ def _may_adopt(base: nn.Module, new: nn.Module) -> bool:
 def merge(model: nn.Module, verify: bool = False) -> nn.Module:
     """Put the active adapter into the weights, in place; the layers are plain again and all adapters gone.
 
-    Quantised layers become layers of full precision; a warning says what quantising them again would lose.
-    Weights tied to others (an embedding and the output head) are untied, and ``tie_word_embeddings`` is set to False.
+    Quantised layers become layers of full precision; a warning says what quantising them again would lose. Where others
+    stay quantised, a transformers model's options name those that are not, so that it can be saved and loaded.
+    Weights tied to others (an embedding and the output head) are untied, all of a transformers model, and its
+    ``tie_word_embeddings`` is set to False.
 
     Args:
         verify: compare merged with unmerged outputs first, layer by layer, and log the differences.
@@ -170,7 +174,7 @@ def merge(model: nn.Module, verify: bool = False) -> nn.Module:
     if problems:
         raise AdapterError.of("merge", problems)
     shared = _shared_parameters(root)
-    trained = {n for n, p in plain_parameters(root) if any(p is t for t in trained_before(root))}
+    trained = trained_before(root)
     dtype = next((p.dtype for _, p in plain_parameters(root) if p.is_floating_point()), torch.float32)
     untied = False
     losses: list[float] = []
@@ -192,7 +196,7 @@ def merge(model: nn.Module, verify: bool = False) -> nn.Module:
         unhold(root, holder)
     thaw(root)
     for n, p in root.named_parameters():
-        p.requires_grad_(n in trained)
+        p.requires_grad_(plain_path(n) in trained)
     _forget_quantisation(root)
     if losses:
         log.warning(
@@ -202,8 +206,8 @@ def merge(model: nn.Module, verify: bool = False) -> nn.Module:
             100 * sum(losses) / len(losses),
             100 * max(losses),
         )
-    if untied and hasattr(root, "config") and hasattr(root.config, "tie_word_embeddings"):
-        root.config.tie_word_embeddings = False
+    if untied:
+        _tie_nothing(root)
     return model
 
 
@@ -223,9 +227,15 @@ def _problem(layer: AdaptedLayer, name: str) -> str | None:
 
 
 def _forget_quantisation(root: nn.Module) -> None:
-    """A transformers model without a quantised layer left is saved and loaded as a plain one."""
+    """A transformers model without a quantised layer left is saved and loaded as a plain one, others as they are."""
     config = getattr(root, "config", None)
-    if not hasattr(config, "quantization_config") or any(library_of(m) for m in root.modules()):
+    if not hasattr(config, "quantization_config"):
+        return
+    # When it saves, transformers would undo how it read quantised weights, and for bitsandbytes' 4 bits it cannot.
+    if conversions := getattr(root, "_weight_conversions", None):
+        root._weight_conversions = [c for c in conversions if _can_be_undone(c)]  # type: ignore[assignment]
+    if any(library_of(m) for m in root.modules()):
+        _name_plain_layers(root, config.quantization_config)  # type: ignore[union-attr]
         return
     del config.quantization_config  # type: ignore[union-attr]
     for name, value in (("is_quantized", False), ("hf_quantizer", None), ("quantization_method", None)):
@@ -234,6 +244,45 @@ def _forget_quantisation(root: nn.Module) -> None:
     for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "_hf_peft_config_loaded"):
         if getattr(root, name, False):
             setattr(root, name, False)
+
+
+def _can_be_undone(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _name_plain_layers(root: nn.Module, options: Any) -> None:
+    """List the linear layers that are not quantised; a list replaces transformers' own, which leaves out the head."""
+    linear = [p for p, m in root.named_modules() if isinstance(m, nn.Linear) or is_transformers_conv1d(m)]
+    plain = [path for path in linear if library_of(root.get_submodule(path)) is None]
+    for name in ("llm_int8_skip_modules", "modules_to_not_convert"):  # bitsandbytes, torchao
+        if hasattr(options, name):
+            setattr(options, name, sorted({*(getattr(options, name) or ()), *plain}))
+
+
+def _tie_nothing(root: nn.Module) -> None:
+    """Have a transformers model tie no embeddings.
+
+    Its option is for all of them, so that those still tied (BART ties four) become separate weights, too: only one of
+    them would be saved.
+    """
+    configs = [getattr(module, "config", None) for module in root.modules()]
+    configs.append(getattr(configs[0], "text_config", None))
+    configs = [config for config in configs if hasattr(config, "tie_word_embeddings")]
+    if not configs:
+        return
+    for config in configs:
+        config.tie_word_embeddings = False  # type: ignore[union-attr]
+    seen: set[int] = set()
+    for module in root.modules():
+        for name, parameter in module._parameters.items():
+            if id(parameter) in seen:
+                module._parameters[name] = copy.deepcopy(parameter)
+            elif parameter is not None:
+                seen.add(id(parameter))
 
 
 def _shared_parameters(root: nn.Module) -> set[int]:

@@ -16,7 +16,7 @@ from doratune.errors import AdapterError
 from doratune.layers import AdaptedLayer, AdapterHolder, AttentionHost, SavedModule
 from doratune.layers.attention import AttentionProjection
 from doratune.layers.holder import plain
-from doratune.preparation import freeze, prepare, thaw
+from doratune.preparation import freeze, let_inputs_require_grad, prepare, thaw
 from doratune.targets import (
     WRAPPER_NAMES,
     Selection,
@@ -173,6 +173,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
             unhold(root, holder)
     if not holders(root):
         thaw(root)
+    else:
+        let_inputs_require_grad(root)  # a hook on a holder went with it
 
 
 def detach(model: nn.Module) -> nn.Module:

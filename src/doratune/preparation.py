@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
-from doratune.layers import AdaptedLayer, AttentionHost, quantised
+from doratune.layers import AdaptedLayer, AttentionHost, quantised, running_statistics
 from doratune.layers.attention import NoNestedTensors
-from doratune.targets import holders
+from doratune.layers.holder import plain, plain_parameters
+from doratune.layers.input_gradients import InputsRequireGrad, hooks_of
+from doratune.targets import holders, plain_path, walk
 
 _RECORD = "_doratune_trained_before"
 
@@ -20,16 +21,19 @@ _RECORD = "_doratune_trained_before"
 def freeze(root: nn.Module) -> None:
     """Freeze everything but adapters, and note once what was trained before, for ``detach``."""
     own = {id(p) for h in holders(root) for n in h.adapter_names() for p in h.adapter_parameters(n)}
-    base = {n: p for n, p in root.named_parameters() if id(p) not in own}
     if _RECORD not in root.__dict__:
-        root.__dict__[_RECORD] = [p for p in base.values() if p.requires_grad]
-        _let_inputs_require_grad(root)
-    for parameter in base.values():
-        parameter.requires_grad_(False)
+        # Names: parameters may be replaced meanwhile, by loading or moving the model.
+        root.__dict__[_RECORD] = {plain_path(n) for n, p in plain_parameters(root) if p.requires_grad}
+    for parameter in root.parameters():
+        if id(parameter) not in own:
+            parameter.requires_grad_(False)
 
 
 def prepare(root: nn.Module) -> None:
-    """Settings that keep other libraries' evaluation paths from going past adapters; undone by ``thaw``."""
+    """Settings that keep the base as it is, and evaluation paths from going past adapters; undone by ``thaw``."""
+    let_inputs_require_grad(root)
+    for _, module in walk(root):
+        running_statistics.hold(module)
     for module in root.modules():
         quantised.prepare(module)
         if isinstance(module, nn.TransformerEncoderLayer):
@@ -49,49 +53,37 @@ def _nested_hooks(module: nn.Module) -> list[tuple[Any, int]]:
     return found
 
 
-def trained_before(root: nn.Module) -> list[nn.Parameter]:
-    """The parameters that were trained before the first adapter was attached."""
-    return root.__dict__.get(_RECORD, [])
+def trained_before(root: nn.Module) -> set[str]:
+    """Plain names of the parameters that were trained before the first adapter was attached."""
+    return root.__dict__.get(_RECORD, set())
 
 
 def thaw(root: nn.Module) -> None:
     """Undo what ``attach`` set on the model as a whole; the adapters have to be gone."""
-    for parameter in root.__dict__.pop(_RECORD, []):
-        parameter.requires_grad_(True)
+    trained = root.__dict__.pop(_RECORD, set())
+    for name, parameter in plain_parameters(root):
+        if plain_path(name) in trained:
+            parameter.requires_grad_(True)
     for module in root.modules():
         quantised.release(module)
+        running_statistics.release(module)
         for hooks, key in _nested_hooks(module):
             del hooks[key]
             module._forward_hooks_always_called.pop(key, None)
-        for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, _InputsRequireGrad):
-                del module._forward_hooks[key]
+        for key in hooks_of(module):
+            del module._forward_hooks[key]
 
 
-class _InputsRequireGrad:
-    """Forward hook on the input embeddings: reentrant checkpointing needs an input that requires grad."""
-
-    def __init__(self, checkpointed: list[nn.Module]) -> None:
-        self.checkpointed = checkpointed
-
-    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        first = output[0] if isinstance(output, tuple) else output  # Swin's embeddings also tell the size
-        if torch.is_grad_enabled() and not first.requires_grad and self.is_checkpointing():
-            first.requires_grad_(True)
-
-    def is_checkpointing(self) -> bool:
-        return any(m.gradient_checkpointing for m in self.checkpointed)
-
-
-def _let_inputs_require_grad(root: nn.Module) -> None:
-    """As transformers does for PEFT's models, but only while checkpointing is on."""
+def let_inputs_require_grad(root: nn.Module) -> None:
+    """Put hooks on input embeddings that lack one: those of the model, and of the towers and decoders inside it."""
     checkpointed = [m for m in root.modules() if isinstance(getattr(m, "gradient_checkpointing", None), bool)]
-    get_embeddings = getattr(root, "get_input_embeddings", None)
-    if not checkpointed or not callable(get_embeddings):
+    if not checkpointed:
         return
-    try:
-        embeddings = get_embeddings()
-    except NotImplementedError:
-        return
-    if isinstance(embeddings, nn.Module):
-        embeddings.register_forward_hook(_InputsRequireGrad(checkpointed))
+    for module in root.modules():
+        get_embeddings = getattr(module, "get_input_embeddings", None)
+        try:
+            embeddings = get_embeddings() if callable(get_embeddings) else None
+        except NotImplementedError:
+            continue
+        if isinstance(embeddings, nn.Module) and not any(map(hooks_of, (embeddings, plain(embeddings)))):
+            embeddings.register_forward_hook(InputsRequireGrad(checkpointed))

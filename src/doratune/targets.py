@@ -100,7 +100,7 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
         chosen = _is_linear(module) if everything else bool(path) and matches(path, config.targets)
         if everything and not chosen and hasattr(module, "qweight"):
             unserved[path] = refusal(modules, path) or ""  # else only the few linear layers beside would be adapted
-        if not chosen or inside_saved or matches(path, config.exclude):
+        if not chosen or inside_saved or _excluded(path, config.exclude):
             continue
         if everything and path in heads:
             selection.left_alone[path] = "output head"
@@ -119,6 +119,7 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
         for target in config.targets:
             if not any(matches(path, [target]) for path in modules):
                 problems.append(f"target {target!r} matches no module{_suggestion(target, modules)}")
+    problems.extend(_vain_exclusions(config.exclude, modules))
     if not selection.layers and not problems and not unserved:
         unserved = passed_over
         if not unserved:
@@ -135,6 +136,32 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
             if own and path and not taken and not path.startswith(inside):
                 selection.saved[path] = own
     return selection
+
+
+def _excluded(path: str, exclude: str | Sequence[str]) -> bool:
+    """PEFT's rule for an expression, which may well match containers in passing; a name covers what lies under it."""
+    if isinstance(exclude, str):
+        return matches(path, exclude)
+    return any(f".{name}." in f".{path}." for name in exclude)
+
+
+def _vain_exclusions(exclude: str | Sequence[str], modules: dict[str, nn.Module]) -> Iterator[str]:
+    """Entries that leave nothing out: what was to be spared would be adapted."""
+    if not isinstance(exclude, str):
+        for name in exclude:
+            if not any(_excluded(path, [name]) for path in modules):
+                yield f"exclude {name!r} matches no module{_suggestion(name, modules)}"
+        return
+    containers = {path.rpartition(".")[0] for path in modules if path}
+    matched = [path for path in modules if path and matches(path, exclude)]
+    if exclude and not matched:
+        yield f"exclude {exclude!r}, an expression for whole paths, matches no module; names are given as a list"
+    elif exclude and containers.issuperset(matched):
+        below = rf"{re.escape(matched[0])}\..*"
+        yield (
+            f"exclude {exclude!r} matches only modules that contain others ({', '.join(matched[:LISTED])}) and leaves "
+            f"nothing out; for what lies under them use {below!r} or the list {[matched[0]]}"
+        )
 
 
 def refusal(modules: dict[str, nn.Module], path: str) -> str | None:

@@ -444,6 +444,34 @@ def test_a_quantised_model_of_transformers_trains_with_trainer_and_merges(folder
         assert error(plain.eval()(ids).logits, y) < 1e-4
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao-int8"])
+def test_a_model_merged_in_part_is_saved_and_read_by_transformers(folder, tmp_path, kind):
+    """Its options have to say which layers are not quantised any more, and which never were."""
+    from transformers import AutoModelForCausalLM
+
+    from doratune.cli import merge
+    from doratune.train.placement import quantization
+
+    ids = torch.arange(8)[None]
+    settings = quantization(kind, torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype=torch.float32).eval()
+    model.save_pretrained(tmp_path / "base")
+    dt.attach(model, dt.AdapterConfig(rank=4, targets=["q_proj", "v_proj"]))
+    move(model)
+    dt.save_adapter(model, tmp_path / "adapter")
+    with torch.no_grad():
+        dt.merge(model).save_pretrained(tmp_path / "merged")
+        y = model(ids).logits  # bitsandbytes saves other numbers once a forward on a CPU has repacked them
+        merge.run(merge.Merge(tmp_path / "adapter", tmp_path / "by-command", str(tmp_path / "base")))
+        for name in ("merged", "by-command"):
+            again = AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
+            attention = again.model.layers[0].self_attn
+            assert quantised.library_of(attention.q_proj) is None
+            assert quantised.library_of(attention.k_proj) is not None
+            assert quantised.library_of(again.lm_head) is None
+            assert error(again(ids).logits, y) < 1e-5
+
+
 def test_copies_train_on_their_own():
     model = made(bnb_4bit())
     other = copy.deepcopy(model)

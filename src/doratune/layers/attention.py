@@ -22,6 +22,7 @@ from doratune.layers.adapted import AdaptedLayer
 from doratune.layers.cache import without_autocast
 from doratune.layers.holder import base_attribute
 from doratune.layers.kind import Kind, Options
+from doratune.layers.loading import accept_plain_keys_below
 from doratune.layers.weights import WeightRows
 from doratune.ops.low_rank import adapted_weight
 
@@ -162,6 +163,7 @@ class AttentionHost(nn.Module):
         self._projections = nn.ModuleDict(projections(attention))
         self.training = attention.training
         self.in_encoder_layer = False
+        self.register_load_state_dict_pre_hook(accept_plain_keys_below)
 
     def active_layers(self) -> Iterator[tuple[str, AdaptedLayer]]:
         """The projections that an adapter changes at present."""

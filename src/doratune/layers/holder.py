@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from doratune.layers import input_gradients, running_statistics
+
 
 class NoFastPath(Tensor):
     """A weight that keeps ``nn.TransformerEncoderLayer`` from computing with it and past the layer that holds it.
@@ -94,8 +96,13 @@ def plain_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str,
 
 def plain_copy(module: nn.Module, shared: Iterable[nn.Parameter]) -> nn.Module:
     """A copy of a module without adapters; the parameters in ``shared`` are not copied."""
-    clone = copy.deepcopy(plain(module), {id(p): p for p in shared})
+    module = plain(module)
+    kept: dict[int, Any] = {id(p): p for p in shared}
+    for part in module.modules():  # these hooks refer to the whole model, which would be copied with them
+        kept.update({id(hook): hook for hook in input_gradients.hooks_of(part).values()})
+    clone = copy.deepcopy(module, kept)
     for part in list(clone.modules()):
+        running_statistics.release(part)
         for name, child in part._modules.items():
             if child is not None:
                 part._modules[name] = plain(child)

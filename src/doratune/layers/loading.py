@@ -1,8 +1,10 @@
-"""State dicts that fill an adapted layer: of the adapted model, of the plain one, in one piece or in several."""
+"""State dicts that fill adapted models: of the adapted model, of the plain one, in one piece or in several."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 if TYPE_CHECKING:
     from doratune.layers.adapted import AdaptedLayer
@@ -16,6 +18,14 @@ def accept_plain_keys(layer: AdaptedLayer, state: dict[str, Any], prefix: str, *
             state.setdefault(prefix + "base_layer." + name, state.pop(prefix + name))
         if prefix + "base_layer." + name in state:
             layer.loaded.add(name)
+
+
+def accept_plain_keys_below(holder: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """The same for a holder of a whole module: what belongs to none of the holder's own parts is the base's."""
+    for key in [key for key in state if key.startswith(prefix)]:
+        name = key.removeprefix(prefix)
+        if name.partition(".")[0] not in holder._modules:
+            state.setdefault(f"{prefix}base_layer.{name}", state.pop(key))
 
 
 def _base_names(layer: AdaptedLayer) -> set[str]:

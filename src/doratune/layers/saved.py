@@ -8,9 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
+from doratune.layers import running_statistics
 from doratune.layers.holder import AdapterHolder, plain_copy, plain_parameters
+from doratune.layers.loading import accept_plain_keys_below
+from doratune.layers.weights import is_dtensor
 
 
 class SavedModule(AdapterHolder):
@@ -22,14 +26,44 @@ class SavedModule(AdapterHolder):
         self.trained: dict[str, list[str]] = {}
         """For each adapter the names of the parameters that are its own; the rest is shared with the original."""
         self.trainable: dict[str, bool] = {}
+        self.waiting: set[str] = set()
+        """Adapters whose copies were made while the base had no data (meta device), to be filled once it has."""
+        self.register_load_state_dict_pre_hook(accept_plain_keys_below)
+        self.register_load_state_dict_pre_hook(_note_copies)
 
     def add(self, name: str, parameters: list[str], trainable: bool = True) -> None:
         """Add an adapter's copy, in which the named parameters are its own."""
         clone = plain_copy(self.base_layer, [p for n, p in plain_parameters(self.base_layer) if n not in parameters])
         clone.train(self.training)
+        if len(parameters) < len(list(plain_parameters(self.base_layer))):
+            for part in clone.modules():  # biases only are in the file
+                running_statistics.hold(part)
         self.copies[name] = clone
         self.trained[name] = parameters
         self.trainable[name] = trainable
+        if any(p.is_meta for p in self.base_layer.parameters()):
+            self.waiting.add(name)
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Fill the copies that still wait for a base with data."""
+        base = dict(plain_parameters(self.base_layer))
+        if any(p.is_meta for p in base.values()):
+            return
+        for name in sorted(self.waiting):
+            clone = self.copies[name]
+            for inner, parameter in list(clone.named_parameters()):
+                owner, _, own = inner.rpartition(".")
+                if is_dtensor(parameter) or (inner in self.trained[name] and not parameter.is_meta):
+                    parameter.copy_(base[inner])
+                    continue
+                shared = inner not in self.trained[name]
+                new = base[inner] if shared else nn.Parameter(base[inner].clone(), parameter.requires_grad)
+                clone.get_submodule(owner)._parameters[own] = new
+            for inner, buffer in plain_copy(self.base_layer, base.values()).named_buffers():
+                owner, _, own = inner.rpartition(".")
+                clone.get_submodule(owner)._buffers[own] = buffer
+        self.waiting.clear()
 
     def adapter_names(self) -> list[str]:
         return list(self.copies)
@@ -43,6 +77,7 @@ class SavedModule(AdapterHolder):
     def remove(self, name: str) -> None:
         if name in self.copies:
             del self.copies[name], self.trained[name], self.trainable[name]
+            self.waiting.discard(name)
         if self.active == name:
             self.activate(None)
 
@@ -52,6 +87,8 @@ class SavedModule(AdapterHolder):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The chosen module's output."""
+        if self.waiting:
+            self.initialise()
         return self.chosen()(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -61,3 +98,8 @@ class SavedModule(AdapterHolder):
             if name.startswith("__") or "copies" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.chosen(), name)
+
+
+def _note_copies(saved: SavedModule, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Copies that a state dict fills wait no longer."""
+    saved.waiting -= {name for name in saved.waiting if any(k.startswith(f"{prefix}copies.{name}.") for k in state)}

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from doratune.ops.row_norm import Tiles
+from doratune.ops.row_norm import Tiles, row_tiles
 
 
 class WeightRows(NamedTuple):
@@ -79,21 +79,49 @@ def linear_rows(base: nn.Module) -> WeightRows:
 
 
 def rows_by_forward(base: nn.Module) -> WeightRows:
-    """W of a linear layer of unknown make: what its own forward does to the identity, without the bias.
+    """W of a linear layer of unknown make, found by running it, without the bias.
 
-    The last resort, at the price of ``in`` more tokens through the layer.
+    The last resort: every norm costs r more tokens through the layer, |W|^2 and merging ``in`` more, once.
     """
     weight: Tensor = base.weight  # type: ignore[assignment]
     out, columns = int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
+    return WeightRows((out, columns), weight, _ByForward(base, weight, out, columns), transient=True)
 
-    def tiles() -> Iterable[tuple[slice, Tensor]]:
+
+class _ByForward:
+    """Tiles of a W that only a forward knows: the whole for those who need its rows, products without them."""
+
+    def __init__(self, base: nn.Module, weight: Tensor, out: int, columns: int) -> None:
+        self.base = base
+        self.weight = weight
+        self.out, self.columns = out, columns
+
+    def __call__(self) -> Iterable[tuple[slice, Tensor]]:
+        W = self.weight.new_empty(self.out, self.columns)
+        for columns, block in self._blocks():
+            W[:, columns] = block.T
+        return ((slice(0, self.out), W),)
+
+    def squared(self) -> Tensor:
+        """``|W|^2``, float32 ``[out]``."""
+        total = torch.zeros(self.out, device=self.weight.device)
+        for _, block in self._blocks():
+            total += block.float().square().sum(0)
+        return total
+
+    def product(self, A: Tensor) -> Tensor:
+        """``W A^T``, float32 ``[out, r]``, differentiable in A."""
+        x = A.to(self.weight.dtype)
+        return (self.base(x).float() - self.base(torch.zeros_like(x[:1])).float()).T
+
+    def _blocks(self) -> Iterable[tuple[slice, Tensor]]:
+        """Columns of W, ``[n, out]``: the forward of a few rows of the identity, so many that three fit into a tile."""
         with torch.no_grad():
-            identity = torch.eye(columns, dtype=weight.dtype, device=weight.device)
-            offset = base(identity.new_zeros(1, columns))
-            W = (base(identity) - offset).T
-        return ((slice(0, out), W),)
-
-    return WeightRows((out, columns), weight, tiles, transient=True)
+            offset = self.base(self.weight.new_zeros(1, self.columns))
+            for columns in row_tiles((self.columns, self.columns + 3 * self.out), self.weight.device):
+                identity = self.weight.new_zeros(columns.stop - columns.start, self.columns)
+                identity.diagonal(columns.start).fill_(1)
+                yield columns, self.base(identity) - offset
 
 
 def embedding_rows(base: nn.Module) -> WeightRows:

@@ -25,7 +25,8 @@ LARGE_TILE_BYTES = 48 * 1024 * 1024
 """Size of a transient float32 tile of W: by type of device, and on others, where starting an operation costs more."""
 
 Tiles = Callable[[], Iterable[tuple[slice, Tensor]]]
-"""A function that walks W once more, as ``(rows, W[rows])``."""
+"""A function that walks W once more, as ``(rows, W[rows])``. Where W is not there in rows it may also be an object
+with ``squared()`` and ``product(A)``, which find ``|W|^2`` and ``W A^T`` in a shorter way."""
 
 
 def row_tiles(shape: Sequence[int], device: torch.device) -> Iterator[slice]:
@@ -38,6 +39,9 @@ def row_tiles(shape: Sequence[int], device: torch.device) -> Iterator[slice]:
 
 def base_squared_norm(tiles: Tiles) -> Tensor:
     """``|W|^2`` of each row, float32 ``[out]``, summed in float32 by row tiles."""
+    if hasattr(tiles, "squared"):
+        shorter: Tensor = tiles.squared()
+        return shorter
     sums = []
     for _, tile in tiles():
         for rows in row_tiles(tile.shape, tile.device):
@@ -89,6 +93,9 @@ class _TiledProduct(torch.autograd.Function):
 
 def skinny_product(tiles: Tiles, A: Tensor) -> Tensor:
     """``U = W A^T``, float32 ``[out, r]``, for A of float32; the backward walks the tiles again, keeping none."""
+    if hasattr(tiles, "product"):
+        shorter: Tensor = tiles.product(A)
+        return shorter
     return _TiledProduct.apply(A, tiles) if torch.is_grad_enabled() else _tiled_product(A, tiles)
 
 

@@ -1,0 +1,47 @@
+"""State dicts of the plain model fill adapted ones, whatever stands in a module's place."""
+
+import pytest
+import torch
+from torch import nn
+
+import doratune as dt
+from helpers import error, ids, move, output, tiny
+
+
+class Attending(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **options)
+        self.head = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+
+    def forward(self, x):
+        k = x[..., : self.attention.kdim]
+        return self.head(self.attention(x, k, k)[0])
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("options", [{}, {"kdim": 6, "vdim": 6, "add_bias_kv": True}], ids=["packed", "separate"])
+def test_a_plain_checkpoint_fills_attention_and_saved_modules(options, assign):
+    model, other = Attending(**options), Attending(**options)
+    x = torch.randn(2, 3, 8)
+    dt.attach(model, dt.AdapterConfig(rank=2, targets=["q_proj", "out_proj", "head.0"]))
+    config = dt.AdapterConfig(rank=2, targets=["v_proj"], modules_to_save=["head"])
+    dt.attach(model, config, "second")
+    _, unexpected = model.load_state_dict(other.state_dict(), strict=False, assign=assign)
+    assert unexpected == []
+    with dt.disabled(model):
+        assert error(output(model, x), output(other, x)) < 1e-6
+    model.load_state_dict(model.state_dict())
+    dt.set_adapter(model, "default")
+    move(model)
+    expected = output(model, x)
+    assert error(output(dt.merge(model), x), expected) < 1e-5
+
+
+def test_a_plain_checkpoint_fills_layers_of_which_biases_are_trained():
+    model, other = tiny(), tiny(seed=1)
+    dt.attach(model, dt.AdapterConfig(rank=2, bias="all"))
+    _, unexpected = model.load_state_dict(other.state_dict(), strict=False)
+    assert unexpected == []
+    with dt.disabled(model):
+        assert torch.equal(output(model, ids()), output(other, ids()))
