@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,6 +14,8 @@ from doratune.errors import AdapterError
 
 if TYPE_CHECKING:
     from doratune.merge import MergeCheck
+
+PREPROCESSOR = "preprocessor_config.json"
 
 
 @dataclass
@@ -42,7 +45,7 @@ def run(options: Merge) -> int:
     from doratune.cli.quiet import quiet_libraries
     from doratune.files import read_config, read_weights
     from doratune.merge import merge, verify_merge
-    from doratune.train.models import align_padding, load_base, load_tokenizer
+    from doratune.train.models import align_padding, load_base
 
     raw = read_config(options.adapter)
     read_weights(options.adapter)  # a broken file is found before a large model is loaded
@@ -55,8 +58,7 @@ def run(options: Merge) -> int:
     status = Console(stderr=True).status
     with status(f"Loading {base}"):
         model = load_base(options.adapter, base, options.dtype)
-        reads_text = getattr(model, "main_input_name", None) != "pixel_values" and _has_tokenizer(base)
-        tokenizer = load_tokenizer(base) if reads_text else None
+        tokenizer = _tokenizer(model, options.adapter, base)
         if tokenizer is not None:
             align_padding(model, tokenizer)
         load_adapter(model, options.adapter)
@@ -70,7 +72,7 @@ def run(options: Merge) -> int:
         merge(model)
         whole = probe.compare() if probe else None
     with status(f"Writing {options.output}"):
-        _write(model, tokenizer, options.adapter, options.output)
+        _write(model, tokenizer, options.adapter, base, options.output)
     if options.json:
         worst = max((c.difference for c in checks), default=None)
         found = {"output": str(options.output), "layers": len(checks), "largest_difference": worst, "logits": whole}
@@ -122,27 +124,50 @@ def _inputs(model: Any) -> dict[str, Any]:
     return {}
 
 
-def _has_tokenizer(base: str) -> bool:
-    folder = Path(base).expanduser()
-    return not folder.is_dir() or any(folder.glob("tokenizer*"))
+def _tokenizer(model: Any, adapter: Path, base: str) -> Any:
+    """The adapter's own or the base's; None for models of images, and for folders without one."""
+    from doratune.inference.sources import tokenizer_source
+    from doratune.train.models import has_tokenizer, load_tokenizer
+
+    source = tokenizer_source([adapter], base)
+    folder = Path(source).expanduser()
+    if getattr(model, "main_input_name", None) == "pixel_values" or (folder.is_dir() and not has_tokenizer(folder)):
+        return None
+    return load_tokenizer(source)
 
 
-def _write(model: Any, tokenizer: Any, adapter: Path, output: Path) -> None:
+def _image_settings(model: Any, adapter: Path, base: str) -> Path | None:
+    """How images become the model's input: the adapter's file or the base's; None where neither has one."""
+    from transformers.utils import cached_file
+
+    own = adapter / PREPROCESSOR
+    if own.is_file():
+        return own
+    if getattr(model, "main_input_name", None) != "pixel_values":
+        return None
+    try:
+        return Path(cached_file(os.path.expanduser(base), PREPROCESSOR))
+    except OSError:  # there is none
+        return None
+
+
+def _write(model: Any, tokenizer: Any, adapter: Path, base: str, output: Path) -> None:
     """Write beside the output folder and rename, so that a broken attempt leaves nothing behind."""
     import secrets
     import shutil
 
     from doratune.train.information import FILE
 
+    images = _image_settings(model, adapter, base)
     partial = output.parent / f".{output.name}.{secrets.token_hex(4)}.partial"
     try:
         partial.mkdir(parents=True)
         model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        for name in (FILE, "preprocessor_config.json"):  # what predict needs besides the weights
-            if (adapter / name).is_file():
-                shutil.copyfile(adapter / name, partial / name)
+        for path in (adapter / FILE, images):  # what predict needs besides the weights
+            if path and path.is_file():
+                shutil.copyfile(path, partial / path.name)
         partial.replace(output)
     except OSError as error:
         raise AdapterError(f"cannot write the merged model to {output}: {error.strerror or error}") from error

@@ -15,7 +15,7 @@ from doratune.extras import require
 from doratune.files import CONFIG, read_config, read_weights
 from doratune.inference.device import explaining_memory, to_device
 from doratune.inference.inputs import Input
-from doratune.inference.sources import inner_folder, is_model
+from doratune.inference.sources import inner_folder, is_model, tokenizer_source
 from doratune.targets import HEAD_NAMES
 from doratune.train.information import Information
 from doratune.train.models import (
@@ -148,8 +148,7 @@ class Predictor:
         model = to_device(model)
         if found.takes_images:
             return cls(model, _image_processor(found), labels, forward=dict(about.forward))
-        own = (folder / "tokenizer_config.json").is_file()
-        tokenizer = load_tokenizer(str(folder) if own else found.base)
+        tokenizer = load_tokenizer(tokenizer_source([folder], found.base))
         context = getattr(model.config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
         return cls(model, tokenizer, labels, about.max_length or min(tokenizer.model_max_length, context))
 

@@ -11,7 +11,7 @@ import torch
 
 from doratune.errors import AdapterError
 from doratune.extras import require
-from doratune.files import read_config
+from doratune.files import CONFIG, read_config
 from doratune.ops.hardware import multiplies
 from doratune.targets import HEAD_NAMES
 from doratune.train.information import Information
@@ -104,7 +104,7 @@ def load_base(folder: str | os.PathLike[str], base: str | None = None, dtype: to
     """
     folder = Path(folder)
     about = Information.load(folder)
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():  # Axolotl puts one beside adapters
         return load_model(str(folder), dtype, about.task if about else None, about.labels if about else ())
     raw = read_config(folder)
     name = base or raw.get("base_model_name_or_path") or (about.base if about else None)
@@ -151,6 +151,11 @@ def _loader(transformers: Any, source: str, task: str | None, options: dict[str,
     return getattr(transformers, (architectures or ["AutoModel"])[0])
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer of any kind."""
+    return any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
+
+
 def load_tokenizer(name: str) -> Any:
     """Load a model's tokenizer.
 
@@ -161,7 +166,7 @@ def load_tokenizer(name: str) -> Any:
     _raise_problem(name)
     options = {"local_files_only": True} if Path(name).expanduser().is_dir() else {}
     source = str(Path(name).expanduser()) if options else name
-    if options and not any(any(Path(source).glob(pattern)) for pattern in TOKENIZER_FILES):
+    if options and not has_tokenizer(Path(source)):
         raise AdapterError(
             f"{name} holds no tokenizer (tokenizer.json, tokenizer_config.json): is it a language model?"
         )
