@@ -26,6 +26,7 @@ from doratune.train.models import (
     load_image_processor,
     load_tokenizer,
     model_problem,
+    peft_task,
 )
 from doratune.train.optimizer import keep_float32
 
@@ -85,7 +86,7 @@ class Classifier:
         if problem:
             raise AdapterError(problem if base else f"{problem} (named by {folder}; give another place with --base)")
         if about is None:
-            about = Information(_task(name, None if whole else raw.get("task_type")), name, "")
+            about = Information(_task(name, None if whole else peft_task(raw)), name, "")
         if about.task not in TASKS:
             raise AdapterError(f"{folder} was trained for {about.task}; use doratune generate {folder}")
         return cls(folder, name, about)
@@ -199,12 +200,12 @@ def _image_processor(found: Classifier) -> Any:
     return load_image_processor(found.base, size[0] if size else None)
 
 
-def _task(name: str, peft_task: str | None) -> str:
+def _task(name: str, noted: str | None) -> str:
     """The task of what was not made by doratune, from PEFT's task type and the model's config."""
-    if peft_task == "CAUSAL_LM":
+    if noted == "CAUSAL_LM":
         return "text-generation"
     config = load_config(name)
     if hasattr(config, "patch_size") and hasattr(config, "num_channels"):
         return "image-classification"
-    causal = not peft_task and any("CausalLM" in kind for kind in config.architectures or ())
+    causal = not noted and any("CausalLM" in kind for kind in config.architectures or ())
     return "text-generation" if causal else "text-classification"

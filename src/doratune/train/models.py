@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from doratune.errors import AdapterError
 from doratune.extras import require
-from doratune.files import CONFIG, read_config
+from doratune.files import CONFIG, read_config, read_weights
 from doratune.ops.hardware import multiplies
 from doratune.targets import HEAD_NAMES
 from doratune.train.information import Information
@@ -28,6 +29,8 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and deviation of red, green and blue, as most vision models but the first ViT were pretrained with."""
 TOKENIZER_FILES = ("*token*", "vocab*", "*.model", "*.gguf")
 """Without any of these a folder has no tokenizer."""
+SAVED_HEAD = re.compile(r"(^|\.)(score|classifier|classification_head)(\.out_proj)?\.weight$")
+"""Names of the weight that gives the logits, in an adapter's file. Its rows are the classes."""
 CLASSIFIERS = ("text-classification", "image-classification", "SEQ_CLS")
 
 
@@ -111,8 +114,24 @@ def load_base(folder: str | os.PathLike[str], base: str | None = None, dtype: to
     if not name:
         raise AdapterError(f"{folder} does not name its base model; give it with --base")
     if about is None:
-        return load_model(name, dtype, raw.get("task_type") or None)
+        task = peft_task(raw)
+        return load_model(name, dtype, task, _saved_classes(folder, name) if task in CLASSIFIERS else ())
     return load_model(name, dtype, about.task, about.labels)
+
+
+def peft_task(raw: Mapping[str, Any]) -> str | None:
+    """The task of an adapter that PEFT wrote: where no task type was given it notes the model's class."""
+    kind = (raw.get("auto_mapping") or {}).get("base_model_class") or ""
+    ends = {"ForSequenceClassification": "SEQ_CLS", "ForImageClassification": "image-classification"}
+    return raw.get("task_type") or next((task for end, task in ends.items() if kind.endswith(end)), None)
+
+
+def _saved_classes(folder: Path, base: str) -> list[str]:
+    """Names for the classes of the head that lies with an adapter; none where there is no head, or the base's fits."""
+    shapes = [tensor.shape for key, tensor in read_weights(folder)[0].items() if SAVED_HEAD.search(key)]
+    if not shapes or shapes[0][0] == load_config(base).num_labels:  # the base may have better names
+        return []
+    return [f"LABEL_{number}" for number in range(shapes[0][0])]
 
 
 def _load(
