@@ -120,8 +120,11 @@ def test_ctrl_c_is_said_once_wherever_it_comes(monkeypatch, capsys):
 
 
 def test_train_then_inspect_then_merge(assets, tmp_path, capsys):
-    assert train(assets, tmp_path / "run", "--prompt", "once") == 0
+    prompt = "once upon a time there was a king " * 3  # longer than the 80 columns of what is no terminal
+    assert train(assets, tmp_path / "run", "--prompt", prompt) == 0
     printed = capsys.readouterr().out
+    assert f"before: {prompt}" in printed
+    assert f"after: {prompt}" in printed
     assert "held-out perplexity" in printed
     assert "doratune merge" in printed
     adapter = tmp_path / "run" / "adapter"

@@ -157,7 +157,8 @@ def _show(out: Console, group: tuple[Completion, ...], several: bool) -> None:
 
     prompt = Text(group[0].prompt.shown(), style="bold")
     if len(group) == 1:
-        out.print(prompt, Text(group[0].text), sep="" if group[0].prompt.messages is None else "\n")
+        between = "" if group[0].prompt.messages is None else "\n"
+        out.print(prompt, Text(group[0].text), sep=between, soft_wrap=True)  # files have no width
     else:
         table = Table(title=prompt, title_justify="left", expand=True)
         for completion in group:

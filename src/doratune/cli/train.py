@@ -61,7 +61,7 @@ def run(config: TrainConfig) -> int:
     if result.prompt is not None:
         for name, sample in (("before", result.sample_before), ("after", result.sample_after)):
             out.print(f"[bold]{name}:[/bold]", end=" ")
-            out.print(f"{result.prompt}{sample}", markup=False, highlight=False)
+            out.print(f"{result.prompt}{sample}", markup=False, highlight=False, soft_wrap=True)
     written = [f"{Path(result.adapter).name}/", METRICS, CURVES, "results.json", RECIPE]
     out.print(f"Written to {config.output}: {', '.join(written)}", markup=False, highlight=False, soft_wrap=True)
     out.print(result.next_steps(), markup=False, highlight=False, soft_wrap=True)
