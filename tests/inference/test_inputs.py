@@ -29,6 +29,14 @@ def test_texts_from_lines_tables_and_their_columns(tmp_path):
     assert [one.source for one in chosen] == ["x", "y"]
 
 
+def test_only_ends_of_lines_end_a_text(tmp_path):
+    """Texts hold other signs that Python's splitlines takes for one; an editor's numbers do not count those."""
+    (tmp_path / "lines.txt").write_bytes("one\u2028one\x0cone\x1cone\x85one\r\n\r\ntwo\n".encode())
+    name = tmp_path / "lines.txt"
+    found = read_texts(config(name), {}, print)
+    assert found == [Text(f"{name}:1", "one\u2028one\x0cone\x1cone\x85one", None), Text(f"{name}:3", "two", None)]
+
+
 def test_texts_that_cannot_be_used_are_listed_once(tmp_path):
     (tmp_path / "table.csv").write_text('text,label\nfine,a\n"",a\na,b,c\n')
     save_rows(tmp_path / "rows.jsonl", [{"text": "fine"}, {"other": 1}, {"text": 3}, {"text": "a", "label": [1]}])
