@@ -120,7 +120,7 @@ def test_ctrl_c_is_said_once_wherever_it_comes(monkeypatch, capsys):
 
 
 def test_train_then_inspect_then_merge(assets, tmp_path, capsys):
-    prompt = "once upon a time there was a king " * 3  # longer than the 80 columns of what is no terminal
+    prompt = "once upon a time there was a king :100: " * 3  # longer than the 80 columns of what is no terminal
     assert train(assets, tmp_path / "run", "--prompt", prompt) == 0
     printed = capsys.readouterr().out
     assert f"before: {prompt}" in printed
@@ -268,9 +268,12 @@ def test_merge_of_a_wrong_adapter_leaves_nothing(adapter, tmp_path, capsys):
 def test_merge_prints_a_table_without_json(adapter, assets, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
     monkeypatch.setenv("TERM", "xterm")
-    arguments = ["merge", str(adapter), "--base", str(assets[0]), "--output", str(tmp_path / "m"), "--verify"]
+    output = tmp_path / "m[v2]:100:"  # for rich a style and an emoji
+    arguments = ["merge", str(adapter), "--base", str(assets[0]), "--output", str(output), "--verify"]
     assert main(arguments) == 0
     printed, status = capsys.readouterr()
+    assert f"Merged model written to {output}\n" in printed
+    assert f"Writing{output}" in "".join(status.split())
     for part in ("q_proj", "logits of the model", "Merged model written"):
         assert part in printed
     for part in ("Loading", "Comparing layers", "Merging", "Writing"):

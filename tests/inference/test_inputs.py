@@ -79,7 +79,9 @@ def test_what_is_no_label_counts_as_one_where_the_user_named_the_column_only(tmp
         assert [one.label for one in found] == [None, "a", None, None, None, "2"]
         assert len(notes) == 1
         assert notes[0].startswith(f"{file}:1: label: expected a name or a whole number, found 0.73; such labels")
-        with pytest.raises(dt.AdapterError, match=r"(?s)^3 of 6 rows cannot be used.*found 0\.73.*found \[1\].*found nan"):
+        with pytest.raises(
+            dt.AdapterError, match=r"(?s)^3 of 6 rows cannot be used.*found 0\.73.*found \[1\].*found nan"
+        ):
             read(config(file, label_column="target"), {}, print)
 
 

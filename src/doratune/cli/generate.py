@@ -75,6 +75,7 @@ class Generate:
 def run(options: Generate) -> int:
     """Check, load, write."""
     from rich.console import Console
+    from rich.text import Text
 
     from doratune.cli.chat import talk
     from doratune.cli.quiet import quiet_libraries
@@ -94,11 +95,11 @@ def run(options: Generate) -> int:
     elif options.prompt is not None:
         prompts = [chat(options.prompt, options.system) if options.chat else Prompt(options.prompt)]
     quiet_libraries()
-    status = Console(stderr=True)
-    with status.status(f"Loading {sources.base}"):
+    status = Console(stderr=True, emoji=False)
+    with status.status(Text(f"Loading {sources.base}")):
         writer = Writer.load(sources, options.dtype, options.merge)
         writer.check(prompts)
-    out = Console()
+    out = Console(emoji=False)
     if not prompts:
         talk(writer, out, options.sampling, options.system)
         return 0

@@ -40,6 +40,7 @@ class Merge:
 def run(options: Merge) -> int:
     """Load, check, merge, check again, write."""
     from rich.console import Console
+    from rich.text import Text
 
     from doratune.checkpoint import load_adapter
     from doratune.cli.quiet import quiet_libraries
@@ -55,8 +56,8 @@ def run(options: Merge) -> int:
     if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
         raise AdapterError(f"output {options.output} exists and is not empty; name a new folder")
     quiet_libraries()
-    status = Console(stderr=True).status
-    with status(f"Loading {base}"):
+    status = Console(stderr=True, emoji=False).status
+    with status(Text(f"Loading {base}")):
         model = load_base(options.adapter, base, options.dtype)
         tokenizer = _tokenizer(model, options.adapter, base)
         if tokenizer is not None:
@@ -71,17 +72,17 @@ def run(options: Merge) -> int:
         probe = _Logits(model) if options.verify else None
         merge(model)
         whole = probe.compare() if probe else None
-    with status(f"Writing {options.output}"):
+    with status(Text(f"Writing {options.output}")):
         _write(model, tokenizer, options.adapter, base, options.output)
     if options.json:
         worst = max((c.difference for c in checks), default=None)
         found = {"output": str(options.output), "layers": len(checks), "largest_difference": worst, "logits": whole}
         print(json.dumps({**found, "checks": [asdict(c) for c in checks]}))
     else:
-        out = Console()
+        out = Console(emoji=False)
         if checks:
             out.print(_table(checks, whole))
-        out.print(f"Merged model written to {options.output}")
+        out.print(f"Merged model written to {options.output}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
@@ -177,6 +178,7 @@ def _write(model: Any, tokenizer: Any, adapter: Path, base: str, output: Path) -
 
 def _table(checks: list[MergeCheck], whole: dict[str, float] | None) -> Any:
     """Differences by kind of layer: the worst of each, and of the whole model."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title="merged against unmerged, relative to the largest output")
@@ -187,7 +189,7 @@ def _table(checks: list[MergeCheck], whole: dict[str, float] | None) -> Any:
         groups.setdefault(check.path.rpartition(".")[2], []).append(check)
     for name, group in groups.items():
         worst = max(c.difference for c in group)
-        table.add_row(name, str(len(group)), f"{worst:.1e}", f"{max(c.tolerance for c in group):.1e}")
+        table.add_row(escape(name), str(len(group)), f"{worst:.1e}", f"{max(c.tolerance for c in group):.1e}")
     if whole:
         table.add_section()
         table.add_row("logits of the model", "", f"{whole['difference'] / whole['largest']:.1e}", "")

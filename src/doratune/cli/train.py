@@ -50,13 +50,13 @@ def run(config: TrainConfig) -> int:
     from doratune.train.processes import is_first_asked
 
     quiet_libraries()
-    result = train(config, Console(stderr=True))
+    result = train(config, Console(stderr=True, emoji=False))
     # After an error the process just ends, and torchrun ends the others: leaving waits for those that are in a
     # collective, with the error not told yet.
     leave_group()
     if not is_first_asked():
         return 0
-    out = Console()
+    out = Console(emoji=False)
     out.print(result.table())
     if result.prompt is not None:
         for name, sample in (("before", result.sample_before), ("after", result.sample_after)):
