@@ -21,6 +21,8 @@ from torchao.quantization.granularity import PerGroup
 import doratune as dt
 from doratune.layers import quantised
 from doratune.ops import reference, row_norm
+from doratune.study.footprint import peak_bytes, saved_bytes
+from doratune.targets import adapted_layers
 from helpers import error, tiny_llama
 
 IN, OUT = 128, 64
@@ -298,29 +300,6 @@ def test_compiled(make):
     torch._dynamo.reset()
 
 
-def test_an_nf4_step_keeps_no_more_than_lora_and_its_outputs():
-    """Bytes kept for backward: DoRA's are LoRA's, plus at most one output for each layer."""
-
-    def kept(method):
-        torch.manual_seed(0)
-        model = nn.Sequential(*(bnb_4bit()() for _ in range(1)))
-        dt.attach(model, dt.AdapterConfig(rank=4, method=method))
-        storages = {}
-
-        def pack(t):
-            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        x = torch.randn(32, IN, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            y = model(x)
-        return sum(storages.values()), y.numel() * y.element_size()
-
-    lora, _ = kept("lora")
-    dora, output = kept("dora")
-    assert dora <= lora + output + OUT * 8  # g, and which rows have one
-
-
 def test_dynamic_activations_and_repacked_weights_are_refused_by_name():
     layer = torchao(Int8DynamicActivationInt8WeightConfig())()
     with pytest.raises(dt.AdapterError, match=r"0: torchao quantises its activations dynamically"):
@@ -442,6 +421,27 @@ def test_a_quantised_model_of_transformers_trains_with_trainer_and_merges(folder
     plain = type(model).from_pretrained(tmp_path / "merged")
     with torch.no_grad():
         assert error(plain.eval()(ids).logits, y) < 1e-4
+
+
+def test_a_step_of_an_nf4_model_takes_no_more_than_loras_and_its_outputs(folder):
+    """Bytes kept for backward, and the peak: above LoRA's the layers' outputs, and while one is computed a weight."""
+    load, ids = nf4_llama(), torch.arange(32)[None]
+    kept, peak = {}, {}
+    for method in ("lora", "dora"):
+        model = dt.attach(load(folder), dt.AdapterConfig(rank=4, method=method)).train()
+        move(model)
+        model(ids, labels=ids).loss.backward()  # what is made once is there
+        known = [*model.parameters(), *model.buffers(), ids]
+        kept[method] = saved_bytes(lambda model=model: model(ids, labels=ids).loss, known)
+        model.zero_grad()
+        peak[method] = peak_bytes(lambda model=model: model(ids, labels=ids).loss.backward())
+    bases = [layer.base_layer for layer in adapted_layers(model).values()]
+    assert len(bases) == 14
+    rows = sum(base.out_features for base in bases)
+    more = 4 * ids.numel() * rows + 8 * rows  # outputs; g, and which rows have one
+    largest = max(4 * base.in_features * base.out_features for base in bases)
+    assert kept["dora"] <= kept["lora"] + more
+    assert peak["dora"] <= peak["lora"] + more + largest
 
 
 def test_copies_train_on_their_own():
