@@ -33,10 +33,10 @@ def linear(bias=True):
     return nn.Linear(IN, OUT, bias=bias)
 
 
-def bnb_4bit(kind="nf4", nested=True):
+def bnb_4bit(kind="nf4", nested=True, dtype=torch.float32):
     def make():
         plain = linear()
-        layer = bnb.nn.Linear4bit(IN, OUT, quant_type=kind, compress_statistics=nested, compute_dtype=torch.float32)
+        layer = bnb.nn.Linear4bit(IN, OUT, quant_type=kind, compress_statistics=nested, compute_dtype=dtype)
         layer.weight = bnb.nn.Params4bit(
             plain.weight.data.clone(), requires_grad=False, quant_type=kind, compress_statistics=nested
         )
@@ -158,18 +158,20 @@ def reference_output(layer, x, leaves):
 
 
 @every_method
-@every_layer
-def test_output_and_gradients_are_the_references(make, method):
-    model = made(make, method, moved=False)
+@pytest.mark.parametrize("name", [*LAYERS, "nf4 in bfloat16"])
+def test_output_and_gradients_are_the_references(name, method):
+    half = name == "nf4 in bfloat16"
+    model = made(bnb_4bit(dtype=torch.bfloat16) if half else LAYERS[name], method, moved=False)
     layer = model[0]
-    x = torch.randn(6, IN)
+    x = torch.randn(6, IN, dtype=torch.bfloat16 if half else torch.float32)
     assert torch.equal(model(x), layer.base_layer(x).relu())
     move(model)
     leaves = leaves_of(layer)
     expected = reference_output(layer, x, leaves).relu()
     y = model(x)
+    assert y.dtype == x.dtype
     # An 8-bit bitsandbytes layer rounds its input, too; its base's output stands for W x.
-    coarse = 1e-2 if isinstance(layer.base_layer, bnb.nn.Linear8bitLt) else 1e-5
+    coarse = 1e-2 if half or isinstance(layer.base_layer, bnb.nn.Linear8bitLt) else 1e-5
     assert error(y, expected) < coarse
     y.square().sum().backward()
     expected.square().sum().backward()
