@@ -98,6 +98,23 @@ def test_ctrl_c_during_imports_is_no_traceback():
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "interrupted\n")
 
 
+def test_one_of_several_processes_ends_before_the_interpreter_does():
+    """gloo's threads abort it there now and then; here an object does it every time."""
+    program = (
+        "import atexit, os, runpy, sys\n"
+        "class Late:\n"
+        "    def __del__(self, abort=os.abort): abort()\n"
+        "late = Late()\n"
+        "atexit.register(print, 'cleaned up')\n"
+        "sys.argv = ['doratune', '--version']\n"
+        "runpy.run_module('doratune', run_name='__main__')\n"
+    )
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    said = f"doratune {dt.__version__}\ncleaned up\n"
+    assert (result.returncode, result.stdout, result.stderr) == (0, said, "")
+
+
 # In this process.
 
 

@@ -252,3 +252,25 @@ def test_a_killed_worker_ends_the_run_and_leaves_a_checkpoint_to_go_on_from(tmp_
     )
     assert again.returncode == 0, again.stderr[-3000:]
     assert json.loads((tmp_path / "run" / "results.json").read_text())["processes"] == 1
+
+
+@pytest.mark.parametrize("more", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
+def test_a_run_of_two_processes_comes_to_its_end(tmp_path, more):
+    from peft import PeftModel
+
+    save_model(tmp_path / "model")
+    write_text(tmp_path / "text.txt")
+    arguments = command(tmp_path, "--steps", "4", *more)
+    run = subprocess.run([*LAUNCH, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("held-out loss") == 1, "one table, of the first process"
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (found["processes"], found["steps"]) == (2, 4)
+    adapter = tmp_path / "run" / "adapter"
+    ours = dt.load_adapter(load(tmp_path / "model"), adapter).eval()
+    theirs = PeftModel.from_pretrained(load(tmp_path / "model"), adapter).eval()
+    with torch.no_grad():
+        logits = ours(IDS).logits
+        assert torch.allclose(theirs(IDS).logits, logits, atol=1e-5)
+        with dt.disabled(ours):
+            assert not torch.allclose(ours(IDS).logits, logits, atol=1e-6), "the adapter was written before it learnt"
