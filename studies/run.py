@@ -95,7 +95,11 @@ def main(words: list[str]) -> int:
 
     name, *more = words
     FOLDER.mkdir(parents=True, exist_ok=True)
-    NEEDS[name]()
+    try:
+        NEEDS[name]()
+    except assets.AssetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return doratune(["compare", f"studies/{name}/recipe.toml", "--output", f"studies/{name}", *more])
 
 

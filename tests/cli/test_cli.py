@@ -98,6 +98,23 @@ def test_ctrl_c_during_imports_is_no_traceback():
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "interrupted\n")
 
 
+def test_one_of_several_processes_ends_before_the_interpreter_does():
+    """gloo's threads abort it there now and then; here an object does it every time."""
+    program = (
+        "import atexit, os, runpy, sys\n"
+        "class Late:\n"
+        "    def __del__(self, abort=os.abort): abort()\n"
+        "late = Late()\n"
+        "atexit.register(print, 'cleaned up')\n"
+        "sys.argv = ['doratune', '--version']\n"
+        "runpy.run_module('doratune', run_name='__main__')\n"
+    )
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    said = f"doratune {dt.__version__}\ncleaned up\n"
+    assert (result.returncode, result.stdout, result.stderr) == (0, said, "")
+
+
 # In this process.
 
 
@@ -120,8 +137,11 @@ def test_ctrl_c_is_said_once_wherever_it_comes(monkeypatch, capsys):
 
 
 def test_train_then_inspect_then_merge(assets, tmp_path, capsys):
-    assert train(assets, tmp_path / "run", "--prompt", "once") == 0
+    prompt = "once upon a time there was a king :100: " * 3  # longer than the 80 columns of what is no terminal
+    assert train(assets, tmp_path / "run", "--prompt", prompt) == 0
     printed = capsys.readouterr().out
+    assert f"before: {prompt}" in printed
+    assert f"after: {prompt}" in printed
     assert "held-out perplexity" in printed
     assert "doratune merge" in printed
     adapter = tmp_path / "run" / "adapter"
@@ -265,9 +285,12 @@ def test_merge_of_a_wrong_adapter_leaves_nothing(adapter, tmp_path, capsys):
 def test_merge_prints_a_table_without_json(adapter, assets, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
     monkeypatch.setenv("TERM", "xterm")
-    arguments = ["merge", str(adapter), "--base", str(assets[0]), "--output", str(tmp_path / "m"), "--verify"]
+    output = tmp_path / "m[v2]:100:"  # for rich a style and an emoji
+    arguments = ["merge", str(adapter), "--base", str(assets[0]), "--output", str(output), "--verify"]
     assert main(arguments) == 0
     printed, status = capsys.readouterr()
+    assert f"Merged model written to {output}\n" in printed
+    assert f"Writing{output}" in "".join(status.split())
     for part in ("q_proj", "logits of the model", "Merged model written"):
         assert part in printed
     for part in ("Loading", "Comparing layers", "Merging", "Writing"):

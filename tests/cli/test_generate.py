@@ -90,6 +90,14 @@ def test_a_file_is_printed_prompt_by_prompt(base, adapters, tmp_path, capsys, mo
         assert squeezed(prompt + written(base, adapters[0], prompt)) in printed
 
 
+def test_text_that_goes_to_a_file_keeps_its_lines(base, tmp_path, capsys):
+    """Without a terminal rich takes 80 columns."""
+    prompts = ["once upon a time there was a king in a forest " * 2, "wolf " * 20]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    assert generate(base, "--file", tmp_path / "prompts.txt") == 0
+    assert capsys.readouterr().out == "".join(f"{p}{written(base, prompt=p)}\n\n" for p in prompts)
+
+
 def test_prompts_of_a_file_are_checked_before_any_is_continued(base, tmp_path, capsys):
     lines = ["once", "", "x" * 200, *["king"] * 20, "y" * 300]
     (tmp_path / "prompts.txt").write_text("\n".join(lines))

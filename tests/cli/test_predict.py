@@ -89,16 +89,23 @@ def test_a_merged_model_predicts_the_same(request, kind, tmp_path, capsys):
 
 def test_a_table_where_there_is_no_file_to_write(texts, tmp_path, capsys):
     folder, _ = texts
-    rows = [{"review": f"[red]tale[/] {number}", "label": ("good", "odd")[number % 2]} for number in range(30)]
+    rows = [{"review": f"[red]tale[/] :fire: {number}", "label": ("good", "odd")[number % 2]} for number in range(30)]
     file = save_rows(tmp_path / "rows.jsonl", [*rows, {"review": "x" * 100}])
     assert predict(folder / "run" / "adapter", file) == 0
     printed = capsys.readouterr()
-    assert "[red]tale[/] 19" in printed.out
-    assert "tale[/] 20" not in printed.out
+    assert "[red]tale[/] :fire: 19" in printed.out
+    assert "tale[/] :fire: 20" not in printed.out
     assert "and 11 more; --out FILE.csv writes all" in printed.out
     assert "of 15)" in printed.out
     assert "not counted: 15 with labels that the model does not have, such as odd (it has bad, good)" in printed.out
     assert "1 of 31 texts were cut to 24 tokens" in printed.err
+
+
+def test_the_hundredth_line_is_no_emoji(texts, tmp_path, capsys):
+    rows = [{"review": "tale"}] * 99
+    file = save_rows(tmp_path / "rows.jsonl", [*rows, {"review": ""}])
+    assert predict(texts[0] / "run" / "adapter", file, "--skip-bad") == 0
+    assert f"{file}:100: text is empty" in capsys.readouterr().err
 
 
 def test_bad_files_are_an_error_or_counted(pictures, tmp_path, capsys):

@@ -21,14 +21,16 @@ from train.tiny import llama
 CONFIG = dt.AdapterConfig(rank=4)
 STEPS = 20
 STREAMED = 6
+ACCUMULATED = {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}
+"""Half as many sequences at a time, and forwards that are computed again."""
 TOKENS = torch.randint(0, 256, (4 * STEPS, 16), generator=torch.Generator().manual_seed(3))
 IDS = TOKENS[:4]
 
 
-def load(folder: Path, spread: Any = None) -> Any:
+def load(folder: Path, spread: Any = None, dtype: torch.dtype = torch.float32) -> Any:
     """The model of a folder, whole or in parts."""
     more = {} if spread is None else {"distributed_config": spread}
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **more)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **more)
 
 
 def in_torchaos(kind: str) -> Any:

@@ -14,7 +14,20 @@ import torch
 from safetensors.torch import load_file
 
 import doratune as dt
-from distributed.common import CONFIG, IDS, STEPS, attached, in_torchaos, load, on_stream, read, save, steps, trainer
+from distributed.common import (
+    ACCUMULATED,
+    CONFIG,
+    IDS,
+    STEPS,
+    attached,
+    in_torchaos,
+    load,
+    on_stream,
+    read,
+    save,
+    steps,
+    trainer,
+)
 from doratune.train.launch import refuse_unserved, refuse_unsynchronised
 from train.tiny import save_model, save_rows, write_text
 
@@ -76,6 +89,30 @@ def test_bases_that_torchao_has_quantised_train_under_ddp(two, kind, tmp_path):
     assert found["wrapped"] == "DistributedDataParallel"
     assert found["equal"], "the processes hold different adapters"
     assert found["losses"] == pytest.approx(losses(run), abs=1e-4)
+
+
+def test_accumulated_gradients_and_forwards_computed_again_change_nothing(one, two, tmp_path):
+    folder, expected = one
+    run = trainer(attached(load(folder / "model")), tmp_path, 2, **ACCUMULATED)
+    run.train()
+    assert losses(run) == pytest.approx(expected, abs=1e-4), "in one process"
+    for way in ("ddp", "fsdp"):
+        found = two["accumulated"][way]
+        assert found["parts"] == PARTS[way]
+        assert found["equal"], "the processes hold different adapters"
+        assert found["losses"] == pytest.approx(losses(run), abs=1e-4), way
+
+
+def test_adapters_on_a_base_of_16_bits_stay_float32_and_equal(one, two, tmp_path):
+    run = trainer(attached(load(one[0] / "model", dtype=torch.bfloat16)), tmp_path, 4)
+    run.train()
+    for way in ("ddp", "fsdp"):
+        found = two["half_precision"][way]
+        assert found["parts"] == PARTS[way]
+        assert found["dtypes"] == ["torch.float32"]
+        assert found["equal"], "the processes hold different adapters"
+        # Products are rounded to 8 bits, and batches of another size are summed up in another order.
+        assert found["losses"] == pytest.approx(losses(run), rel=1e-2), way
 
 
 def test_each_process_trains_on_its_own_rows_of_a_stream(one, two):
@@ -215,3 +252,25 @@ def test_a_killed_worker_ends_the_run_and_leaves_a_checkpoint_to_go_on_from(tmp_
     )
     assert again.returncode == 0, again.stderr[-3000:]
     assert json.loads((tmp_path / "run" / "results.json").read_text())["processes"] == 1
+
+
+@pytest.mark.parametrize("more", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
+def test_a_run_of_two_processes_comes_to_its_end(tmp_path, more):
+    from peft import PeftModel
+
+    save_model(tmp_path / "model")
+    write_text(tmp_path / "text.txt")
+    arguments = command(tmp_path, "--steps", "4", *more)
+    run = subprocess.run([*LAUNCH, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("held-out loss") == 1, "one table, of the first process"
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (found["processes"], found["steps"]) == (2, 4)
+    adapter = tmp_path / "run" / "adapter"
+    ours = dt.load_adapter(load(tmp_path / "model"), adapter).eval()
+    theirs = PeftModel.from_pretrained(load(tmp_path / "model"), adapter).eval()
+    with torch.no_grad():
+        logits = ours(IDS).logits
+        assert torch.allclose(theirs(IDS).logits, logits, atol=1e-5)
+        with dt.disabled(ours):
+            assert not torch.allclose(ours(IDS).logits, logits, atol=1e-6), "the adapter was written before it learnt"

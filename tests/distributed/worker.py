@@ -19,7 +19,19 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from transformers.distributed import DistributedConfig
 
 import doratune as dt
-from distributed.common import CONFIG, IDS, STEPS, attached, in_torchaos, load, on_stream, read, steps, trainer
+from distributed.common import (
+    ACCUMULATED,
+    CONFIG,
+    IDS,
+    STEPS,
+    attached,
+    in_torchaos,
+    load,
+    on_stream,
+    read,
+    steps,
+    trainer,
+)
 from doratune.distributed import load_base
 from doratune.layers.sharded import assign, whole
 from doratune.targets import adapted_layers
@@ -55,7 +67,8 @@ def accelerate_with_fsdp_on_cpu() -> Any:
 
 
 def trained(name: str, model: nn.Module, **options: Any) -> dict[str, Any]:
-    run = trainer(model, FOLDER / name, 4 // distributed.get_world_size(), **options)
+    at_a_time = 4 // distributed.get_world_size() // options.get("gradient_accumulation_steps", 1)
+    run = trainer(model, FOLDER / name, at_a_time, **options)
     if not run.is_fsdp_enabled:  # where Trainer itself refuses
         run.evaluate()  # which has made accelerate take the model for wrapped
     run.train()
@@ -66,7 +79,13 @@ def trained(name: str, model: nn.Module, **options: Any) -> dict[str, Any]:
         distributed.broadcast(other, 0)
     losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     equal = all(torch.equal(mine, other) for mine, other in zip(same, others, strict=True))
-    return {"losses": losses, "parts": kinds(run.model), "wrapped": type(run.model_wrapped).__name__, "equal": equal}
+    return {
+        "losses": losses,
+        "parts": kinds(run.model),
+        "wrapped": type(run.model_wrapped).__name__,
+        "equal": equal,
+        "dtypes": sorted({str(p.dtype) for p in dt.trainable_parameters(run.model).values()}),
+    }
 
 
 def ddp() -> dict[str, Any]:
@@ -75,6 +94,16 @@ def ddp() -> dict[str, Any]:
 
 def torchao() -> dict[str, Any]:
     return {kind: trained(kind, attached(in_torchaos(kind))) for kind in ("torchao-int8", "torchao-int4")}
+
+
+def accumulated() -> dict[str, Any]:
+    ways = {"ddp": None, "fsdp": DistributedConfig(fsdp_size=2)}
+    return {way: trained(f"accumulated-{way}", attached(load(MODEL, how)), **ACCUMULATED) for way, how in ways.items()}
+
+
+def half_precision() -> dict[str, Any]:
+    ways = {"ddp": None, "fsdp": DistributedConfig(fsdp_size=2)}
+    return {way: trained(f"half-{way}", attached(load(MODEL, how, torch.bfloat16))) for way, how in ways.items()}
 
 
 def stream() -> dict[str, Any]:
@@ -218,8 +247,8 @@ def meta_start() -> dict[str, Any]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
-    parts = (ddp, torchao, stream, fsdp, resumed, tensor_parallel, meta_start, accelerated, refused)
-    for part in parts:
+    parts = (ddp, torchao, stream, fsdp, accumulated, half_precision, resumed, tensor_parallel, meta_start, accelerated)
+    for part in (*parts, refused):
         result = part()
         if distributed.get_rank() == 0:
             (FOLDER / f"{part.__name__}.json").write_text(json.dumps(result))

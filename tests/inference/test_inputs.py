@@ -29,9 +29,17 @@ def test_texts_from_lines_tables_and_their_columns(tmp_path):
     assert [one.source for one in chosen] == ["x", "y"]
 
 
+def test_only_ends_of_lines_end_a_text(tmp_path):
+    """Texts hold other signs that Python's splitlines takes for one; an editor's numbers do not count those."""
+    (tmp_path / "lines.txt").write_bytes("one\u2028one\x0cone\x1cone\x85one\r\n\r\ntwo\n".encode())
+    name = tmp_path / "lines.txt"
+    found = read_texts(config(name), {}, print)
+    assert found == [Text(f"{name}:1", "one\u2028one\x0cone\x1cone\x85one", None), Text(f"{name}:3", "two", None)]
+
+
 def test_texts_that_cannot_be_used_are_listed_once(tmp_path):
     (tmp_path / "table.csv").write_text('text,label\nfine,a\n"",a\na,b,c\n')
-    save_rows(tmp_path / "rows.jsonl", [{"text": "fine"}, {"other": 1}, {"text": 3}, {"text": "a", "label": [1]}])
+    save_rows(tmp_path / "rows.jsonl", [{"text": "fine"}, {"other": 1}, {"text": 3}, {"text": ""}])
     save_rows(tmp_path / "strange.jsonl", [{"foo": 1}])
     (tmp_path / "empty.txt").touch()
     (tmp_path / "folder").mkdir()
@@ -45,7 +53,7 @@ def test_texts_that_cannot_be_used_are_listed_once(tmp_path):
         "table.csv:4: has 3 fields, the header 2",
         "rows.jsonl:2: has no column 'text'; it has other",
         "rows.jsonl:3: text: expected text, found 3",
-        "rows.jsonl:4: label: expected a name or a whole number",
+        "rows.jsonl:4: text is empty",
         "strange.jsonl: no column looks like the text among foo",
         "empty.txt: is empty",
         "folder: is a folder",
@@ -56,6 +64,25 @@ def test_texts_that_cannot_be_used_are_listed_once(tmp_path):
     found = read_texts(config(*names, skip_bad=True), {}, notes.append)
     assert [one.source for one in found] == ["fine", "fine"]
     assert notes[0].startswith("9 of 11 rows left out (--skip-bad)")
+
+
+def test_what_is_no_label_counts_as_one_where_the_user_named_the_column_only(tmp_path):
+    values = [0.73, "a", [1], float("nan"), None, 2.0]
+    save_rows(tmp_path / "rows.jsonl", [{"text": "fine", "target": value} for value in values])
+    photos = save_image_folder(tmp_path / "photos", 2)
+    path = str(photos / "blue" / "0.png")
+    save_rows(tmp_path / "table.jsonl", [{"file": path, "target": value} for value in values])
+    for read, name in ((read_texts, "rows.jsonl"), (read_pictures, "table.jsonl")):
+        file = tmp_path / name
+        notes = []
+        found = read(config(file), {}, notes.append)
+        assert [one.label for one in found] == [None, "a", None, None, None, "2"]
+        assert len(notes) == 1
+        assert notes[0].startswith(f"{file}:1: label: expected a name or a whole number, found 0.73; such labels")
+        with pytest.raises(
+            dt.AdapterError, match=r"(?s)^3 of 6 rows cannot be used.*found 0\.73.*found \[1\].*found nan"
+        ):
+            read(config(file, label_column="target"), {}, print)
 
 
 def test_a_column_that_is_asked_for_has_to_be_there(tmp_path):

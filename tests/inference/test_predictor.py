@@ -10,7 +10,7 @@ from doratune.inference.predictor import Classifier, Predictor
 from doratune.train import TrainConfig
 from inference.classifiers import train_on_images, train_on_texts
 from inference.small import save_moved, save_writer
-from train.tiny import llama, save_encoder, tokenizer
+from train.tiny import llama, save_encoder, save_image_folder, save_model, save_vision_model, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +109,76 @@ def test_an_adapter_made_by_peft(tmp_path):
     assert predictor.labels == ("LABEL_0", "LABEL_1"), "the base knows no names"
     (one,) = predictor.predict([Text("a", "a tale", None)])
     assert one.probabilities == pytest.approx(expected.softmax(-1)[0].tolist(), abs=1e-6)
+
+
+def other_classes(kind, folder):
+    """A base for two classes, a model of it for six, and the module of it that PEFT has to train whole."""
+    from transformers import (
+        AutoModelForImageClassification,
+        AutoModelForSequenceClassification,
+        RobertaConfig,
+        RobertaForSequenceClassification,
+    )
+
+    torch.manual_seed(0)
+    if kind == "vit":
+        save_vision_model(folder)
+        return AutoModelForImageClassification.from_pretrained(folder, num_labels=6), "classifier"
+    if kind == "llama":
+        save_model(folder)
+        return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=6), "score"
+    if kind == "bert":
+        save_encoder(folder)
+        return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=6), "classifier"
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = RobertaConfig(vocab_size=257, max_position_embeddings=512, pad_token_id=256, **sizes)
+    RobertaForSequenceClassification(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    options = {"num_labels": 6, "ignore_mismatched_sizes": True}
+    return AutoModelForSequenceClassification.from_pretrained(folder, **options), "classifier"
+
+
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [("bert", "SEQ_CLS"), ("roberta", "SEQ_CLS"), ("llama", "SEQ_CLS"), ("llama", None), ("vit", None)],
+)
+def test_an_adapter_made_by_peft_may_have_other_classes_than_its_base(tmp_path, kind, task):
+    from peft import LoraConfig, get_peft_model
+
+    model, head = other_classes(kind, tmp_path / "base")
+    whole = [head, "pooler"] if kind == "bert" else [head]
+    targets = ["query", "q_proj"]
+    wrapped = get_peft_model(model, LoraConfig(task_type=task, r=2, target_modules=targets, modules_to_save=whole))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    found = Classifier.find(tmp_path / "adapter")
+    predictor = Predictor.load(found)
+    assert predictor.labels == tuple(f"LABEL_{number}" for number in range(6))
+    if found.takes_images:
+        inputs = read_pictures(reading(found, save_image_folder(tmp_path / "photos", 2)), {}, print)
+        batch = {
+            "pixel_values": torch.stack([predictor.processor(inputs[0].open(), return_tensors="pt")["pixel_values"][0]])
+        }
+    else:
+        inputs = [Text("a", "a tale", None)]
+        batch = tokenizer()("a tale", return_tensors="pt", return_token_type_ids=False)
+    with torch.no_grad():
+        expected = wrapped.eval()(**batch).logits.softmax(-1)[0].tolist()
+    assert predictor.predict(inputs[:1])[0].probabilities == pytest.approx(expected, abs=1e-6)
+    assert main(["merge", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")]) == 0
+    merged = Predictor.load(Classifier.find(tmp_path / "merged")).predict(inputs[:1])
+    assert merged[0].probabilities == pytest.approx(expected, abs=1e-5)
+
+
+def test_names_of_a_base_with_as_many_classes_stay(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    save_encoder(tmp_path / "bert")
+    named = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert", **named).save_pretrained(tmp_path / "bert")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert")
+    get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=2)).save_pretrained(tmp_path / "adapter")
+    assert Predictor.load(Classifier.find(tmp_path / "adapter")).labels == ("no", "yes")
 
 
 def test_folders_that_do_not_classify(tmp_path, texts):

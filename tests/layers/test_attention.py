@@ -155,9 +155,10 @@ def reference_output(model, x):
         return plain.eval()(wide, keys, values)[0]
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
 @every_method
-def test_gradients_are_the_references(config, x):
-    model = made(SelfAttention, batch_first=True)
+def test_gradients_are_the_references(config, dtype, tolerance, x):
+    model, x = made(SelfAttention, batch_first=True).to(dtype), x.to(dtype)
     dt.attach(model, dt.AdapterConfig(**{"rank": 2} | config))
     moved(model)
     model(x).square().sum().backward()
@@ -187,7 +188,7 @@ def test_gradients_are_the_references(config, x):
     torch.func.functional_call(wide, replaced, (x.double(),) * 3)[0].square().sum().backward()
     for name, found, leaf in leaves:
         # A bias in the keys' direction cancels in the softmax: compare with the largest gradient of its kind.
-        assert error(found, leaf.grad) < 1e-5, name
+        assert error(found, leaf.grad) < tolerance, name
 
 
 def test_single_projections_are_targets(x):

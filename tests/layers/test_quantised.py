@@ -21,6 +21,8 @@ from torchao.quantization.granularity import PerGroup
 import doratune as dt
 from doratune.layers import quantised
 from doratune.ops import reference, row_norm
+from doratune.study.footprint import peak_bytes, saved_bytes
+from doratune.targets import adapted_layers
 from helpers import error, tiny_llama
 
 IN, OUT = 128, 64
@@ -31,10 +33,10 @@ def linear(bias=True):
     return nn.Linear(IN, OUT, bias=bias)
 
 
-def bnb_4bit(kind="nf4", nested=True):
+def bnb_4bit(kind="nf4", nested=True, dtype=torch.float32):
     def make():
         plain = linear()
-        layer = bnb.nn.Linear4bit(IN, OUT, quant_type=kind, compress_statistics=nested, compute_dtype=torch.float32)
+        layer = bnb.nn.Linear4bit(IN, OUT, quant_type=kind, compress_statistics=nested, compute_dtype=dtype)
         layer.weight = bnb.nn.Params4bit(
             plain.weight.data.clone(), requires_grad=False, quant_type=kind, compress_statistics=nested
         )
@@ -156,18 +158,20 @@ def reference_output(layer, x, leaves):
 
 
 @every_method
-@every_layer
-def test_output_and_gradients_are_the_references(make, method):
-    model = made(make, method, moved=False)
+@pytest.mark.parametrize("name", [*LAYERS, "nf4 in bfloat16"])
+def test_output_and_gradients_are_the_references(name, method):
+    half = name == "nf4 in bfloat16"
+    model = made(bnb_4bit(dtype=torch.bfloat16) if half else LAYERS[name], method, moved=False)
     layer = model[0]
-    x = torch.randn(6, IN)
+    x = torch.randn(6, IN, dtype=torch.bfloat16 if half else torch.float32)
     assert torch.equal(model(x), layer.base_layer(x).relu())
     move(model)
     leaves = leaves_of(layer)
     expected = reference_output(layer, x, leaves).relu()
     y = model(x)
+    assert y.dtype == x.dtype
     # An 8-bit bitsandbytes layer rounds its input, too; its base's output stands for W x.
-    coarse = 1e-2 if isinstance(layer.base_layer, bnb.nn.Linear8bitLt) else 1e-5
+    coarse = 1e-2 if half or isinstance(layer.base_layer, bnb.nn.Linear8bitLt) else 1e-5
     assert error(y, expected) < coarse
     y.square().sum().backward()
     expected.square().sum().backward()
@@ -296,29 +300,6 @@ def test_compiled(make):
     for p, gradient in zip(dt.trainable_parameters(model).values(), expected, strict=True):
         assert error(p.grad, gradient) < 1e-5
     torch._dynamo.reset()
-
-
-def test_an_nf4_step_keeps_no_more_than_lora_and_its_outputs():
-    """Bytes kept for backward: DoRA's are LoRA's, plus at most one output for each layer."""
-
-    def kept(method):
-        torch.manual_seed(0)
-        model = nn.Sequential(*(bnb_4bit()() for _ in range(1)))
-        dt.attach(model, dt.AdapterConfig(rank=4, method=method))
-        storages = {}
-
-        def pack(t):
-            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        x = torch.randn(32, IN, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            y = model(x)
-        return sum(storages.values()), y.numel() * y.element_size()
-
-    lora, _ = kept("lora")
-    dora, output = kept("dora")
-    assert dora <= lora + output + OUT * 8  # g, and which rows have one
 
 
 def test_dynamic_activations_and_repacked_weights_are_refused_by_name():
@@ -470,6 +451,27 @@ def test_a_model_merged_in_part_is_saved_and_read_by_transformers(folder, tmp_pa
             assert quantised.library_of(attention.k_proj) is not None
             assert quantised.library_of(again.lm_head) is None
             assert error(again(ids).logits, y) < 1e-5
+
+
+def test_a_step_of_an_nf4_model_takes_no_more_than_loras_and_its_outputs(folder):
+    """Bytes kept for backward, and the peak: above LoRA's the layers' outputs, and while one is computed a weight."""
+    load, ids = nf4_llama(), torch.arange(32)[None]
+    kept, peak = {}, {}
+    for method in ("lora", "dora"):
+        model = dt.attach(load(folder), dt.AdapterConfig(rank=4, method=method)).train()
+        move(model)
+        model(ids, labels=ids).loss.backward()  # what is made once is there
+        known = [*model.parameters(), *model.buffers(), ids]
+        kept[method] = saved_bytes(lambda model=model: model(ids, labels=ids).loss, known)
+        model.zero_grad()
+        peak[method] = peak_bytes(lambda model=model: model(ids, labels=ids).loss.backward())
+    bases = [layer.base_layer for layer in adapted_layers(model).values()]
+    assert len(bases) == 14
+    rows = sum(base.out_features for base in bases)
+    more = 4 * ids.numel() * rows + 8 * rows  # outputs; g, and which rows have one
+    largest = max(4 * base.in_features * base.out_features for base in bases)
+    assert kept["dora"] <= kept["lora"] + more
+    assert peak["dora"] <= peak["lora"] + more + largest
 
 
 def test_copies_train_on_their_own():

@@ -198,13 +198,14 @@ def interrupted(assets, output, number, monkeypatch, **values):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_and_says_how_to_go_on(assets, tmp_path, number, monkeypatch):
+    output = tmp_path / "run:100:"  # for rich an emoji
     before = signal.getsignal(signal.SIGINT)
-    printed = interrupted(assets, tmp_path / "run", number, monkeypatch, save_every=None)
+    printed = interrupted(assets, output, number, monkeypatch, save_every=None)
     assert "Stopping after this step, with a checkpoint" in printed
-    assert f"doratune train --recipe {tmp_path / 'run' / 'recipe.toml'} --resume" in printed
-    assert last_checkpoint(tmp_path / "run" / "checkpoints").name == "checkpoint-3"
+    assert f"doratune train --recipe {output / 'recipe.toml'} --resume" in printed
+    assert last_checkpoint(output / "checkpoints").name == "checkpoint-3"
     assert signal.getsignal(signal.SIGINT) is before
-    resumed = train(config(assets, tmp_path / "run", save_every=None, resume=True), Console(quiet=True))
+    resumed = train(config(assets, output, save_every=None, resume=True), Console(quiet=True))
     whole = train(config(assets, tmp_path / "whole", save_every=None), Console(quiet=True))
     assert resumed.loss_after == whole.loss_after
 

@@ -75,9 +75,9 @@ def run(options: Analyze) -> int:
         require("matplotlib", "study")
         require("jinja2", "study")
     labels = list(options.labels) or labels_of(options.tuned)
-    status = Console(stderr=True)
+    status = Console(stderr=True, emoji=False)
     shown = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:.0f} %"),
         TimeRemainingColumn(),
@@ -100,7 +100,7 @@ def run(options: Analyze) -> int:
     command = " ".join(["doratune analyze", options.base, *map(str, options.tuned)])
     with status.status("Drawing"):
         page = page_of(analysis, command).write(options.output, analysis.as_json())
-    out = Console()
+    out = Console(emoji=False)
     out.print(_table(analysis))
     for line in _left_out(analysis):
         out.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -83,7 +83,7 @@ def run(options: Bench) -> int:
     shape = (options.batch_size, options.tokens)
     ids = torch.randint(model.config.vocab_size, shape, generator=generator).to(model.device)
     config = AdapterConfig(rank=options.rank, alpha=2.0 * options.rank, dropout=options.dropout)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with Progress(console=Console(stderr=True, emoji=False), transient=True) as progress:
         tasks: dict[str, Any] = {}
 
         def watch(what: str, share: float) -> None:
@@ -105,7 +105,7 @@ def run(options: Bench) -> int:
     if options.json:
         print(json.dumps({**about, "costs": [asdict(cost) for cost in costs]}))
     else:
-        Console().print(_table(costs, about))
+        Console(emoji=False).print(_table(costs, about))
     return 0
 
 

@@ -79,7 +79,7 @@ def run(options: Compare) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     url = options.storage or database(options.output / "study.db")
     study = functools.partial(open_study, url, options.study, comparison)
-    errors = Console(stderr=True)
+    errors = Console(stderr=True, emoji=False)
     with _Progress(comparison, errors) as progress:
         try:
             outcomes = run_all(comparison, study, options.output, options.workers, progress.watch)
@@ -116,7 +116,7 @@ class _Progress:
 
         self.comparison, self.console = comparison, console
         self.bar = progress.Progress(
-            progress.TextColumn("{task.fields[told]}"),
+            progress.TextColumn("{task.fields[told]}", markup=False),
             progress.BarColumn(bar_width=None),
             progress.MofNCompleteColumn(),
             progress.TimeElapsedColumn(),
@@ -167,7 +167,7 @@ def _print(findings: Findings, page: Path) -> None:
 
     from doratune.study.comparison import sentences
 
-    out = Console()
+    out = Console(emoji=False)
     unit = findings.unit
     level = sentences.percent(findings.comparison.grid.confidence)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)

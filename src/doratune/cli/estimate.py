@@ -99,7 +99,7 @@ def run(options: EstimateOptions) -> int:
     if options.json:
         print(json.dumps({**asdict(options), **asdict(result), "total": result.total, "assumptions": ASSUMPTIONS}))
         return 0
-    console = Console()
+    console = Console(emoji=False)
     console.print(_table(options, result))
     for line in ASSUMPTIONS:
         console.print(f"assumed: {line}", markup=False, highlight=False, soft_wrap=True)

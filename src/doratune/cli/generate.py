@@ -76,6 +76,7 @@ class Generate:
 def run(options: Generate) -> int:
     """Check, load, write."""
     from rich.console import Console
+    from rich.text import Text
 
     from doratune.cli.chat import talk
     from doratune.inference.prompts import Prompt, chat, read_prompts
@@ -95,11 +96,11 @@ def run(options: Generate) -> int:
     elif options.prompt is not None:
         prompts = [chat(options.prompt, options.system) if options.chat else Prompt(options.prompt)]
     quiet_libraries()
-    status = Console(stderr=True)
-    with status.status(f"Loading {sources.base}"):
+    status = Console(stderr=True, emoji=False)
+    with status.status(Text(f"Loading {sources.base}")):
         writer = Writer.load(sources, options.dtype, options.merge)
         writer.check(prompts)
-    out = Console()
+    out = Console(emoji=False)
     if not prompts:
         talk(writer, out, options.sampling, options.system)
         return 0
@@ -153,7 +154,8 @@ def _show(out: Console, group: tuple[Completion, ...], several: bool) -> None:
 
     prompt = Text(group[0].prompt.shown(), style="bold")
     if len(group) == 1:
-        out.print(prompt, Text(group[0].text), sep="" if group[0].prompt.messages is None else "\n")
+        between = "" if group[0].prompt.messages is None else "\n"
+        out.print(prompt, Text(group[0].text), sep=between, soft_wrap=True)  # files have no width
     else:
         table = Table(title=prompt, title_justify="left", expand=True)
         for completion in group:

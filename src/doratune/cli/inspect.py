@@ -48,7 +48,7 @@ def run(options: Inspect) -> int:
     if options.json:
         print(json.dumps({**_as_json(report, moved), "not_compared": unfit}))
     else:
-        _print(Console(), report, moved, [f"{path}: {reason}" for path, reason in unfit.items()])
+        _print(Console(emoji=False), report, moved, [f"{path}: {reason}" for path, reason in unfit.items()])
     return 1 if report.broken else 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import shutil
 from dataclasses import asdict, dataclass
@@ -17,6 +18,8 @@ from doratune.errors import AdapterError
 from doratune.files import read_weights
 from doratune.merge import MergeCheck, merge, verify_merge
 from doratune.train.config import Dtype
+
+PREPROCESSOR = "preprocessor_config.json"
 
 
 @dataclass
@@ -41,8 +44,9 @@ class Merge:
 def run(options: Merge) -> int:
     """Load, check, merge, check again, write."""
     from rich.console import Console
+    from rich.text import Text
 
-    from doratune.train.models import NAMELESS, align_padding, base_name, load_base, load_tokenizer
+    from doratune.train.models import NAMELESS, align_padding, base_name, load_base
     from doratune.train.quiet import quiet_libraries
 
     base = base_name(options.adapter, options.base)
@@ -52,11 +56,10 @@ def run(options: Merge) -> int:
     if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
         raise AdapterError(f"output {options.output} exists and is not empty; name a new folder")
     quiet_libraries()
-    status = Console(stderr=True).status
-    with status(f"Loading {base}"):
+    status = Console(stderr=True, emoji=False).status
+    with status(Text(f"Loading {base}")):
         model = load_base(options.adapter, base, options.dtype)
-        reads_text = getattr(model, "main_input_name", None) != "pixel_values" and _has_tokenizer(base)
-        tokenizer = load_tokenizer(base) if reads_text else None
+        tokenizer = _tokenizer(model, options.adapter, base)
         if tokenizer is not None:
             align_padding(model, tokenizer)
         load_adapter(model, options.adapter)
@@ -69,17 +72,17 @@ def run(options: Merge) -> int:
         probe = _Logits(model) if options.verify else None
         merge(model)
         whole = probe.compare() if probe else None
-    with status(f"Writing {options.output}"):
-        _write(model, tokenizer, options.adapter, options.output)
+    with status(Text(f"Writing {options.output}")):
+        _write(model, tokenizer, options.adapter, base, options.output)
     if options.json:
         worst = max((c.difference for c in checks), default=None)
         found = {"output": str(options.output), "layers": len(checks), "largest_difference": worst, "logits": whole}
         print(json.dumps({**found, "checks": [asdict(c) for c in checks]}))
     else:
-        out = Console()
+        out = Console(emoji=False)
         if checks:
             out.print(_table(checks, whole))
-        out.print(f"Merged model written to {options.output}")
+        out.print(f"Merged model written to {options.output}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
@@ -118,24 +121,47 @@ def _inputs(model: Any) -> dict[str, Any]:
     return {}
 
 
-def _has_tokenizer(base: str) -> bool:
-    folder = Path(base).expanduser()
-    return not folder.is_dir() or any(folder.glob("tokenizer*"))
+def _tokenizer(model: Any, adapter: Path, base: str) -> Any:
+    """The adapter's own or the base's; None for models of images, and for folders without one."""
+    from doratune.inference.sources import tokenizer_source
+    from doratune.train.models import has_tokenizer, load_tokenizer
+
+    source = tokenizer_source([adapter], base)
+    folder = Path(source).expanduser()
+    if getattr(model, "main_input_name", None) == "pixel_values" or (folder.is_dir() and not has_tokenizer(folder)):
+        return None
+    return load_tokenizer(source)
 
 
-def _write(model: Any, tokenizer: Any, adapter: Path, output: Path) -> None:
+def _image_settings(model: Any, adapter: Path, base: str) -> Path | None:
+    """How images become the model's input: the adapter's file or the base's; None where neither has one."""
+    from transformers.utils import cached_file
+
+    own = adapter / PREPROCESSOR
+    if own.is_file():
+        return own
+    if getattr(model, "main_input_name", None) != "pixel_values":
+        return None
+    try:
+        return Path(cached_file(os.path.expanduser(base), PREPROCESSOR))
+    except OSError:  # there is none
+        return None
+
+
+def _write(model: Any, tokenizer: Any, adapter: Path, base: str, output: Path) -> None:
     """Write beside the output folder and rename, so that a broken attempt leaves nothing behind."""
     from doratune.train.information import FILE
 
+    images = _image_settings(model, adapter, base)
     partial = output.parent / f".{output.name}.{secrets.token_hex(4)}.partial"
     try:
         partial.mkdir(parents=True)
         model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        for name in (FILE, "preprocessor_config.json"):  # what predict needs besides the weights
-            if (adapter / name).is_file():
-                shutil.copyfile(adapter / name, partial / name)
+        for path in (adapter / FILE, images):  # what predict needs besides the weights
+            if path and path.is_file():
+                shutil.copyfile(path, partial / path.name)
         partial.replace(output)
     except OSError as error:
         raise AdapterError(f"cannot write the merged model to {output}: {error.strerror or error}") from error
@@ -145,6 +171,7 @@ def _write(model: Any, tokenizer: Any, adapter: Path, output: Path) -> None:
 
 def _table(checks: list[MergeCheck], whole: dict[str, float] | None) -> Any:
     """Differences by kind of layer: the worst of each, and of the whole model."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title="merged against unmerged, relative to the largest output")
@@ -155,7 +182,7 @@ def _table(checks: list[MergeCheck], whole: dict[str, float] | None) -> Any:
         groups.setdefault(check.path.rpartition(".")[2], []).append(check)
     for name, group in groups.items():
         worst = max(c.difference for c in group)
-        table.add_row(name, str(len(group)), f"{worst:.1e}", f"{max(c.tolerance for c in group):.1e}")
+        table.add_row(escape(name), str(len(group)), f"{worst:.1e}", f"{max(c.tolerance for c in group):.1e}")
     if whole:
         table.add_section()
         table.add_row("logits of the model", "", f"{whole['difference'] / whole['largest']:.1e}", "")

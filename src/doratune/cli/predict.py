@@ -73,6 +73,7 @@ class Predict:
 def run(options: Predict) -> int:
     """Check, read, load, classify."""
     from rich.console import Console
+    from rich.text import Text
 
     from doratune.inference.inputs import read_pictures, read_texts
     from doratune.inference.predictions import Score, csv_file, record
@@ -86,7 +87,7 @@ def run(options: Predict) -> int:
         raise AdapterError.of("these options cannot work", problems)
     choose_dtype(options.dtype)
     quiet_libraries()
-    status = Console(stderr=True)
+    status = Console(stderr=True, emoji=False)
     found = Classifier.find(options.adapter, options.base)
     reading = TrainConfig(
         model=found.base,
@@ -98,7 +99,7 @@ def run(options: Predict) -> int:
     )
     read: Any = read_pictures if found.takes_images else read_texts
     inputs = read(reading, found.about.columns, lambda line: _say(status, line))
-    with status.status(f"Loading {found.base}"):
+    with status.status(Text(f"Loading {found.base}")):
         predictor = Predictor.load(found, options.dtype)
     score = Score(predictor.labels)
     first: list[Prediction] = []
@@ -112,7 +113,7 @@ def run(options: Predict) -> int:
                 print(json.dumps(record(prediction, predictor.labels), ensure_ascii=False), flush=True)
             elif len(first) < SHOWN:
                 first.append(prediction)
-    out = status if options.json else Console()
+    out = status if options.json else Console(emoji=False)
     if predictor.cut:
         _say(status, f"{predictor.cut} of {len(inputs)} texts were cut to {predictor.max_length} tokens")
     if file:

@@ -50,18 +50,18 @@ def run(config: TrainConfig) -> int:
     from doratune.train.quiet import quiet_libraries
 
     quiet_libraries()
-    result = train(config, Console(stderr=True))
+    result = train(config, Console(stderr=True, emoji=False))
     # After an error the process just ends, and torchrun ends the others: leaving waits for those that are in a
     # collective, with the error not told yet.
     leave_group()
     if not is_first_asked():
         return 0
-    out = Console()
+    out = Console(emoji=False)
     out.print(result.table())
     if result.prompt is not None:
         for name, sample in (("before", result.sample_before), ("after", result.sample_after)):
             out.print(f"[bold]{name}:[/bold]", end=" ")
-            out.print(f"{result.prompt}{sample}", markup=False, highlight=False)
+            out.print(f"{result.prompt}{sample}", markup=False, highlight=False, soft_wrap=True)
     written = [f"{Path(result.adapter).name}/", METRICS, CURVES, RESULTS, RECIPE]
     out.print(f"Written to {config.output}: {', '.join(written)}", markup=False, highlight=False, soft_wrap=True)
     out.print(result.next_steps(), markup=False, highlight=False, soft_wrap=True)

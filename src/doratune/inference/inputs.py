@@ -14,7 +14,7 @@ from doratune.inference.lines import lines_of
 from doratune.train import images, sources
 from doratune.train.columns import choose
 from doratune.train.config import TrainConfig
-from doratune.train.gather import Say, gather
+from doratune.train.gather import BadRow, Say, gather
 from doratune.train.images import SUFFIXES, Picture, pictures
 from doratune.train.labels import name_of
 from doratune.train.sources import TABLES, Row, is_dataset_folder, path_of
@@ -44,17 +44,18 @@ def read_texts(config: TrainConfig, trained: Mapping[str, str], say: Say) -> lis
     Args:
         config: ``data`` are the sources; columns, and whether bad rows are left out.
         trained: columns in training; they are looked for before usual names.
-        say: told of rows left out.
+        say: told of rows left out, and of labels that are none.
 
     Raises:
         AdapterError: listing every row and source that cannot be used.
     """
+    label_of = _labels(config, say)
 
     def find(name: str) -> Iterator[Row]:
         return _texts(name, _with_columns(config, name, trained))
 
     def use(row: Row) -> Text:
-        return Text(row.where, string(row.values["text"], "text"), _label(row.values.get("label")))
+        return Text(row.where, string(row.values["text"], "text"), label_of(row))
 
     return gather(_rows(config, sources.problem_of, find), use, config, say)
 
@@ -65,11 +66,12 @@ def read_pictures(config: TrainConfig, trained: Mapping[str, str], say: Say) -> 
     Args:
         config: ``data`` are the sources; columns, and whether bad images are left out.
         trained: columns in training; they are looked for before usual names.
-        say: told of images left out.
+        say: told of images left out, and of labels that are none.
 
     Raises:
         AdapterError: listing every image and source that cannot be used.
     """
+    label_of = _labels(config, say)
 
     def find(name: str) -> Iterator[Row]:
         found, _ = pictures(name, _with_columns(config, name, trained), SPLIT, "test", labelled=False)
@@ -81,7 +83,7 @@ def read_pictures(config: TrainConfig, trained: Mapping[str, str], say: Say) -> 
             yield Row(name, problem=f"holds no image ({', '.join(SUFFIXES)})")
 
     def use(row: Row) -> Picture:
-        return Picture(row.where, row.values["image"], _label(row.values.get("label")))
+        return Picture(row.where, row.values["image"], label_of(row))
 
     with ThreadPoolExecutor() as pool:  # decoding runs outside of Python's lock
         rows = _rows(config, _image_problem, find)
@@ -141,5 +143,23 @@ def _with_columns(config: TrainConfig, name: str, trained: Mapping[str, str]) ->
     return dataclasses.replace(config, **{flag: v for flag, v in flags.items() if getattr(config, flag) is None})
 
 
-def _label(value: Any) -> str | None:
-    return None if value is None or (isinstance(value, str) and not value.strip()) else name_of(value)
+def _labels(config: TrainConfig, say: Say) -> Callable[[Row], str | None]:
+    """What reads a row's label. Labels are optional: in a column that the user did not name, one may be no class."""
+    told = False
+
+    def label_of(row: Row) -> str | None:
+        nonlocal told
+        value = row.values.get("label")
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return None
+        try:
+            return name_of(value)
+        except BadRow as error:
+            if config.label_column is not None:
+                raise
+            if not told:
+                say(f"{row.where}: {error}; such labels are passed over, --label-column names another column")
+            told = True
+            return None
+
+    return label_of

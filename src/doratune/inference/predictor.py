@@ -15,7 +15,7 @@ from doratune.extras import require
 from doratune.files import CONFIG, read_config, read_weights
 from doratune.inference.device import explaining_memory, to_device
 from doratune.inference.inputs import Input
-from doratune.inference.sources import inner_folder, is_model
+from doratune.inference.sources import inner_folder, is_model, tokenizer_source
 from doratune.targets import HEAD_NAMES
 from doratune.train.information import Information
 from doratune.train.models import (
@@ -29,6 +29,7 @@ from doratune.train.models import (
     load_image_processor,
     load_tokenizer,
     model_problem,
+    peft_task,
 )
 from doratune.train.optimizer import keep_float32
 
@@ -88,7 +89,7 @@ class Classifier:
         if problem:
             raise AdapterError(problem if base else f"{problem} (named by {folder}; give another place with --base)")
         if about is None:
-            about = Information(_task(name, None if whole else read_config(folder).get("task_type")), name, "")
+            about = Information(_task(name, None if whole else peft_task(read_config(folder))), name, "")
         if about.task not in TASKS:
             raise AdapterError(f"{folder} was trained for {about.task}; use doratune generate {folder}")
         return cls(folder, name, about)
@@ -151,8 +152,7 @@ class Predictor:
         model = to_device(model)
         if found.takes_images:
             return cls(model, _image_processor(found), labels, forward=dict(about.forward))
-        own = (folder / "tokenizer_config.json").is_file()
-        tokenizer = load_tokenizer(str(folder) if own else found.base)
+        tokenizer = load_tokenizer(tokenizer_source([folder], found.base))
         context = context_length(model.config) or tokenizer.model_max_length
         return cls(model, tokenizer, labels, about.max_length or min(tokenizer.model_max_length, context))
 
@@ -203,12 +203,12 @@ def _image_processor(found: Classifier) -> Any:
     return load_image_processor(found.base, size[0] if size else None)
 
 
-def _task(name: str, peft_task: str | None) -> str:
+def _task(name: str, noted: str | None) -> str:
     """The task of what was not made by doratune, from PEFT's task type and the model's config."""
-    if peft_task == "CAUSAL_LM":
+    if noted == "CAUSAL_LM":
         return "text-generation"
     config = load_config(name)
     if hasattr(config, "patch_size") and hasattr(config, "num_channels"):
         return "image-classification"
-    causal = not peft_task and any("CausalLM" in kind for kind in config.architectures or ())
+    causal = not noted and any("CausalLM" in kind for kind in config.architectures or ())
     return "text-generation" if causal else "text-classification"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +73,17 @@ def find_sources(folders: Sequence[str], base: str | None = None) -> Sources:
 def is_model(folder: Path) -> bool:
     """Whether this is a folder of a whole model rather than of an adapter."""
     return (folder / "config.json").is_file() and not (folder / CONFIG).is_file()
+
+
+def tokenizer_source(folders: Iterable[Path], base: str) -> str:
+    """Where the tokenizer is: with the adapter if that is a single one that brings its own, else with the base model.
+
+    TRL, Axolotl and Unsloth write one beside the adapter, and so do our checkpoints: it may hold the chat template that
+    the adapter was trained with, which the base lacks.
+    """
+    listed = list(folders)
+    own = [folder for folder in listed if (folder / "tokenizer_config.json").is_file()]
+    return str(own[0]) if len(listed) == 1 and own else base
 
 
 def _refuse_classifier(folder: Path) -> None:

@@ -16,7 +16,7 @@ from doratune.extras import require
 from doratune.inference.device import explaining_memory, to_device
 from doratune.inference.prompts import Prompt
 from doratune.inference.sampling import Sampling
-from doratune.inference.sources import BASE, Sources
+from doratune.inference.sources import BASE, Sources, tokenizer_source
 from doratune.merge import merge
 from doratune.model import adapter_names, disabled, set_adapter
 from doratune.train.models import choose_dtype, context_length, load_model, load_tokenizer
@@ -74,7 +74,7 @@ class Writer:
         """
         if merged and len(sources.adapters) != 1:
             raise AdapterError(f"merging takes one adapter; found {len(sources.adapters)}")
-        tokenizer = load_tokenizer(_tokenizer_source(sources))
+        tokenizer = load_tokenizer(tokenizer_source(sources.adapters.values(), sources.base))
         model = load_model(sources.base, choose_dtype(dtype))
         if not hasattr(model, "generate"):
             raise AdapterError(f"model {sources.base} is a {type(model).__name__}, which does not write text")
@@ -200,10 +200,3 @@ def _refuse_new_head(model: Any, base: str) -> None:
             f"model {base} holds no weights of the head that writes ({', '.join(head)}), which would be random: is it "
             "an encoder, or the inner part of a language model? Name a model with its language-model head"
         )
-
-
-def _tokenizer_source(sources: Sources) -> str:
-    """The adapter's folder if it brings a tokenizer of its own, else the base model."""
-    folders: list[Path] = list(sources.adapters.values())
-    own = [folder for folder in folders if (folder / "tokenizer_config.json").is_file()]
-    return str(own[0]) if len(folders) == 1 and own else sources.base

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from doratune.errors import AdapterError, first_line
 from doratune.extras import require
-from doratune.files import read_config
+from doratune.files import CONFIG, read_config, read_weights
 from doratune.ops.hardware import multiplies
 from doratune.targets import HEAD_NAMES
 from doratune.train.information import Information
@@ -29,6 +30,8 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 TOKENIZER_FILES = ("*token*", "vocab*", "*.model", "*.gguf")
 """Without any of these a folder has no tokenizer."""
 NAMELESS = "{} does not name its base model; give it with --base"
+SAVED_HEAD = re.compile(r"(^|\.)(score|classifier|classification_head)(\.out_proj)?\.weight$")
+"""Names of the weight that gives the logits, in an adapter's file. Its rows are the classes."""
 CLASSIFIERS = ("text-classification", "image-classification", "SEQ_CLS")
 
 
@@ -105,13 +108,14 @@ def load_base(folder: str | os.PathLike[str], base: str | None = None, dtype: to
     """
     folder = Path(folder)
     about = Information.load(folder)
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():  # Axolotl puts one beside adapters
         return load_model(str(folder), dtype, about.task if about else None, about.labels if about else ())
     name = base_name(folder, base)
     if name is None:
         raise AdapterError(NAMELESS.format(folder))
     if about is None:
-        return load_model(name, dtype, read_config(folder).get("task_type") or None)
+        task = peft_task(read_config(folder))
+        return load_model(name, dtype, task, _saved_classes(folder, name) if task in CLASSIFIERS else ())
     return load_model(name, dtype, about.task, about.labels)
 
 
@@ -124,6 +128,21 @@ def base_name(folder: str | os.PathLike[str], given: str | None = None) -> str |
     raw, about = read_config(Path(folder)), Information.load(folder)
     name = given or raw.get("base_model_name_or_path") or (about.base if about else None)
     return str(name) if name else None
+
+
+def peft_task(raw: Mapping[str, Any]) -> str | None:
+    """The task of an adapter that PEFT wrote: where no task type was given it notes the model's class."""
+    kind = (raw.get("auto_mapping") or {}).get("base_model_class") or ""
+    ends = {"ForSequenceClassification": "SEQ_CLS", "ForImageClassification": "image-classification"}
+    return raw.get("task_type") or next((task for end, task in ends.items() if kind.endswith(end)), None)
+
+
+def _saved_classes(folder: Path, base: str) -> list[str]:
+    """Names for the classes of the head that lies with an adapter; none where there is no head, or the base's fits."""
+    shapes = [tensor.shape for key, tensor in read_weights(folder)[0].items() if SAVED_HEAD.search(key)]
+    if not shapes or shapes[0][0] == load_config(base).num_labels:  # the base may have better names
+        return []
+    return [f"LABEL_{number}" for number in range(shapes[0][0])]
 
 
 def _load(
@@ -165,6 +184,11 @@ def _loader(transformers: Any, source: str, task: str | None, options: dict[str,
     return getattr(transformers, (architectures or ["AutoModel"])[0])
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer of any kind."""
+    return any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
+
+
 def load_tokenizer(name: str) -> Any:
     """Load a model's tokenizer.
 
@@ -175,7 +199,7 @@ def load_tokenizer(name: str) -> Any:
     _raise_problem(name)
     options = {"local_files_only": True} if Path(name).expanduser().is_dir() else {}
     source = str(Path(name).expanduser()) if options else name
-    if options and not any(any(Path(source).glob(pattern)) for pattern in TOKENIZER_FILES):
+    if options and not has_tokenizer(Path(source)):
         raise AdapterError(
             f"{name} holds no tokenizer (tokenizer.json, tokenizer_config.json): is it a language model?"
         )

@@ -50,7 +50,7 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
         console = Console(quiet=True)
 
     def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, emoji=False, markup=False, highlight=False, soft_wrap=True)
 
     dtype = choose_dtype(config.dtype, not config.is_adapter)
     if far := [name for name in (config.model, *config.data, *config.eval_data) if not path_of(name).exists()]:
@@ -204,7 +204,8 @@ def _fit(
     except KeyboardInterrupt:
         progress.close()
         if is_first():
-            console.print(f"Interrupted. {kept(config, folder)}", markup=False, highlight=False, soft_wrap=True)
+            told = f"Interrupted. {kept(config, folder)}"
+            console.print(told, emoji=False, markup=False, highlight=False, soft_wrap=True)
         raise Interrupted from None
     finally:
         progress.close()
