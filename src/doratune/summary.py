@@ -8,6 +8,7 @@ from torch import nn
 
 from doratune.layers import kind_of
 from doratune.layers.adapted import AdaptedLayer
+from doratune.layers.kind import outputs_are_overwritten
 from doratune.model import active_adapter, adapter_names, trainable_parameters
 from doratune.targets import adapted_layers, plain_modules, refusal, saved_modules, unwrap
 
@@ -144,6 +145,8 @@ def _explain(layer: AdaptedLayer) -> tuple[str, str]:
         adapter = layer.adapters[layer.active]
         if adapter.dense_norm:
             reasons.append("W and the change nearly cancel in a row, so the norm is computed from dense tiles")
+        if adapter.keep_output and not adapter.eight_bit and outputs_are_overwritten():
+            reasons.append("liger_kernel, which is loaded, overwrites outputs unseen, so a tensor more is kept for m")
         if adapter.config.norm_gradient == "exact":
             reasons.append("norm_gradient is exact: the backward pass walks W once more")
     return path, "; ".join(reasons)

@@ -1,5 +1,8 @@
 """What is particular to linear layers."""
 
+import sys
+import types
+
 import pytest
 import torch
 from torch import nn
@@ -27,6 +30,26 @@ def test_a_dtype_that_the_processor_does_not_multiply_is_named(has, monkeypatch)
     monkeypatch.setattr("doratune.layers.linear.multiplies", lambda *_: has)
     reason = "" if has else "this processor has no bfloat16 products, float32 is many times faster"
     assert dt.explain(model)["layer"] == ("dense, fused input gradient", reason)
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_outputs_that_liger_may_overwrite_are_not_kept(loaded, monkeypatch):
+    """Its RoPE rotates q and k where they lie, by raw pointers: nothing could tell afterwards."""
+    if loaded:
+        monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    model = move(host(nn.Linear(6, 8)))
+    layer = one_layer(model)
+    layer.decide("default")
+    assert layer.adapters["default"].keep_output
+    assert ("liger_kernel" in dt.explain(model)["layer"][1]) == loaded
+    x, dy = torch.randn(5, 6), torch.randn(5, 8)
+    gradients = []
+    for overwritten in (False, True):
+        y = model(x)
+        if overwritten:
+            y.detach().numpy()[:] *= -1
+        gradients.append(torch.autograd.grad(y, layer.magnitude["default"], dy)[0])
+    assert torch.equal(*gradients) == loaded
 
 
 def _replace_forward(base):
