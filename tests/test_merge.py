@@ -109,7 +109,7 @@ def test_the_active_adapter_is_merged_and_the_others_are_gone():
 def test_merging_is_done_in_float32_and_rounded_once():
     model = moved(model=tiny().bfloat16())
     layer = model.layers[0].up
-    W = layer.weight.double()
+    W = layer.base_layer.weight.double()
     V = W + layer.adapters["default"].scale * (layer.lora_B["default"].double() @ layer.lora_A["default"].double())
     expected = (layer.magnitude["default"].double() / V.norm(dim=1))[:, None] * V
     dt.merge(model)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from doratune.layers import AdaptedLayer, AttentionHost, quantised
+from doratune.layers import quantised
 from doratune.layers.attention import NoNestedTensors
 from doratune.targets import holders
 
@@ -32,10 +32,6 @@ def prepare(root: nn.Module) -> None:
     """Settings that keep other libraries' evaluation paths from going past adapters; undone by ``thaw``."""
     for module in root.modules():
         quantised.prepare(module)
-        if isinstance(module, nn.TransformerEncoderLayer):
-            for child in (module.linear1, module.linear2, module.self_attn):
-                if isinstance(child, AdaptedLayer | AttentionHost):
-                    child.in_encoder_layer = True
         if isinstance(module, nn.TransformerEncoder) and not _nested_hooks(module):
             hook = NoNestedTensors()
             module.register_forward_pre_hook(hook.enter)

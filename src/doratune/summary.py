@@ -8,6 +8,7 @@ from torch import nn
 
 from doratune.layers import kind_of
 from doratune.layers.adapted import AdaptedLayer
+from doratune.layers.bypass import reader
 from doratune.layers.kind import outputs_are_overwritten
 from doratune.model import active_adapter, adapter_names, trainable_parameters
 from doratune.targets import adapted_layers, plain_modules, refusal, saved_modules, unwrap
@@ -122,7 +123,7 @@ def _left_alone(root: nn.Module, adapted: set[str]) -> dict[str, str]:
         if path in adapted or any(path.startswith(other + ".") for other in adapted):
             continue
         if kind_of(module) is not None:
-            found[path] = refusal(modules, path) or "not among the targets"
+            found[path] = refusal(modules, path) or reader(modules, path) or "not among the targets"
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim > 1:

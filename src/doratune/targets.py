@@ -13,6 +13,7 @@ from doratune.config import ALL_LINEAR, AdapterConfig, matches
 from doratune.errors import AdapterError
 from doratune.layers import KINDS, AdaptedLayer, AdapterHolder, AttentionHost, Kind, SavedModule, kind_of
 from doratune.layers.attention import Projection, projections
+from doratune.layers.bypass import reader
 from doratune.layers.holder import plain, plain_parameters
 
 HEAD_NAMES = ("classifier", "score", "lm_head", "head", "classification_head", "qa_outputs")
@@ -104,6 +105,10 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
             continue
         if everything and path in heads:
             selection.left_alone[path] = "output head"
+            continue
+        past = reader(modules, path) if everything else None
+        if past is not None:
+            selection.left_alone[path] = past
             continue
         kind = kind_of(module)
         reason = refusal(modules, path) or (kind.config_refusal(config) if kind else None)

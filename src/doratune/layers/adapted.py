@@ -14,7 +14,7 @@ from doratune.config import AdapterConfig
 from doratune.errors import AdapterError
 from doratune.layers import sharded
 from doratune.layers.cache import AdapterParameters, ScaleCache, without_autocast
-from doratune.layers.holder import AdapterHolder
+from doratune.layers.holder import AdapterHolder, base_attribute
 from doratune.layers.kind import Kind, Options
 from doratune.layers.loading import accept_plain_keys, after_load
 from doratune.layers.sharded import assign, whole
@@ -70,8 +70,6 @@ class AdaptedLayer(AdapterHolder):
     def __init__(self, base: nn.Module, kind: Kind, path: str, gathered: bool = False) -> None:
         super().__init__(base, path)
         self.kind = kind
-        self.in_encoder_layer = False
-        """Inside ``nn.TransformerEncoderLayer``, whose fast path would compute past this layer."""
         self.adapters: dict[str, LayerAdapter] = {}
         self.cache = ScaleCache()
         self.lora_A = AdapterParameters(self.cache)
@@ -273,6 +271,14 @@ class AdaptedLayer(AdapterHolder):
                 "any; once the base has its weights, call doratune.distributed.initialise(model)"
             )
         self.initialise()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return nn.Module.__getattr__(self, name)
+        except AttributeError:
+            changes = self.__dict__.get("active") is not None and self.__dict__["enabled"]
+            # A head that is tied to an adapted embedding goes on with the base's weight.
+            return base_attribute(self, name, self.path if changes and self.kind.name != "embedding" else None)
 
     def train(self, mode: bool = True) -> AdaptedLayer:
         """Switch between training and evaluation; what was remembered is forgotten."""

@@ -161,7 +161,6 @@ class AttentionHost(nn.Module):
         self.base_layer = attention
         self._projections = nn.ModuleDict(projections(attention))
         self.training = attention.training
-        self.in_encoder_layer = False
 
     def active_layers(self) -> Iterator[tuple[str, AdaptedLayer]]:
         """The projections that an adapter changes at present."""
@@ -229,7 +228,7 @@ class AttentionHost(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return base_attribute(self, name, any(True for _ in self.active_layers()))
+            return base_attribute(self, name, next((layer.path for _, layer in self.active_layers()), None))
 
 
 def _copy_attention(attention: nn.MultiheadAttention) -> nn.MultiheadAttention:
