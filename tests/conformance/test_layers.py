@@ -89,6 +89,20 @@ def test_gradients_are_those_of_autograd_through_the_reference(case, method, pre
     assert all(p.grad is None for p in s.layer.base_layer.parameters())
 
 
+@pytest.mark.parametrize("keep_output", [False, True])
+@every_method
+@pytest.mark.parametrize("case", [case for case in CASES if case.bias], ids=repr)
+def test_a_bias_of_the_base_that_is_trained_gets_its_gradient(case, method, keep_output):
+    s = setup(case, method)
+    s.layer.adapters["default"].keep_output = keep_output
+    bias = s.layer.base_layer.bias.requires_grad_(True)
+    b = bias.detach().double().requires_grad_()
+    expected = case.dense(s.layer.base_layer, s.x.double(), s.reference().weight.detach(), b)
+    dy = upstream(expected)
+    (found,) = torch.autograd.grad(s.run(), bias, dy)
+    assert error(found, torch.autograd.grad(expected, b, dy.double())[0]) < 1e-5
+
+
 @every_precision
 @every_method
 @every_case

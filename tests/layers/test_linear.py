@@ -63,6 +63,7 @@ SLOW = {
     "pre-hooks": (lambda: nn.Linear(6, 8), lambda base: base.register_forward_pre_hook(lambda m, i: None)),
     "parametrised": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 8)), lambda base: None),
     "being trained": (lambda: nn.Linear(6, 8), lambda base: base.weight.requires_grad_(True)),
+    "a trained bias": (lambda: nn.Linear(6, 8), lambda base: base.bias.requires_grad_(True)),
 }
 
 

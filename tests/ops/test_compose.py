@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from doratune.ops import compose, reference
 from doratune.ops.compose import OutputGuard, scale_rows
-from doratune.ops.low_rank import dense_low_rank, low_rank_update
+from doratune.ops.low_rank import adapted_weight, dense_low_rank, low_rank_update
 from helpers import error
 
 
@@ -360,6 +360,23 @@ def test_no_gradient_reaches_a_frozen_weight():
     A.requires_grad_()
     y = dense_low_rank(x, W, None, A, B, 0.5)
     assert torch.autograd.grad(y.sum(), W, allow_unused=True) == (None,)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_an_adapted_weight_and_its_gradients(scaled):
+    _, W, A, B, g, _ = tensors()
+    leaves = [W, A, B, g] if scaled else [W, A, B]
+    doubles = [t.double().requires_grad_() for t in leaves]
+    for t in leaves:
+        t.requires_grad_()
+    found = adapted_weight(W, A, B, g if scaled else None, 0.6)
+    expected = reference.lora_weight(*doubles[:3], 0.6) * (doubles[3][:, None] if scaled else 1)
+    assert error(found, expected) < 1e-6
+    dW = torch.randn(W.shape)
+    for f, e in zip(
+        torch.autograd.grad(found, leaves, dW), torch.autograd.grad(expected, doubles, dW.double()), strict=True
+    ):
+        assert error(f, e) < 1e-5
 
 
 def test_what_needs_no_gradient_is_not_computed():

@@ -66,6 +66,9 @@ def slow_reason(base: nn.Module) -> str | None:
         return "the base layer has hooks"
     if weight is not None and weight.requires_grad:
         return "the base weight is being trained"
+    bias: Tensor | None = getattr(base, "bias", None)
+    if bias is not None and bias.requires_grad:
+        return "the base bias is being trained"
     return None
 
 
