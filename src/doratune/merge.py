@@ -188,7 +188,7 @@ def merge(model: nn.Module, verify: bool = False) -> nn.Module:
     for holder in holders(root):
         if isinstance(holder, SavedModule) and holder.active is not None:
             untied |= any(id(p) in shared for _, p in plain_parameters(holder.base_layer))
-            holder.base_layer = holder.chosen()
+            holder.base_layer = holder.merged()
         unhold(root, holder)
     thaw(root)
     for n, p in root.named_parameters():

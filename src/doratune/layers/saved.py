@@ -8,9 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 
-from doratune.layers.holder import AdapterHolder, plain_copy, plain_parameters
+from doratune.layers.holder import AdapterHolder, plain, plain_copy, plain_parameters
+
+
+class OwnBiases(nn.Module):
+    """An adapter's copies of the biases that a module with layers inside has itself; the module runs with them."""
+
+    def __init__(self, module: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        for name in names:
+            bias: Tensor = getattr(module, name)
+            self.register_parameter(name, nn.Parameter(bias.detach().clone()))
 
 
 class SavedModule(AdapterHolder):
@@ -25,7 +36,12 @@ class SavedModule(AdapterHolder):
 
     def add(self, name: str, parameters: list[str], trainable: bool = True) -> None:
         """Add an adapter's copy, in which the named parameters are its own."""
-        clone = plain_copy(self.base_layer, [p for n, p in plain_parameters(self.base_layer) if n not in parameters])
+        shared = [p for n, p in plain_parameters(self.base_layer) if n not in parameters]
+        clone: nn.Module
+        if shared and any(True for _ in plain(self.base_layer).children()):
+            clone = OwnBiases(plain(self.base_layer), parameters)  # a copy would not run the adapters inside
+        else:
+            clone = plain_copy(self.base_layer, shared)
         clone.train(self.training)
         self.copies[name] = clone
         self.trained[name] = parameters
@@ -48,11 +64,28 @@ class SavedModule(AdapterHolder):
 
     def chosen(self) -> nn.Module:
         """The module whose turn it is."""
-        return self.copies[self.active] if self.enabled and self.active is not None else self.base_layer
+        if not self.enabled or self.active is None or self.own_biases():
+            return self.base_layer
+        return self.copies[self.active]
+
+    def own_biases(self) -> dict[str, Tensor]:
+        """What the active adapter puts in the place of the original's own biases, where the original runs with them."""
+        copy = self.copies[self.active] if self.enabled and self.active is not None else None
+        return {n: getattr(copy, n) for n in self.trained[self.active]} if isinstance(copy, OwnBiases) else {}  # type: ignore[index]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The chosen module's output."""
+        biases = self.own_biases()
+        if biases:
+            return functional_call(self.base_layer, biases, args, kwargs, tie_weights=False)
         return self.chosen()(*args, **kwargs)
+
+    def merged(self) -> nn.Module:
+        """The chosen module, to take the holder's place."""
+        module = self.chosen()
+        for name, bias in self.own_biases().items():
+            setattr(module, name, nn.Parameter(bias.detach()))
+        return module
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -60,4 +93,5 @@ class SavedModule(AdapterHolder):
         except AttributeError:
             if name.startswith("__") or "copies" not in self.__dict__.get("_modules", {}):
                 raise
-            return getattr(self.chosen(), name)
+            biases = self.own_biases()
+            return biases[name] if name in biases else getattr(self.chosen(), name)
