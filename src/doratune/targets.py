@@ -92,6 +92,7 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
             problems.append(f"modules_to_save {name!r} matches no module{_suggestion(name, modules)}")
         for path in paths:
             selection.saved[path] = [n for n, _ in plain_parameters(modules[path])]
+    selection.saved = {path: selection.saved[path] for path in outermost(selection.saved)}
     heads = _heads(model, modules)
     everything = config.targets == ALL_LINEAR
     unserved: dict[str, str] = {}
@@ -143,6 +144,15 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
             if own and path and not taken and not path.startswith(inside):
                 selection.saved[path] = own
     return selection
+
+
+def outermost(paths: Iterable[str]) -> list[str]:
+    """The paths that lie inside no other: a module that is trained whole takes along what is inside."""
+    kept: list[str] = []
+    for path in sorted(paths, key=len):
+        if not path.startswith(tuple(outer + "." for outer in kept)):
+            kept.append(path)
+    return kept
 
 
 def refusal(modules: dict[str, nn.Module], path: str) -> str | None:
