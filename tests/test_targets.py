@@ -217,6 +217,12 @@ def test_an_attentions_output_projection_is_never_wrapped_in_vain(targets):
         assert not torch.equal(model(x), before)
 
 
+def test_a_model_that_is_a_layer_itself_has_no_place_for_an_adapter():
+    for model in (nn.Linear(8, 8), nn.Embedding(8, 8)):
+        refused(model, "nn.Sequential", type(model).__name__)
+    refused(nn.MultiheadAttention(8, 2), "nn.Sequential", targets=["out_proj"])
+
+
 # Modules trained whole
 
 

@@ -84,6 +84,11 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
         AdapterError: listing targets that match nothing, or only modules that cannot be adapted.
     """
     modules = plain_modules(model)
+    if kind_of(unwrap(model)) is not None or isinstance(unwrap(model), nn.MultiheadAttention):
+        raise AdapterError(
+            f"targets: the model is itself a layer ({type(model).__name__}), and what holds an adapter has no place to "
+            "stand in; wrap it, for example in nn.Sequential(model), and attach to that"
+        )
     problems: list[str] = []
     selection = Selection()
     for name in config.modules_to_save:
