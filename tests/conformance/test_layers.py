@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import doratune as dt
 from doratune.layers.linear import Linear
-from doratune.merge import merged_weight
+from doratune.merge import merged_weight, verify_merge
 from doratune.ops.dropout import dropped_elements
 from helpers import assert_same, elementwise_error, error, replicas, snapshot
 from helpers_cases import AUTOCAST, CASES, FLOAT32, METHODS, PRECISIONS, found_gradients, setup, upstream
@@ -122,6 +122,16 @@ def test_merged_is_unmerged(case, method, precision):
     assert isinstance(case.make(), type(s.model.layer))
     assert s.model.layer.weight.dtype == precision.dtype
     assert set(s.model.state_dict()) == {"layer." + n for n in case.make().state_dict()}
+
+
+@every_case
+def test_torchs_default_device_may_be_another_one(case):
+    s = setup(case, dropout=0.5 if case.drops else 0.0)
+    with torch.device("meta"):
+        s.run().sum().backward()
+        for check in verify_merge(s.model):
+            assert check.holds
+        dt.merge(s.model)
 
 
 @every_precision

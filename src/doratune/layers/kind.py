@@ -136,7 +136,7 @@ class Kind:
         return layer
 
     def probe(self, base: nn.Module, generator: torch.Generator) -> Tensor:
-        """A random input, for comparing merged with unmerged output."""
+        """A random input, for comparing merged with unmerged output, drawn on the CPU whatever torch's default is."""
         columns = self.rows(base).shape[1]
         weight: Tensor = base.weight  # type: ignore[assignment]
-        return torch.randn(8, columns, generator=generator).to(weight.device, weight.dtype)
+        return torch.randn(8, columns, generator=generator, device="cpu").to(weight.device, weight.dtype)

@@ -247,7 +247,7 @@ class Linear(Kind):
             return super().probe(base, generator)
         rows = self.rows(base)
         dtype = next(iter(rows.tiles()))[1].dtype
-        return torch.randn(8, rows.shape[1], generator=generator).to(rows.device, dtype)
+        return torch.randn(8, rows.shape[1], generator=generator, device="cpu").to(rows.device, dtype)
 
     def merged_layer(self, base: nn.Module, merged: Tensor, bias: Tensor | None) -> nn.Module:
         own_way = has_own_forward(base) or hasattr(base, "parametrizations")
