@@ -6,6 +6,7 @@ import types
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import doratune as dt
 from helpers import error, move, one_layer
@@ -276,6 +277,20 @@ def test_a_wide_layer_with_a_high_rank():
     V = layer.base_layer.weight.double() + layer.lora_B["default"].double() @ layer.lora_A["default"].double()
     W = (layer.magnitude["default"].double() / V.norm(dim=1))[:, None] * V
     assert error(model(x), x.double() @ W.T + layer.bias.double()) < 1e-5
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B", "magnitude"])
+@pytest.mark.parametrize("change", ["prune", "parametrise"])
+def test_a_parameter_that_is_none_any_more_is_not_left_out(part, change):
+    model = move(host(nn.Linear(6, 8)))
+    group = getattr(one_layer(model), part)
+    if change == "prune":
+        prune.random_unstructured(group, "default", amount=0.5)
+    else:
+        nn.utils.parametrize.register_parametrization(group, "default", nn.Identity())
+    for training in (True, False):
+        with pytest.raises(dt.AdapterError, match=r"layer: .* not a parameter any more"):
+            model.train(training)(torch.randn(2, 6))
 
 
 # A layer's face

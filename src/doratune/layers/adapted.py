@@ -262,7 +262,13 @@ class AdaptedLayer(AdapterHolder):
             bias=groups["adapter_bias"]._parameters.get(name),
         )
         A, B = groups["lora_A"]._parameters.get(name), groups["lora_B"]._parameters.get(name)
-        return A, B, groups["magnitude"]._parameters.get(name), adapter.scale, options
+        m = groups["magnitude"]._parameters.get(name)
+        if (adapter.rank and (A is None or B is None)) or (m is None and adapter.config.method == "dora"):
+            raise AdapterError(
+                f"{self.path}: lora_A, lora_B or magnitude of adapter {name!r} is not a parameter any more, as after "
+                "pruning or parametrising it, and would be left out; undo that (prune.remove, remove_parametrizations)"
+            )
+        return A, B, m, adapter.scale, options
 
     def _initialise_late(self) -> None:
         if any(group.gathered for group in self._groups()):
