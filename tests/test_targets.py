@@ -411,6 +411,24 @@ def test_wrapped_blocks_keep_their_plain_paths():
     assert not paths(model)
 
 
+class DeepSpeedEngine(nn.Module):
+    """Of the same name and shape as DeepSpeed's."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module = model
+
+
+@pytest.mark.parametrize("wrapper", [nn.DataParallel, DeepSpeedEngine])
+def test_what_runs_a_model_adds_nothing_to_its_files(wrapper, tmp_path):
+    model = move(attached())
+    wrapped = wrapper(model)
+    assert paths(wrapped) == LINEARS
+    dt.save_adapter(wrapped, tmp_path)
+    loaded = dt.load_adapter(tiny(), tmp_path)
+    assert torch.equal(output(loaded, ids()), output(model, ids()))
+
+
 def test_a_compiled_model_is_seen_through():
     model = tiny()
     compiled = torch.compile(model, backend="eager")

@@ -212,14 +212,18 @@ def occurrences(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, st
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own model inside DistributedDataParallel or a compiled module."""
+    """The user's own model inside what runs it: DistributedDataParallel, DataParallel, DeepSpeed or torch.compile."""
     while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel) or _is_deepspeed(model):
+            model = model.module  # type: ignore[assignment]
         elif hasattr(model, "_orig_mod"):
             model = model._orig_mod  # type: ignore[assignment]
         else:
             return model
+
+
+def _is_deepspeed(model: nn.Module) -> bool:
+    return any(c.__name__ == "DeepSpeedEngine" for c in type(model).__mro__)
 
 
 def plain_path(path: str) -> str:
