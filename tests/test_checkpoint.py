@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import pathlib
 
@@ -13,7 +14,7 @@ from torch import nn
 
 import doratune as dt
 from doratune.checkpoint import adapter_tensors
-from doratune.targets import adapted_layers
+from doratune.targets import adapted_layers, saved_modules
 from file_helpers import (
     assert_unchanged,
     build,
@@ -316,3 +317,21 @@ def test_patterns_keep_their_order(first, base, tmp_path):
     assert scales[0] == scales[1] == [32.0]
     by_peft = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path))
     assert [m.scaling["default"] for m in by_peft.modules() if hasattr(m, "scaling")] == [32.0]
+
+
+def test_a_module_inside_one_that_is_saved_whole_is_saved_once(tmp_path):
+    """Both had a copy, and the inner one, which never runs, took the other's place in the file."""
+    base = build("mlp")
+    config = dt.AdapterConfig(rank=2, targets=["body"], modules_to_save=["head.0", "head"])
+    model = move(dt.attach(copy.deepcopy(base), config))
+    assert set(saved_modules(model)) == {"head"}
+    with torch.no_grad():
+        for p in dt.trainable_parameters(model).values():
+            p.add_(0.1)
+    dt.save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["head"]
+    for names in (["head"], ["head.0", "head"]):  # an older file names both
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": names}))
+        loaded = dt.load_adapter(copy.deepcopy(base), tmp_path)
+        assert torch.equal(output(loaded), output(model))

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import doratune as dt
 from doratune.targets import adapted_layers, holders
@@ -109,7 +110,7 @@ def test_the_active_adapter_is_merged_and_the_others_are_gone():
 def test_merging_is_done_in_float32_and_rounded_once():
     model = moved(model=tiny().bfloat16())
     layer = model.layers[0].up
-    W = layer.weight.double()
+    W = layer.base_layer.weight.double()
     V = W + layer.adapters["default"].scale * (layer.lora_B["default"].double() @ layer.lora_A["default"].double())
     expected = (layer.magnitude["default"].double() / V.norm(dim=1))[:, None] * V
     dt.merge(model)
@@ -300,3 +301,21 @@ def test_verification_does_not_take_coarser_products_for_a_wrong_merge(allowed):
         dt.merge(model, verify=True)
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("change", ["weight_norm", "prune"])
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_weight_made_by_a_hook_is_refused_before_anything_changes(change, verify):
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
+    if change == "prune":
+        prune.l1_unstructured(model[1], "weight", amount=0.5)
+    else:
+        nn.utils.weight_norm(model[1])
+    move(dt.attach(model, DORA))
+    x = torch.randn(3, 4)
+    before, expected = snapshot(model), model(x)
+    with pytest.raises(dt.AdapterError, match=r"1: its weight .*prune\.remove"):
+        dt.merge(model, verify=verify)
+    assert_same(before, snapshot(model))
+    assert torch.equal(model(x), expected)

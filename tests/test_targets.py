@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -5,7 +7,7 @@ from torch import nn
 import doratune as dt
 from doratune.config import matches
 from doratune.targets import adapted_layers, as_targets, plain_modules, saved_modules
-from helpers import assert_same, ids, move, output, snapshot, tiny, tiny_llama
+from helpers import assert_same, error, ids, move, output, snapshot, tiny, tiny_llama
 
 LINEARS = {f"layers.{i}.{n}" for i in (0, 1) for n in ("q_proj", "v_proj", "up", "down")}
 
@@ -232,6 +234,12 @@ def test_an_attentions_output_projection_is_never_wrapped_in_vain(targets):
         assert not torch.equal(model(x), before)
 
 
+def test_a_model_that_is_a_layer_itself_has_no_place_for_an_adapter():
+    for model in (nn.Linear(8, 8), nn.Embedding(8, 8)):
+        refused(model, "nn.Sequential", type(model).__name__)
+    refused(nn.MultiheadAttention(8, 2), "nn.Sequential", targets=["out_proj"])
+
+
 # Modules trained whole
 
 
@@ -305,6 +313,60 @@ def test_a_saved_container_owns_what_is_inside():
 # Biases
 
 
+class Biased(nn.Module):
+    """A container with a bias of its own, as Swin's table, Qwen3-Next's dt_bias and DeBERTa's q_bias are."""
+
+    def __init__(self):
+        super().__init__()
+        self.dt_bias = nn.Parameter(torch.randn(6))
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.up(x) + self.dt_bias))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_layers_inside_a_module_with_a_bias_of_its_own_stay_adapted(compiled):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Biased(), Biased()), torch.randn(3, 4)
+    before, original = model(x), snapshot(model)
+    attached(model, bias="all")
+    assert set(adapted_layers(model)) == {f"{i}.{n}" for i in (0, 1) for n in ("up", "down")}
+    assert "0.copies.default.dt_bias" in dt.trainable_parameters(model)
+    run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    assert torch.equal(run(x), before)
+    move(model)
+    with torch.no_grad():
+        for saved in saved_modules(model).values():
+            saved.dt_bias.add_(1.0)
+    run(x).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in dt.trainable_parameters(model).values())
+    expected = model(x)
+    for path in ("0.copies.default.dt_bias", "0.base_layer.up.lora_B.default"):  # each of them is heard
+        parameter = model.get_parameter(path)
+        with torch.no_grad():
+            kept = parameter.clone()
+            parameter.add_(0.5)
+            assert error(run(x), expected) > 1e-2
+            parameter.copy_(kept)
+    with dt.disabled(model):
+        assert torch.equal(model(x), before)
+    merged = dt.merge(copy.deepcopy(model))
+    assert error(merged(x), expected) < 1e-5
+    assert type(merged[0]) is Biased
+    assert_same(original, snapshot(dt.detach(model)))
+
+
+def test_biases_of_modules_with_layers_inside_are_saved_and_loaded(tmp_path):
+    torch.manual_seed(0)
+    base, x = nn.Sequential(Biased()), torch.randn(3, 4)
+    model = move(attached(copy.deepcopy(base), bias="all"))
+    with torch.no_grad():
+        model[0].dt_bias.add_(1.0)
+    dt.save_adapter(model, tmp_path)
+    assert error(dt.load_adapter(base, tmp_path)(x), model(x)) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("bias", "expected"),
     [
@@ -364,6 +426,24 @@ def test_wrapped_blocks_keep_their_plain_paths():
         assert not torch.allclose(output(model, x), before)
     dt.detach(model)
     assert not paths(model)
+
+
+class DeepSpeedEngine(nn.Module):
+    """Of the same name and shape as DeepSpeed's."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module = model
+
+
+@pytest.mark.parametrize("wrapper", [nn.DataParallel, DeepSpeedEngine])
+def test_what_runs_a_model_adds_nothing_to_its_files(wrapper, tmp_path):
+    model = move(attached())
+    wrapped = wrapper(model)
+    assert paths(wrapped) == LINEARS
+    dt.save_adapter(wrapped, tmp_path)
+    loaded = dt.load_adapter(tiny(), tmp_path)
+    assert torch.equal(output(loaded, ids()), output(model, ids()))
 
 
 def test_a_compiled_model_is_seen_through():

@@ -258,7 +258,7 @@ def _recognise_plain_rows(layer: AdaptedLayer, name: str) -> None:
     without_m = zero & (m == 0)
     if A is not None and B is not None and without_m.any():
         stands_in = (B == _stand_in_row(A)).all(1)  # noqa: SIM300
-        if (A == torch.tensor(PLACEHOLDER_A)).all():  # noqa: SIM300
+        if (A == torch.tensor(PLACEHOLDER_A, device=A.device)).all():  # noqa: SIM300
             A.zero_()
         # These rows are 0 whatever B is; read as plain LoRA, with m = 0, their B would be heard.
         kept = torch.zeros_like(zero)

@@ -13,7 +13,7 @@ from doratune.config import AdapterConfig
 from doratune.layers import Kind, kind_of
 from doratune.layers.weights import on_device
 from doratune.peft_config import PeftOptions, saved_by_peft, with_own_options
-from doratune.targets import plain_modules, plain_path, refusal
+from doratune.targets import outermost, plain_modules, plain_path, refusal
 
 PREFIX = "base_model.model."
 METADATA = "doratune"
@@ -56,8 +56,8 @@ class _Reader:
         self.modules = plain_modules(root)
         self.targeted = options.targeted(root)
         self.own_type = options.own_type
-        whole = saved_by_peft(options.config.modules_to_save, self.modules)
-        self.whole = {path: self.modules[path].state_dict() for path in sorted(whole, key=len, reverse=True)}
+        whole = set(outermost(saved_by_peft(options.config.modules_to_save, self.modules)))
+        self.whole = {path: self.modules[path].state_dict() for path in whole}
         self.contents = Contents(options.config, whole=whole)
         self.problems = self.contents.problems
 

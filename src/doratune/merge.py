@@ -192,7 +192,7 @@ def merge(model: nn.Module, verify: bool = False) -> nn.Module:
     for holder in holders(root):
         if isinstance(holder, SavedModule) and holder.active is not None:
             untied |= any(id(p) in shared for _, p in plain_parameters(holder.base_layer))
-            holder.base_layer = holder.chosen()
+            holder.base_layer = holder.merged()
         unhold(root, holder)
     thaw(root)
     for n, p in root.named_parameters():
@@ -217,6 +217,11 @@ def _problem(layer: AdaptedLayer, name: str) -> str | None:
         return "accelerate keeps its weight elsewhere between forwards; load the model whole, or use doratune merge"
     if hasattr(layer.base_layer, "parametrizations") and not isinstance(layer.base_layer, nn.Linear):
         return "its weight is parametrised; remove that first (torch.nn.utils.parametrize.remove_parametrizations)"
+    if "weight" in layer.base_layer.__dict__:
+        return (
+            "its weight is made anew from others before each forward (torch.nn.utils.weight_norm or prune); end that "
+            "first (remove_weight_norm, prune.remove)"
+        )
     tensors = [merged_weight(layer, name)]
     if name in layer.adapter_bias:
         tensors.append(layer.adapter_bias[name].to(tensors[0].dtype))

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from doratune.layers import AdaptedLayer, AttentionHost, quantised, running_statistics
+from doratune.layers import quantised, running_statistics
 from doratune.layers.attention import NoNestedTensors
 from doratune.layers.holder import plain, plain_parameters
 from doratune.layers.input_gradients import InputsRequireGrad, hooks_of
@@ -36,10 +36,6 @@ def prepare(root: nn.Module) -> None:
         running_statistics.hold(module)
     for module in root.modules():
         quantised.prepare(module)
-        if isinstance(module, nn.TransformerEncoderLayer):
-            for child in (module.linear1, module.linear2, module.self_attn):
-                if isinstance(child, AdaptedLayer | AttentionHost):
-                    child.in_encoder_layer = True
         if isinstance(module, nn.TransformerEncoder) and not _nested_hooks(module):
             hook = NoNestedTensors()
             module.register_forward_pre_hook(hook.enter)

@@ -8,6 +8,8 @@ from torch import nn
 
 from doratune.layers import kind_of
 from doratune.layers.adapted import AdaptedLayer
+from doratune.layers.bypass import reader
+from doratune.layers.kind import outputs_are_overwritten
 from doratune.model import active_adapter, adapter_names, trainable_parameters
 from doratune.targets import adapted_layers, plain_modules, refusal, saved_modules, unwrap
 
@@ -121,7 +123,7 @@ def _left_alone(root: nn.Module, adapted: set[str]) -> dict[str, str]:
         if path in adapted or any(path.startswith(other + ".") for other in adapted):
             continue
         if kind_of(module) is not None:
-            found[path] = refusal(modules, path) or "not among the targets"
+            found[path] = refusal(modules, path) or reader(modules, path) or "not among the targets"
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim > 1:
@@ -144,6 +146,8 @@ def _explain(layer: AdaptedLayer) -> tuple[str, str]:
         adapter = layer.adapters[layer.active]
         if adapter.dense_norm:
             reasons.append("W and the change nearly cancel in a row, so the norm is computed from dense tiles")
+        if adapter.keep_output and not adapter.eight_bit and outputs_are_overwritten():
+            reasons.append("liger_kernel, which is loaded, overwrites outputs unseen, so a tensor more is kept for m")
         if adapter.config.norm_gradient == "exact":
             reasons.append("norm_gradient is exact: the backward pass walks W once more")
     return path, "; ".join(reasons)

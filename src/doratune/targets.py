@@ -13,6 +13,7 @@ from doratune.config import ALL_LINEAR, AdapterConfig, matches
 from doratune.errors import AdapterError
 from doratune.layers import KINDS, AdaptedLayer, AdapterHolder, AttentionHost, Kind, SavedModule, kind_of
 from doratune.layers.attention import Projection, projections
+from doratune.layers.bypass import reader
 from doratune.layers.holder import plain, plain_parameters
 
 HEAD_NAMES = ("classifier", "score", "lm_head", "head", "classification_head", "qa_outputs")
@@ -83,6 +84,11 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
         AdapterError: listing targets that match nothing, or only modules that cannot be adapted.
     """
     modules = plain_modules(model)
+    if kind_of(unwrap(model)) is not None or isinstance(unwrap(model), nn.MultiheadAttention):
+        raise AdapterError(
+            f"targets: the model is itself a layer ({type(model).__name__}), and what holds an adapter has no place to "
+            "stand in; wrap it, for example in nn.Sequential(model), and attach to that"
+        )
     problems: list[str] = []
     selection = Selection()
     for name in config.modules_to_save:
@@ -91,6 +97,7 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
             problems.append(f"modules_to_save {name!r} matches no module{_suggestion(name, modules)}")
         for path in paths:
             selection.saved[path] = [n for n, _ in plain_parameters(modules[path])]
+    selection.saved = {path: selection.saved[path] for path in outermost(selection.saved)}
     heads = _heads(model, modules)
     everything = config.targets == ALL_LINEAR
     unserved: dict[str, str] = {}
@@ -104,6 +111,10 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
             continue
         if everything and path in heads:
             selection.left_alone[path] = "output head"
+            continue
+        past = reader(modules, path) if everything else None
+        if past is not None:
+            selection.left_alone[path] = past
             continue
         kind = kind_of(module)
         reason = refusal(modules, path) or (kind.config_refusal(config) if kind else None)
@@ -164,6 +175,15 @@ def _vain_exclusions(exclude: str | Sequence[str], modules: dict[str, nn.Module]
         )
 
 
+def outermost(paths: Iterable[str]) -> list[str]:
+    """The paths that lie inside no other: a module that is trained whole takes along what is inside."""
+    kept: list[str] = []
+    for path in sorted(paths, key=len):
+        if not path.startswith(tuple(outer + "." for outer in kept)):
+            kept.append(path)
+    return kept
+
+
 def refusal(modules: dict[str, nn.Module], path: str) -> str | None:
     """Why the module at ``path`` cannot be adapted, or None."""
     module = modules[path]
@@ -216,14 +236,18 @@ def occurrences(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, st
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own model inside DistributedDataParallel or a compiled module."""
+    """The user's own model inside what runs it: DistributedDataParallel, DataParallel, DeepSpeed or torch.compile."""
     while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel) or _is_deepspeed(model):
+            model = model.module  # type: ignore[assignment]
         elif hasattr(model, "_orig_mod"):
             model = model._orig_mod  # type: ignore[assignment]
         else:
             return model
+
+
+def _is_deepspeed(model: nn.Module) -> bool:
+    return any(c.__name__ == "DeepSpeedEngine" for c in type(model).__mro__)
 
 
 def plain_path(path: str) -> str:

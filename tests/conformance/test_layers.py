@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import doratune as dt
 from doratune.layers.linear import Linear
-from doratune.merge import merged_weight
+from doratune.merge import merged_weight, verify_merge
 from doratune.ops.dropout import dropped_elements
 from helpers import assert_same, elementwise_error, error, replicas, snapshot
 from helpers_cases import AUTOCAST, CASES, FLOAT32, METHODS, PRECISIONS, found_gradients, setup, upstream
@@ -89,6 +89,20 @@ def test_gradients_are_those_of_autograd_through_the_reference(case, method, pre
     assert all(p.grad is None for p in s.layer.base_layer.parameters())
 
 
+@pytest.mark.parametrize("keep_output", [False, True])
+@every_method
+@pytest.mark.parametrize("case", [case for case in CASES if case.bias], ids=repr)
+def test_a_bias_of_the_base_that_is_trained_gets_its_gradient(case, method, keep_output):
+    s = setup(case, method)
+    s.layer.adapters["default"].keep_output = keep_output
+    bias = s.layer.base_layer.bias.requires_grad_(True)
+    b = bias.detach().double().requires_grad_()
+    expected = case.dense(s.layer.base_layer, s.x.double(), s.reference().weight.detach(), b)
+    dy = upstream(expected)
+    (found,) = torch.autograd.grad(s.run(), bias, dy)
+    assert error(found, torch.autograd.grad(expected, b, dy.double())[0]) < 1e-5
+
+
 @every_precision
 @every_method
 @every_case
@@ -108,6 +122,16 @@ def test_merged_is_unmerged(case, method, precision):
     assert isinstance(case.make(), type(s.model.layer))
     assert s.model.layer.weight.dtype == precision.dtype
     assert set(s.model.state_dict()) == {"layer." + n for n in case.make().state_dict()}
+
+
+@every_case
+def test_torchs_default_device_may_be_another_one(case):
+    s = setup(case, dropout=0.5 if case.drops else 0.0)
+    with torch.device("meta"):
+        s.run().sum().backward()
+        for check in verify_merge(s.model):
+            assert check.holds
+        dt.merge(s.model)
 
 
 @every_precision

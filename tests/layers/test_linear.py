@@ -1,8 +1,12 @@
 """What is particular to linear layers."""
 
+import sys
+import types
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import doratune as dt
 from helpers import error, move, one_layer
@@ -29,6 +33,26 @@ def test_a_dtype_that_the_processor_does_not_multiply_is_named(has, monkeypatch)
     assert dt.explain(model)["layer"] == ("dense, fused input gradient", reason)
 
 
+@pytest.mark.parametrize("loaded", [True, False])
+def test_outputs_that_liger_may_overwrite_are_not_kept(loaded, monkeypatch):
+    """Its RoPE rotates q and k where they lie, by raw pointers: nothing could tell afterwards."""
+    if loaded:
+        monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    model = move(host(nn.Linear(6, 8)))
+    layer = one_layer(model)
+    layer.decide("default")
+    assert layer.adapters["default"].keep_output
+    assert ("liger_kernel" in dt.explain(model)["layer"][1]) == loaded
+    x, dy = torch.randn(5, 6), torch.randn(5, 8)
+    gradients = []
+    for overwritten in (False, True):
+        y = model(x)
+        if overwritten:
+            y.detach().numpy()[:] *= -1
+        gradients.append(torch.autograd.grad(y, layer.magnitude["default"], dy)[0])
+    assert torch.equal(*gradients) == loaded
+
+
 def _replace_forward(base):
     base.forward = lambda x, forward=base.forward: forward(x)
 
@@ -40,6 +64,7 @@ SLOW = {
     "pre-hooks": (lambda: nn.Linear(6, 8), lambda base: base.register_forward_pre_hook(lambda m, i: None)),
     "parametrised": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 8)), lambda base: None),
     "being trained": (lambda: nn.Linear(6, 8), lambda base: base.weight.requires_grad_(True)),
+    "a trained bias": (lambda: nn.Linear(6, 8), lambda base: base.bias.requires_grad_(True)),
 }
 
 
@@ -249,9 +274,23 @@ def test_a_wide_layer_with_a_high_rank():
     move(model, 0.05)
     layer = one_layer(model)
     x = torch.randn(33, 300)
-    V = layer.weight.double() + layer.lora_B["default"].double() @ layer.lora_A["default"].double()
+    V = layer.base_layer.weight.double() + layer.lora_B["default"].double() @ layer.lora_A["default"].double()
     W = (layer.magnitude["default"].double() / V.norm(dim=1))[:, None] * V
     assert error(model(x), x.double() @ W.T + layer.bias.double()) < 1e-5
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B", "magnitude"])
+@pytest.mark.parametrize("change", ["prune", "parametrise"])
+def test_a_parameter_that_is_none_any_more_is_not_left_out(part, change):
+    model = move(host(nn.Linear(6, 8)))
+    group = getattr(one_layer(model), part)
+    if change == "prune":
+        prune.random_unstructured(group, "default", amount=0.5)
+    else:
+        nn.utils.parametrize.register_parametrization(group, "default", nn.Identity())
+    for training in (True, False):
+        with pytest.raises(dt.AdapterError, match=r"layer: .* not a parameter any more"):
+            model.train(training)(torch.randn(2, 6))
 
 
 # A layer's face
@@ -260,8 +299,11 @@ def test_a_wide_layer_with_a_high_rank():
 def test_the_wrapped_layer_shows_its_bases_attributes():
     base = nn.Linear(6, 8)
     base.marker = "mine"
-    layer = one_layer(host(base))
-    assert layer.weight is base.weight
+    model = host(base)
+    layer = one_layer(model)
+    with dt.disabled(model):
+        assert layer.weight is base.weight
+    assert (layer.weight.shape, layer.weight.dtype) == (base.weight.shape, base.weight.dtype)
     assert layer.bias is base.bias
     assert (layer.in_features, layer.out_features, layer.marker) == (6, 8, "mine")
     assert layer.base_layer is base

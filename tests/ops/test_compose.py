@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from doratune.ops import compose, reference
 from doratune.ops.compose import OutputGuard, scale_rows
-from doratune.ops.low_rank import dense_low_rank, low_rank_update
+from doratune.ops.low_rank import adapted_weight, dense_low_rank, low_rank_update
 from helpers import error
 
 
@@ -206,6 +206,39 @@ def test_the_guard_recomputes_what_was_overwritten(afterwards, hooks):
     assert bool(called) == (afterwards != "none")
 
 
+class _GradientsOverWhatWasSaved(torch.autograd.Function):
+    """``silu(a) b`` as Liger computes it: the gradients are written over a and b, and no version tells of it."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return F.silu(a) * b
+
+    @staticmethod
+    def backward(ctx, dy):
+        a, b = ctx.saved_tensors
+        with torch.enable_grad():
+            leaves = [t.detach().clone().requires_grad_() for t in (a, b)]
+            found = torch.autograd.grad(F.silu(leaves[0]) * leaves[1], leaves, dy)
+        for t, gradient in zip((a, b), found, strict=True):
+            t.detach().numpy()[:] = gradient.numpy()
+        return a, b
+
+
+def test_gradients_written_over_the_output_are_noticed():
+    results = []
+    for silu in (_GradientsOverWhatWasSaved.apply, lambda a, b: F.silu(a) * b):
+        ys, gs = [], []
+        for seed in (0, 1):
+            u, _, _, _, g, b = tensors((9, 7), out=7, seed=seed)
+            gs.append(g.requires_grad_())
+            guard = OutputGuard(lambda kept: kept, u.clone())
+            ys.append(scale_rows(u.requires_grad_() * 1, g, None, b, guard=guard, keep="output", fresh=True))
+        results.append(torch.autograd.grad(silu(*ys).square().sum(), gs))
+    for found, expected in zip(*results, strict=True):
+        assert error(found, expected) < 1e-5
+
+
 def test_the_guard_recomputes_under_checkpointing_too():
     """There saved tensors may be read once only."""
     u, _, _, _, g, b = tensors((9, 7), out=7)
@@ -327,6 +360,23 @@ def test_no_gradient_reaches_a_frozen_weight():
     A.requires_grad_()
     y = dense_low_rank(x, W, None, A, B, 0.5)
     assert torch.autograd.grad(y.sum(), W, allow_unused=True) == (None,)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_an_adapted_weight_and_its_gradients(scaled):
+    _, W, A, B, g, _ = tensors()
+    leaves = [W, A, B, g] if scaled else [W, A, B]
+    doubles = [t.double().requires_grad_() for t in leaves]
+    for t in leaves:
+        t.requires_grad_()
+    found = adapted_weight(W, A, B, g if scaled else None, 0.6)
+    expected = reference.lora_weight(*doubles[:3], 0.6) * (doubles[3][:, None] if scaled else 1)
+    assert error(found, expected) < 1e-6
+    dW = torch.randn(W.shape)
+    for f, e in zip(
+        torch.autograd.grad(found, leaves, dW), torch.autograd.grad(expected, doubles, dW.double()), strict=True
+    ):
+        assert error(f, e) < 1e-5
 
 
 def test_what_needs_no_gradient_is_not_computed():

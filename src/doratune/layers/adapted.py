@@ -15,7 +15,7 @@ from doratune.errors import AdapterError
 from doratune.layers import sharded
 from doratune.layers.cache import AdapterParameters, ScaleCache
 from doratune.layers.choices import choices
-from doratune.layers.holder import AdapterHolder
+from doratune.layers.holder import AdapterHolder, base_attribute
 from doratune.layers.kind import Kind, Options
 from doratune.layers.loading import accept_plain_keys, after_load
 from doratune.layers.sharded import assign, whole
@@ -67,8 +67,6 @@ class AdaptedLayer(AdapterHolder):
     def __init__(self, base: nn.Module, kind: Kind, path: str, gathered: bool = False) -> None:
         super().__init__(base, path)
         self.kind = kind
-        self.in_encoder_layer = False
-        """Inside ``nn.TransformerEncoderLayer``, whose fast path would compute past this layer."""
         self.adapters: dict[str, LayerAdapter] = {}
         self.cache = ScaleCache()
         self.lora_A = AdapterParameters(self.cache)
@@ -259,7 +257,13 @@ class AdaptedLayer(AdapterHolder):
             bias=groups["adapter_bias"]._parameters.get(name),
         )
         A, B = groups["lora_A"]._parameters.get(name), groups["lora_B"]._parameters.get(name)
-        return A, B, groups["magnitude"]._parameters.get(name), adapter.scale, options
+        m = groups["magnitude"]._parameters.get(name)
+        if (adapter.rank and (A is None or B is None)) or (m is None and adapter.config.method == "dora"):
+            raise AdapterError(
+                f"{self.path}: lora_A, lora_B or magnitude of adapter {name!r} is not a parameter any more, as after "
+                "pruning or parametrising it, and would be left out; undo that (prune.remove, remove_parametrizations)"
+            )
+        return A, B, m, adapter.scale, options
 
     def _initialise_late(self) -> None:
         if any(group.gathered for group in self._groups()):
@@ -268,6 +272,14 @@ class AdaptedLayer(AdapterHolder):
                 "any; once the base has its weights, call doratune.distributed.initialise(model)"
             )
         self.initialise()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return nn.Module.__getattr__(self, name)
+        except AttributeError:
+            changes = self.__dict__.get("active") is not None and self.__dict__["enabled"]
+            # A head that is tied to an adapted embedding goes on with the base's weight.
+            return base_attribute(self, name, self.path if changes and self.kind.name != "embedding" else None)
 
     def train(self, mode: bool = True) -> AdaptedLayer:
         """Switch between training and evaluation; what was remembered is forgotten."""

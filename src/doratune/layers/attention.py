@@ -162,7 +162,6 @@ class AttentionHost(nn.Module):
         self.base_layer = attention
         self._projections = nn.ModuleDict(projections(attention))
         self.training = attention.training
-        self.in_encoder_layer = False
         self.register_load_state_dict_pre_hook(accept_plain_keys_below)
 
     def active_layers(self) -> Iterator[tuple[str, AdaptedLayer]]:
@@ -231,7 +230,7 @@ class AttentionHost(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return base_attribute(self, name, any(True for _ in self.active_layers()))
+            return base_attribute(self, name, next((layer.path for _, layer in self.active_layers()), None))
 
 
 def _copy_attention(attention: nn.MultiheadAttention) -> nn.MultiheadAttention:

@@ -131,5 +131,5 @@ class Convolution(Kind):
         reach = [d * (k - 1) + 4 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
         pads = conv._reversed_padding_repeated_twice if conv.padding_mode != "zeros" else [0]
         size = [max(n, math.ceil(max(pads)) + 1) for n in reach]
-        x = torch.randn(2, conv.in_channels, *size, generator=generator)
+        x = torch.randn(2, conv.in_channels, *size, generator=generator, device="cpu")
         return x.to(conv.weight.device, conv.weight.dtype)

@@ -82,4 +82,5 @@ class Embedding(Kind):
 
     def probe(self, base: nn.Module, generator: torch.Generator) -> Tensor:
         vocabulary = self.rows(base).shape[1]
-        return torch.randint(vocabulary, (64,), generator=generator).to(base.weight.device)  # type: ignore[arg-type]
+        ids = torch.randint(vocabulary, (64,), generator=generator, device="cpu")
+        return ids.to(base.weight.device)  # type: ignore[arg-type]

@@ -9,23 +9,24 @@ from typing import Any
 from torch import Tensor, nn
 
 from doratune.layers import input_gradients, running_statistics
+from doratune.layers.bypass import UnreadWeight
+
+READ = ("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+"""Attributes that others may compute with, past an adapter."""
 
 
-class NoFastPath(Tensor):
-    """A weight that keeps ``nn.TransformerEncoderLayer`` from computing with it and past the layer that holds it.
+def base_attribute(holder: nn.Module, name: str, changed: str | None = None) -> Any:
+    """An attribute of the holder's base layer, shown as the holder's own.
 
-    Its evaluation fast path is for plain tensors only; any subclass sends it the ordinary way, through the layers.
+    Args:
+        changed: the path of the layer whose weight an adapter changes at present; it cannot be computed with.
     """
-
-
-def base_attribute(holder: nn.Module, name: str, active: bool) -> Any:
-    """An attribute of the holder's base layer, shown as the holder's own."""
     base = holder.__dict__.get("_modules", {}).get("base_layer")
     if base is None or name.startswith("__"):
         raise AttributeError(f"{type(holder).__name__} has no attribute {name!r}")
     value = getattr(base, name)
-    if name in ("weight", "in_proj_weight") and active and holder.__dict__.get("in_encoder_layer", False):
-        return value.detach().as_subclass(NoFastPath)
+    if changed is not None and name in READ and type(value) in (Tensor, nn.Parameter):
+        return UnreadWeight.of(value, changed)
     return value
 
 
@@ -73,7 +74,7 @@ class AdapterHolder(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return base_attribute(self, name, bool(self.__dict__.get("active")) and self.__dict__["enabled"])
+            return base_attribute(self, name)
 
 
 def plain(module: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,11 @@ from torch import Tensor, nn
 from doratune.config import AdapterConfig
 from doratune.layers.cache import ScaleCache
 from doratune.layers.weights import WeightRows
+
+
+def outputs_are_overwritten() -> bool:
+    """Whether Liger's kernels may run, which rotate q and k in place by raw pointers: no version tells of it."""
+    return "liger_kernel" in sys.modules  # looked up in each forward: Trainer loads it after an adapter is attached
 
 
 class Options(NamedTuple):
@@ -41,7 +47,9 @@ class Options(NamedTuple):
     @property
     def keep(self) -> str:
         """What ``scale_rows`` is to keep."""
-        return "8-bit" if self.eight_bit else "output" if self.keep_output else "input"
+        if self.eight_bit:
+            return "8-bit"
+        return "output" if self.keep_output and not outputs_are_overwritten() else "input"
 
     def row_scale(self, rows: WeightRows, A: Tensor | None, B: Tensor | None, m: Tensor, scale: float) -> Tensor:
         """``g = m / n``, float32 ``[out]``, as these options say."""
@@ -128,7 +136,7 @@ class Kind:
         return layer
 
     def probe(self, base: nn.Module, generator: torch.Generator) -> Tensor:
-        """A random input, for comparing merged with unmerged output."""
+        """A random input, for comparing merged with unmerged output, drawn on the CPU whatever torch's default is."""
         columns = self.rows(base).shape[1]
         weight: Tensor = base.weight  # type: ignore[assignment]
-        return torch.randn(8, columns, generator=generator).to(weight.device, weight.dtype)
+        return torch.randn(8, columns, generator=generator, device="cpu").to(weight.device, weight.dtype)

@@ -66,6 +66,9 @@ def slow_reason(base: nn.Module) -> str | None:
         return "the base layer has hooks"
     if weight is not None and weight.requires_grad:
         return "the base weight is being trained"
+    bias: Tensor | None = getattr(base, "bias", None)
+    if bias is not None and bias.requires_grad:
+        return "the base bias is being trained"
     return None
 
 
@@ -244,7 +247,7 @@ class Linear(Kind):
             return super().probe(base, generator)
         rows = self.rows(base)
         dtype = next(iter(rows.tiles()))[1].dtype
-        return torch.randn(8, rows.shape[1], generator=generator).to(rows.device, dtype)
+        return torch.randn(8, rows.shape[1], generator=generator, device="cpu").to(rows.device, dtype)
 
     def merged_layer(self, base: nn.Module, merged: Tensor, bias: Tensor | None) -> nn.Module:
         own_way = has_own_forward(base) or hasattr(base, "parametrizations")

@@ -9,12 +9,23 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from doratune.layers import running_statistics
-from doratune.layers.holder import AdapterHolder, plain_copy, plain_parameters
+from doratune.layers.holder import AdapterHolder, plain, plain_copy, plain_parameters
 from doratune.layers.loading import accept_plain_keys_below
 from doratune.layers.weights import is_dtensor
+
+
+class OwnBiases(nn.Module):
+    """An adapter's copies of the biases that a module with layers inside has itself; the module runs with them."""
+
+    def __init__(self, module: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        for name in names:
+            bias: Tensor = getattr(module, name)
+            self.register_parameter(name, nn.Parameter(bias.detach().clone()))
 
 
 class SavedModule(AdapterHolder):
@@ -33,9 +44,14 @@ class SavedModule(AdapterHolder):
 
     def add(self, name: str, parameters: list[str], trainable: bool = True) -> None:
         """Add an adapter's copy, in which the named parameters are its own."""
-        clone = plain_copy(self.base_layer, [p for n, p in plain_parameters(self.base_layer) if n not in parameters])
+        shared = [p for n, p in plain_parameters(self.base_layer) if n not in parameters]
+        clone: nn.Module
+        if shared and any(True for _ in plain(self.base_layer).children()):
+            clone = OwnBiases(plain(self.base_layer), parameters)  # a copy would not run the adapters inside
+        else:
+            clone = plain_copy(self.base_layer, shared)
         clone.train(self.training)
-        if len(parameters) < len(list(plain_parameters(self.base_layer))):
+        if shared:
             for part in clone.modules():  # biases only are in the file
                 running_statistics.hold(part)
         self.copies[name] = clone
@@ -60,6 +76,8 @@ class SavedModule(AdapterHolder):
                 shared = inner not in self.trained[name]
                 new = base[inner] if shared else nn.Parameter(base[inner].clone(), parameter.requires_grad)
                 clone.get_submodule(owner)._parameters[own] = new
+            if isinstance(clone, OwnBiases):
+                continue  # which has nothing else
             for inner, buffer in plain_copy(self.base_layer, base.values()).named_buffers():
                 owner, _, own = inner.rpartition(".")
                 clone.get_submodule(owner)._buffers[own] = buffer
@@ -83,13 +101,30 @@ class SavedModule(AdapterHolder):
 
     def chosen(self) -> nn.Module:
         """The module whose turn it is."""
-        return self.copies[self.active] if self.enabled and self.active is not None else self.base_layer
+        if not self.enabled or self.active is None or self.own_biases():
+            return self.base_layer
+        return self.copies[self.active]
+
+    def own_biases(self) -> dict[str, Tensor]:
+        """What the active adapter puts in the place of the original's own biases, where the original runs with them."""
+        copy = self.copies[self.active] if self.enabled and self.active is not None else None
+        return {n: getattr(copy, n) for n in self.trained[self.active]} if isinstance(copy, OwnBiases) else {}  # type: ignore[index]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The chosen module's output."""
         if self.waiting:
             self.initialise()
+        biases = self.own_biases()
+        if biases:
+            return functional_call(self.base_layer, biases, args, kwargs, tie_weights=False)
         return self.chosen()(*args, **kwargs)
+
+    def merged(self) -> nn.Module:
+        """The chosen module, to take the holder's place."""
+        module = self.chosen()
+        for name, bias in self.own_biases().items():
+            setattr(module, name, nn.Parameter(bias.detach()))
+        return module
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -97,7 +132,8 @@ class SavedModule(AdapterHolder):
         except AttributeError:
             if name.startswith("__") or "copies" not in self.__dict__.get("_modules", {}):
                 raise
-            return getattr(self.chosen(), name)
+            biases = self.own_biases()
+            return biases[name] if name in biases else getattr(self.chosen(), name)
 
 
 def _note_copies(saved: SavedModule, state: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -89,7 +89,7 @@ class _ScaleRows(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs_u, needs_g, needs_inner, needs_outer = ctx.needs_input_grad[:4]
         g = ctx.g
-        kept = _kept_tensor(ctx, dy.dtype) if needs_g else None
+        kept = _kept_tensor(ctx, dy) if needs_g else None
         bias = ctx.outer if ctx.keep == "output" else ctx.inner
         wanted = (needs_u, kept is not None, needs_inner or needs_outer)
         # Where g's gradient is not wanted, dy stands in for the tensor that was not kept: it is not looked at.
@@ -110,16 +110,19 @@ def _eight_bits(u: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return (u / step).round_().to(torch.int8), step
 
 
-def _kept_tensor(ctx: Any, dtype: torch.dtype) -> Tensor | None:
+def _kept_tensor(ctx: Any, dy: Tensor) -> Tensor | None:
     """The tensor kept for dg; None if it was overwritten since."""
     if ctx.keep == "8-bit":
         levels, step = ctx.saved_tensors
-        return levels.to(dtype) * step
+        return levels.to(dy.dtype) * step
     if ctx.guard is None:
         return ctx.saved_tensors[0]
     try:
         (kept,) = ctx.saved_tensors
     except RuntimeError:
+        return None
+    # Kernels of others (Liger's) may write gradients over what they saved, by raw pointers, which no version tells.
+    if torch._C._is_alias_of(kept, dy):  # type: ignore[attr-defined]
         return None
     # Autograd checks versions by itself, but not under saved-tensor hooks (checkpointing, offloading); a copy that they
     # made is as young as can be.

@@ -12,6 +12,6 @@ def dropped_elements(x: Tensor, probability: float) -> Tensor:
         return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(probability)
     # bernoulli_ takes most of a layer's time on a CPU. Sixteen random bits an element, four elements a draw, are six
     # times as fast, and the probability is right to 1 / 65,536.
-    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device="cpu").random_(-(2**63), None)
     below = round(probability * 65536) - 32768
     return (bits.view(torch.int16)[: x.numel()] < below).view(x.shape)

@@ -174,7 +174,7 @@ class _AdaptedWeight(torch.autograd.Function):
             dA = ctx.scale * (B.float().T @ dW)
         if ctx.needs_input_grad[2]:
             dB = ctx.scale * (dW @ A.float().T)
-        return None, dA, dB, dg, None
+        return (dW.to(W.dtype) if ctx.needs_input_grad[0] else None), dA, dB, dg, None
 
 
 def _weight(W: Tensor, A: Tensor | None, B: Tensor | None, g: Tensor | None, scale: float) -> Tensor:
@@ -183,5 +183,5 @@ def _weight(W: Tensor, A: Tensor | None, B: Tensor | None, g: Tensor | None, sca
 
 
 def adapted_weight(W: Tensor, A: Tensor | None, B: Tensor | None, g: Tensor | None, scale: float) -> Tensor:
-    """``W' = g (W + s B A)``, ``[out, in]`` in W's dtype, for a frozen W; keeps nothing of that size for backward."""
+    """``W' = g (W + s B A)``, ``[out, in]`` in W's dtype; keeps nothing of that size for backward but W."""
     return _AdaptedWeight.apply(W, A, B, g, scale)

@@ -1,0 +1,105 @@
+"""Models that compute with the weight of a layer past the layer itself, where an adapter would do nothing.
+
+What is known to be read so is left alone (``reader``). For the rest an adapted layer shows, in the place of its weight,
+an ``UnreadWeight``: it tells dtype, shape and device, and is an error in any computation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from doratune.errors import AdapterError
+
+READERS = {
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "MobileBertLMPredictionHead": ("dense",),
+    "DetrMHAttentionMap": ("k_proj",),
+    "ConditionalDetrMHAttentionMap": ("k_proj",),
+    "DabDetrMHAttentionMap": ("k_proj",),
+    "MaskFormerDetrMHAttentionMap": ("k_proj",),
+}
+"""Classes of transformers, and their layers with whose weights they compute."""
+MAMBA = ("x_proj", "dt_proj", "out_proj")
+"""The same of every Mamba: handed to its fused kernels on GPUs, dt_proj everywhere."""
+
+
+def reader(modules: Mapping[str, nn.Module], path: str) -> str | None:
+    """Why an adapter on the layer at ``path`` would do nothing, or None if its parent calls the layer."""
+    parent, _, name = path.rpartition(".")
+    kind = type(modules.get(parent)).__name__
+    mamba = all(hasattr(modules.get(parent), part) for part in ("A_log", "D"))
+    if name in READERS.get(kind, ()) or (mamba and name in MAMBA):
+        return f"{kind} computes with its weight and not through the layer"
+    return None
+
+
+def _functions(where: Any, names: str) -> list[Any]:
+    return [getattr(where, name) for name in names.split() if hasattr(where, name)]
+
+
+def _getters(names: str) -> list[Any]:
+    return [attribute.__get__ for attribute in _functions(Tensor, names)]
+
+
+# Lists of functions, which torch.compile can look through; of names it cannot make sense.
+ASKING = [
+    *_getters("dtype shape device ndim layout requires_grad is_leaf grad_fn itemsize nbytes _version names"),
+    *_getters("is_meta is_cpu is_cuda is_mps is_xpu is_sparse is_quantized is_nested"),
+    *_functions(Tensor, "__len__ __repr__ __format__ __hash__ __deepcopy__ __reduce_ex__ dim ndimension size stride"),
+    *_functions(Tensor, "numel nelement element_size get_device is_contiguous is_pinned is_shared requires_grad_"),
+    *_functions(Tensor, "is_floating_point is_complex is_signed is_inference"),
+    *_functions(torch, "numel is_floating_point is_complex is_signed is_inference"),
+    *[attribute.__set__ for attribute in _functions(Tensor, "requires_grad grad data")],
+]
+"""What may be asked of a weight, or set, without its numbers."""
+EXAMPLES = [
+    *_functions(Tensor, "new_empty new_zeros new_ones new_full new_tensor"),
+    *_functions(torch, "empty_like zeros_like ones_like full_like rand_like randn_like"),
+]
+"""What makes tensors of a weight's dtype and device."""
+OTHERS = _functions(Tensor, "to type_as")
+"""The same, if another tensor goes where the weight is."""
+SHOWN = [*_getters("data T mT H mH grad"), Tensor.detach]
+"""What gives the weight again, to be guarded likewise."""
+
+
+class UnreadWeight(Tensor):
+    """Stands for the weight of a layer while an adapter is active on it.
+
+    Being a subclass, it also sends ``nn.TransformerEncoderLayer`` the ordinary way in evaluation, through its layers.
+    """
+
+    weight: Tensor
+    path: str
+
+    @classmethod
+    def of(cls, weight: Tensor, path: str) -> UnreadWeight:
+        """The stand-in for a weight of the layer at ``path``."""
+        new = weight.detach().as_subclass(cls)
+        new.weight, new.path = weight, path
+        return new
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        itself = args[0] if args and isinstance(args[0], cls) else None
+        if not (func in ASKING or func in SHOWN or func in EXAMPLES or (itself is None and func in OTHERS)):
+            raise _error(func, args, kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*(a.weight if isinstance(a, cls) else a for a in args), **(kwargs or {}))
+        if itself is not None and func in SHOWN and isinstance(result, Tensor):
+            return cls.of(result, itself.path)
+        return result
+
+
+def _error(func: Any, args: Any, kwargs: Any) -> AdapterError:
+    used = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, UnreadWeight))
+    return AdapterError(
+        f"{used.path}: the model computes with this layer's weight ({getattr(func, '__name__', func)}) and not through "
+        "the layer, where the adapter would do nothing; leave the layer out (exclude=[...]). Outside of a model's "
+        "forward the base's own weight is base_layer.weight"
+    )
