@@ -155,7 +155,8 @@ def reference_output(model, x):
         return plain.eval()(wide, keys, values)[0]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
+# In bfloat16 torch's own rounding in the softmax comes through to 4 % (B of the keys); without the norm it is 10 %.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 6e-2)], ids=str)
 @every_method
 def test_gradients_are_the_references(config, dtype, tolerance, x):
     model, x = made(SelfAttention, batch_first=True).to(dtype), x.to(dtype)
