@@ -1,11 +1,14 @@
 """What concerns models on several processes and can be seen on one; ``tests/distributed`` starts several."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import doratune as dt
 from doratune.distributed import load_base
+from doratune.train.checkpoints import restore_adapter
 from helpers import error, ids, output, tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")  # as it is meant to be
@@ -43,9 +46,53 @@ def test_copies_of_modules_start_from_a_state_dict(assign):
     dt.attach(model, dt.AdapterConfig(rank=2, targets=["0"], modules_to_save=["1", "2"]))
     if not assign:
         model.to_empty(device="cpu")
-    model.load_state_dict(base.state_dict(), strict=False, assign=assign)
+    missing = model.load_state_dict(base.state_dict(), strict=False, assign=assign).missing_keys
+    assert missing == []
+    # An optimiser that is made now trains what the forward uses.
+    trained = dt.trainable_parameters(model)
     x = torch.randn(2, 3)
     assert torch.equal(output(model, x), output(base, x))
+    after = dt.trainable_parameters(model)
+    assert trained.keys() == after.keys()
+    assert all(trained[name] is after[name] and not trained[name].is_meta for name in trained)
+
+
+def test_a_restored_adapter_is_not_overwritten_by_the_base(tmp_path):
+    def made(device):
+        with torch.device(device):
+            return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).eval()
+
+    base, config = made("cpu"), dt.AdapterConfig(rank=2, targets=["0"], modules_to_save=["1"])
+    learnt = dt.attach(copy.deepcopy(base), config)
+    with torch.no_grad():
+        learnt[1].copies["default"].weight.add_(1)
+    dt.save_adapter(learnt, tmp_path)
+    x = torch.randn(2, 3)
+    for base_first in (True, False):
+        model = dt.attach(made("meta"), config).to_empty(device="cpu")
+        steps = [
+            lambda model=model: model.load_state_dict(base.state_dict(), strict=False),
+            lambda model=model: restore_adapter(model, tmp_path),
+        ]
+        for step in steps if base_first else reversed(steps):
+            step()
+        assert error(output(model, x), output(learnt, x)) < 1e-6
+
+
+def test_copies_come_with_a_state_dict_of_an_adapted_model():
+    base = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).eval()
+    learnt = dt.attach(copy.deepcopy(base), dt.AdapterConfig(rank=2, targets=["0"], bias="all"))
+    with torch.no_grad():
+        learnt[1].copies["default"].bias.add_(1)
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).eval()
+    dt.attach(model, dt.AdapterConfig(rank=2, targets=["0"], bias="all")).to_empty(device="cpu")
+    # A copy's shared weight is the base's, whether or not it is in the state dict.
+    state = {k: v for k, v in learnt.state_dict().items() if k != "1.copies.default.weight"}
+    model.load_state_dict(state, strict=False)
+    x = torch.randn(2, 3)
+    assert torch.equal(output(model, x), output(learnt, x))
+    assert model[1].copies["default"].weight is model[1].base_layer.weight
 
 
 def test_a_tied_model_stays_tied_when_its_base_is_loaded(tmp_path):

@@ -222,6 +222,7 @@ def fill(root: nn.Module, contents: Contents, name: str) -> None:
     without_place = dict(contents.saved)
     for path, saved in saved_modules(root).items():
         if name in saved.copies:
+            saved.initialise()
             own = saved.copies[name].state_dict()
             for key, tensor in without_place.pop(path, {}).items():
                 assign(own[key], tensor)

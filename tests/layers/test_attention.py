@@ -369,3 +369,21 @@ def test_data_parallel_is_refused_by_name(x, monkeypatch):
         replicas(model, monkeypatch)
     dt.detach(model)
     assert len(replicas(model, monkeypatch)) == 2
+
+
+def test_biases_of_one_adapter_and_projections_of_another(x):
+    model = nn.Sequential(made(SelfAttention, batch_first=True), nn.Linear(WIDTH, 4)).eval()
+    base = copy.deepcopy(model)
+    dt.attach(model, dt.AdapterConfig(rank=2, targets=["q_proj"]), "a")
+    dt.attach(model, dt.AdapterConfig(rank=2, targets=["1"], bias="all"), "b")
+    assert torch.equal(model(x), base(x))
+    with torch.no_grad():
+        for p in dt.trainable_parameters(model).values():
+            p.add_(0.1)
+        y = model(x)
+        assert error(y, base(x)) > 1e-3
+        assert error(dt.merge(copy.deepcopy(model))(x), y) < 1e-5
+        with dt.disabled(model):
+            assert torch.equal(model(x), base(x))
+    model(x).square().sum().backward()
+    assert all(p.grad is not None for p in dt.trainable_parameters(model).values())

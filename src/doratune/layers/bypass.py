@@ -15,13 +15,24 @@ from torch.utils._pytree import tree_leaves
 
 from doratune.errors import AdapterError
 
+POSITIONS = ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias")
 READERS = {
     "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
     "MobileBertLMPredictionHead": ("dense",),
     "DetrMHAttentionMap": ("k_proj",),
     "ConditionalDetrMHAttentionMap": ("k_proj",),
-    "DabDetrMHAttentionMap": ("k_proj",),
+    "DabDetrMHAttentionMap": ("k_linear",),
     "MaskFormerDetrMHAttentionMap": ("k_proj",),
+    "LayoutLMv2Encoder": POSITIONS,
+    "LayoutLMv3Encoder": POSITIONS,
+    "PPDocLayoutV2ReadingOrderEncoder": POSITIONS,
+    "Gemma3nTextAltUp": ("prediction_coefs", "correction_coefs"),
+    "TDNNLayer": ("kernel",),
+    "LongcatFlashTopkRouter": ("classifier",),
+    "NeoMMEForMaskedLM": ("unembedding_projection",),
+    "RwkvSelfAttention": ("output",),
+    "RwkvFeedForward": ("value",),
+    "LSHSelfAttention": ("query_key", "value"),
 }
 """Classes of transformers, and their layers with whose weights they compute."""
 MAMBA = ("x_proj", "dt_proj", "out_proj")
@@ -100,6 +111,6 @@ def _error(func: Any, args: Any, kwargs: Any) -> AdapterError:
     used = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, UnreadWeight))
     return AdapterError(
         f"{used.path}: the model computes with this layer's weight ({getattr(func, '__name__', func)}) and not through "
-        "the layer, where the adapter would do nothing; leave the layer out (exclude=[...]). Outside of a model's "
-        "forward the base's own weight is base_layer.weight"
+        "the layer, where the adapter would do nothing: leave the layer out (exclude=[...]); a file's adapter that has "
+        "the layer cannot be served. Outside of a model's forward the base's own weight is base_layer.weight"
     )

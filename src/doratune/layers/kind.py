@@ -49,7 +49,9 @@ class Options(NamedTuple):
         """What ``scale_rows`` is to keep."""
         if self.eight_bit:
             return "8-bit"
-        return "output" if self.keep_output and not outputs_are_overwritten() else "input"
+        # Compiled code knows what a kernel writes.
+        overwritten = not torch.compiler.is_compiling() and outputs_are_overwritten()
+        return "output" if self.keep_output and not overwritten else "input"
 
     def row_scale(self, rows: WeightRows, A: Tensor | None, B: Tensor | None, m: Tensor, scale: float) -> Tensor:
         """``g = m / n``, float32 ``[out]``, as these options say."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from doratune.errors import AdapterError
 from doratune.layers import running_statistics
 from doratune.layers.holder import AdapterHolder, plain, plain_copy, plain_parameters
 from doratune.layers.loading import accept_plain_keys_below
@@ -39,8 +40,14 @@ class SavedModule(AdapterHolder):
         self.trainable: dict[str, bool] = {}
         self.waiting: set[str] = set()
         """Adapters whose copies were made while the base had no data (meta device), to be filled once it has."""
+        self.filled: set[str] = set()
+        """Those of them whose own parameters a state dict has filled."""
+        self.load_prefix = ""
+        self.loaded: set[str] = set()
+        """Parts of the base that ``load_state_dict`` has filled."""
         self.register_load_state_dict_pre_hook(accept_plain_keys_below)
-        self.register_load_state_dict_pre_hook(_note_copies)
+        self.register_load_state_dict_pre_hook(_note)
+        self.register_load_state_dict_post_hook(_after_load)
 
     def add(self, name: str, parameters: list[str], trainable: bool = True) -> None:
         """Add an adapter's copy, in which the named parameters are its own."""
@@ -67,21 +74,24 @@ class SavedModule(AdapterHolder):
         if any(p.is_meta for p in base.values()):
             return
         for name in sorted(self.waiting):
-            clone = self.copies[name]
+            clone, is_whole = self.copies[name], len(self.trained[name]) == len(base)
             for inner, parameter in list(clone.named_parameters()):
                 owner, _, own = inner.rpartition(".")
-                if is_dtensor(parameter) or (inner in self.trained[name] and not parameter.is_meta):
+                shared = inner not in self.trained[name]
+                if name in self.filled and not (shared or parameter.is_meta):
+                    continue
+                if is_dtensor(parameter) or not (shared or parameter.is_meta):
                     parameter.copy_(base[inner])
                     continue
-                shared = inner not in self.trained[name]
                 new = base[inner] if shared else nn.Parameter(base[inner].clone(), parameter.requires_grad)
                 clone.get_submodule(owner)._parameters[own] = new
-            if isinstance(clone, OwnBiases):
-                continue  # which has nothing else
+            if isinstance(clone, OwnBiases) or (is_whole and name in self.filled):
+                continue  # it has none, or was given them
             for inner, buffer in plain_copy(self.base_layer, base.values()).named_buffers():
                 owner, _, own = inner.rpartition(".")
                 clone.get_submodule(owner)._buffers[own] = buffer
         self.waiting.clear()
+        self.filled.clear()
 
     def adapter_names(self) -> list[str]:
         return list(self.copies)
@@ -96,6 +106,7 @@ class SavedModule(AdapterHolder):
         if name in self.copies:
             del self.copies[name], self.trained[name], self.trainable[name]
             self.waiting.discard(name)
+            self.filled.discard(name)
         if self.active == name:
             self.activate(None)
 
@@ -113,17 +124,34 @@ class SavedModule(AdapterHolder):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The chosen module's output."""
         if self.waiting:
-            self.initialise()
+            self._initialise_late()
         biases = self.own_biases()
         if biases:
-            return functional_call(self.base_layer, biases, args, kwargs, tie_weights=False)
+            inside = self._path_to_plain()
+            own = {inside + name: bias for name, bias in biases.items()}
+            return functional_call(self.base_layer, own, args, kwargs, tie_weights=False)
         return self.chosen()(*args, **kwargs)
+
+    def _path_to_plain(self) -> str:
+        """Where in ``base_layer`` the biases are: the projections of an attention may be another adapter's."""
+        path, module = "", self.base_layer
+        while module is not plain(self.base_layer):
+            path, module = f"{path}base_layer.", module.base_layer  # type: ignore[assignment]
+        return path
+
+    def _initialise_late(self) -> None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            raise AdapterError(
+                f"{self.path}: the adapter's copy has no start values, and within a forward of several processes it "
+                "cannot be given any; once the base has its weights, call doratune.distributed.initialise(model)"
+            )
+        self.initialise()
 
     def merged(self) -> nn.Module:
         """The chosen module, to take the holder's place."""
         module = self.chosen()
         for name, bias in self.own_biases().items():
-            setattr(module, name, nn.Parameter(bias.detach()))
+            setattr(plain(module), name, nn.Parameter(bias.detach()))
         return module
 
     def __getattr__(self, name: str) -> Any:
@@ -136,6 +164,22 @@ class SavedModule(AdapterHolder):
             return biases[name] if name in biases else getattr(self.chosen(), name)
 
 
-def _note_copies(saved: SavedModule, state: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Copies that a state dict fills wait no longer."""
-    saved.waiting -= {name for name in saved.waiting if any(k.startswith(f"{prefix}copies.{name}.") for k in state)}
+def _note(saved: SavedModule, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Note what a state dict fills, of the base and of copies."""
+    saved.load_prefix = prefix
+    saved.loaded |= {name for name in _base_names(saved) if f"{prefix}base_layer.{name}" in state}
+    for name in saved.waiting:
+        if all(f"{prefix}copies.{name}.{inner}" in state for inner in saved.trained[name]):
+            saved.filled.add(name)
+
+
+def _after_load(saved: SavedModule, incompatible: Any) -> None:
+    """Fill the copies as soon as the base is whole: an optimiser may be made before the first forward."""
+    if saved.waiting and saved.loaded >= _base_names(saved):
+        saved.initialise()
+        own = f"{saved.load_prefix}copies."
+        incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.startswith(own)]
+
+
+def _base_names(saved: SavedModule) -> set[str]:
+    return {name for name, _ in plain_parameters(saved.base_layer)}
