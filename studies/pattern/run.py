@@ -36,10 +36,10 @@ class Options:
     """Train a vision transformer three ways, and look at how magnitudes and directions moved."""
 
     work: Path = Path("runs/pattern")
-    """Folder for the runs, about 3 GB; runs that are whole are used again."""
+    """Folder for the runs, about 3 GB a seed; runs that are whole are used again."""
     output: Path = HERE
     """Folder for the page, the picture and the numbers."""
-    seeds: int = 1
+    seeds: int = 3
     """Runs of each method; the page shows the first."""
     steps: int = 100
     """Optimiser steps of each run."""
