@@ -98,7 +98,8 @@ def bars(record: Record, path: Path) -> None:
         _intervals(axes, [entries.get(name, {}) for name in names], key)
         for row, (name, value) in enumerate(zip(names, values, strict=True)):
             entry = entries.get(name, {})
-            text = short(value) if value else entry.get("status", "").replace("reference", "")
+            failed = entry.get("status") in ("wrong", "failed")
+            text = short(value) if value else entry["status"] if failed else ""
             axes.text(_end(entry, key, value), row, f" {text}", va="center", fontsize=9)
         axes.set_yticks(range(len(names)), names, fontsize=9)
         axes.set_xlim(0, 1.25 * max(_end(entries.get(n, {}), key, v) for n, v in zip(names, values, strict=True)))
