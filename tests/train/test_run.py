@@ -156,6 +156,12 @@ def test_other_groups_than_the_checkpoint_has_are_refused(assets, tmp_path):
         train(config(assets, tmp_path / "a", resume=True, lora_plus_ratio=16.0))
 
 
+def test_another_optimizer_than_the_checkpoint_s_is_refused(assets, tmp_path):
+    begun(assets, tmp_path / "a")
+    with pytest.raises(dt.AdapterError, match=r"optimizer was adamw when the run began, is sgd: .* in another output"):
+        train(config(assets, tmp_path / "a", resume=True, optimizer="sgd"))
+
+
 def test_a_resumed_run_has_the_intervals_that_are_asked_for_now(assets, tmp_path):
     begun(assets, tmp_path / "a", eval_every=4)
     asked = {"log_every": 3, "eval_every": 5, "save_every": 1, "keep": 9}

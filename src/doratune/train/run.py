@@ -139,9 +139,23 @@ def problems(config: TrainConfig) -> list[str]:
         found.append(f"output {output} holds no checkpoint to resume from")
     elif config.resume and (step := _finished(config)):
         found.append(f"nothing is left to train: output {output} holds the results of {step} steps; ask for more")
+    elif config.resume and (was := _other_optimizer(config)):
+        found.append(
+            f"optimizer was {was} when the run began, is {config.optimizer}: it cannot go on with the other's state; "
+            "leave it as it was, or begin in another output"
+        )
     elif not config.resume and output.is_dir() and any(output.iterdir()):
         found.append(f"output {output} is not empty; name another folder, or go on with what is there: --resume")
     return found
+
+
+def _other_optimizer(config: TrainConfig) -> str | None:
+    """The optimiser that the checkpoint to resume is of, if it is not this run's."""
+    path = config.output / RECIPE
+    if last_checkpoint(config.output / CHECKPOINTS) is None or not path.is_file():
+        return None
+    was: str = recipe.load_recipe(path).get("optimizer", TrainConfig.optimizer)
+    return was if was != config.optimizer else None
 
 
 def _finished(config: TrainConfig) -> int:
