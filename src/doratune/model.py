@@ -95,6 +95,8 @@ def _new_hosts(root: nn.Module, selection: Selection) -> dict[str, AttentionHost
         parent = path.rpartition(".")[0]
         if isinstance(kind, AttentionProjection) and parent not in hosts:
             module = _module_at(root, parent, {})
+            while isinstance(module, AdapterHolder):  # its biases are another adapter's
+                module = module.base_layer
             if isinstance(module, nn.MultiheadAttention):
                 hosts[parent] = AttentionHost(module)
     return hosts

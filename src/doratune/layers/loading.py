@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from doratune.layers.holder import plain_parameters
+
 if TYPE_CHECKING:
     from doratune.layers.adapted import AdaptedLayer
+    from doratune.layers.saved import SavedModule
 
 
 def accept_plain_keys(layer: AdaptedLayer, state: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -49,3 +52,21 @@ def after_load(layer: AdaptedLayer, incompatible: Any) -> None:
             incompatible.missing_keys.remove(key)
     for name in layer.adapters:
         layer.decide(name)
+
+
+def note_loaded(saved: SavedModule, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Note what a state dict fills of a module that adapters have copies of, and of the copies."""
+    saved.load_prefix, base = prefix, f"{prefix}base_layer."
+    # Layers inside may be adapted, too, and their weights a level deeper.
+    saved.loaded |= {key.removeprefix(base).replace("base_layer.", "") for key in state if key.startswith(base)}
+    for name in saved.waiting:
+        if all(f"{prefix}copies.{name}.{inner}" in state for inner in saved.trained[name]):
+            saved.filled.add(name)
+
+
+def fill_copies(saved: SavedModule, incompatible: Any) -> None:
+    """Fill the copies as soon as the base is whole: an optimiser may be made before the first forward."""
+    if saved.waiting and saved.loaded.issuperset(name for name, _ in plain_parameters(saved.base_layer)):
+        saved.initialise()
+        own = f"{saved.load_prefix}copies."
+        incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.startswith(own)]

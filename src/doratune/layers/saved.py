@@ -15,7 +15,7 @@ from torch.func import functional_call
 from doratune.errors import AdapterError
 from doratune.layers import running_statistics
 from doratune.layers.holder import AdapterHolder, plain, plain_copy, plain_parameters
-from doratune.layers.loading import accept_plain_keys_below
+from doratune.layers.loading import accept_plain_keys_below, fill_copies, note_loaded
 from doratune.layers.weights import is_dtensor
 
 
@@ -46,8 +46,8 @@ class SavedModule(AdapterHolder):
         self.loaded: set[str] = set()
         """Parts of the base that ``load_state_dict`` has filled."""
         self.register_load_state_dict_pre_hook(accept_plain_keys_below)
-        self.register_load_state_dict_pre_hook(_note)
-        self.register_load_state_dict_post_hook(_after_load)
+        self.register_load_state_dict_pre_hook(note_loaded)
+        self.register_load_state_dict_post_hook(fill_copies)
 
     def add(self, name: str, parameters: list[str], trainable: bool = True) -> None:
         """Add an adapter's copy, in which the named parameters are its own."""
@@ -162,24 +162,3 @@ class SavedModule(AdapterHolder):
                 raise
             biases = self.own_biases()
             return biases[name] if name in biases else getattr(self.chosen(), name)
-
-
-def _note(saved: SavedModule, state: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Note what a state dict fills, of the base and of copies."""
-    saved.load_prefix = prefix
-    saved.loaded |= {name for name in _base_names(saved) if f"{prefix}base_layer.{name}" in state}
-    for name in saved.waiting:
-        if all(f"{prefix}copies.{name}.{inner}" in state for inner in saved.trained[name]):
-            saved.filled.add(name)
-
-
-def _after_load(saved: SavedModule, incompatible: Any) -> None:
-    """Fill the copies as soon as the base is whole: an optimiser may be made before the first forward."""
-    if saved.waiting and saved.loaded >= _base_names(saved):
-        saved.initialise()
-        own = f"{saved.load_prefix}copies."
-        incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.startswith(own)]
-
-
-def _base_names(saved: SavedModule) -> set[str]:
-    return {name for name, _ in plain_parameters(saved.base_layer)}
