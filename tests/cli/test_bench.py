@@ -1,9 +1,14 @@
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 import doratune as dt
 from doratune.cli import main
+from doratune.cli.bench import _table
+from doratune.study.race import Timing
+from doratune.study.speed import Cost
 from train.tiny import llama, save_model
 
 
@@ -22,6 +27,17 @@ def test_a_table(model, capsys):
     for part in ("1 x 16 tokens, rank 2, float32", "frozen", "lora", "dora", "x frozen", "saved MB", "decode ms"):
         assert part in printed
     assert "1.00 (1.00..1.00)" in printed
+
+
+def test_no_number_is_cut_off(monkeypatch):
+    timing = Timing("given", milliseconds=12_345.67, ratio=7.86, low=0.23, high=2491.7, rounds=9)
+    about = dict(batch_size=1, tokens=512, rank=16, dtype="bfloat16", device="cpu", threads=2)
+    costs = [Cost(name, timing, 1_234_567_890, timing) for name in ("frozen", "given")]
+    out = Console(width=80, file=io.StringIO())
+    out.print(_table(costs, about))
+    printed = out.file.getvalue()
+    assert "…" not in printed
+    assert printed.count("7.86 (0.23..2492)") == 4
 
 
 def test_json_with_an_adapter(model, tmp_path, capsys):

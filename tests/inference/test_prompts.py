@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest
 
 import doratune as dt
-from doratune.inference.prompts import Prompt, chat, read_prompts
+from doratune.inference.prompts import Prompt, PromptColumns, chat, read_prompts
+from doratune.train.information import Information
 from inference.small import TEMPLATE
 from train.tiny import tokenizer
 
@@ -43,6 +44,36 @@ def test_rows_of_a_table(tmp_path):
     assert read_prompts(found) == [open_chat, once], "columns and roles as in training"
     (tmp_path / "p.csv").write_text("prompt,more\nonce,1\n")
     assert read_prompts(tmp_path / "p.csv") == [Prompt("once")]
+
+
+def test_prompts_of_several_columns(tmp_path):
+    path = write(tmp_path / "p.jsonl", {"instruction": "add", "input": "1 2", "output": "3"})
+    with pytest.raises(dt.AdapterError, match="'instruction' alone or together with 'input'; say which: --prompt-temp"):
+        read_prompts(path)
+    for columns, expected in (
+        (PromptColumns(column="instruction"), "add"),
+        (PromptColumns(template="{instruction}:\\n{input}"), "add:\n1 2"),
+        (PromptColumns(trained="{instruction}<{input}>"), "add<1 2>"),
+        (PromptColumns(column="output", trained="{instruction}<{input}>"), "3"),
+    ):
+        assert read_prompts(path, columns=columns) == [Prompt(expected)]
+    for columns, problem in (
+        (PromptColumns(column="absent"), "p.jsonl:1: has no column 'absent'; it has instruction, input, output"),
+        (PromptColumns(template="{absent}"), "p.jsonl:1: prompt_template cannot be filled: KeyError: 'absent'"),
+        (PromptColumns(template="{"), "p.jsonl:1: prompt_template cannot be filled: ValueError"),
+        (PromptColumns(trained="{absent}"), "'instruction' alone or together"),
+    ):
+        with pytest.raises(dt.AdapterError, match=problem):
+            read_prompts(path, columns=columns)
+
+
+def test_the_template_that_all_adapters_were_trained_with(tmp_path):
+    folders = [tmp_path / name for name in ("one", "two", "three", "none")]
+    for folder, template in zip(folders, ("{a}", "{a}", "{b}"), strict=False):
+        folder.mkdir()
+        Information("text-generation", "m", "dora", prompt_template=template).save(folder)
+    assert PromptColumns.of(folders[:2]).trained == "{a}"
+    assert PromptColumns.of(folders[:3]).trained is PromptColumns.of(folders[2:]).trained is None
 
 
 def test_every_bad_line_is_listed(tmp_path):

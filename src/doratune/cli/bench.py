@@ -115,10 +115,10 @@ def _table(costs: list[Cost], about: dict[str, Any]) -> Table:
 
     title = f"{about['batch_size']} x {about['tokens']} tokens, rank {about['rank']}, {about['dtype']}, "
     title += f"{about['threads']} CPU threads" if about["device"] == "cpu" else about["device"]
-    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.caption = "x frozen: median of paired ratios with its 95 % interval; saved: kept for the backward pass"
     for name in ("", "step ms", "x frozen", "saved MB", "decode ms", "x frozen"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+        table.add_column(name, justify="right" if name else "left", overflow="fold")
     for cost in costs:
         table.add_row(cost.name, *_cells(cost.step), f"{cost.saved / 1e6:,.1f}", *_cells(cost.decode))
     return table
@@ -127,4 +127,10 @@ def _table(costs: list[Cost], about: dict[str, Any]) -> Table:
 def _cells(timing: Timing | None) -> tuple[str, str]:
     if timing is None:
         return "-", "-"
-    return f"{timing.milliseconds:,.1f}", f"{timing.ratio:.2f} ({timing.low:.2f}..{timing.high:.2f})"
+    ratio, low, high = map(_digits, (timing.ratio, timing.low, timing.high))
+    return f"{timing.milliseconds:,.1f}", f"{ratio} ({low}..{high})"
+
+
+def _digits(ratio: float) -> str:
+    """As many decimals as keep the table within 80 columns on a machine whose times jump."""
+    return f"{ratio:.{2 if ratio < 10 else 1 if ratio < 100 else 0}f}"

@@ -36,6 +36,11 @@ class Generate:
     """Text to be continued; with --chat, a message to be answered."""
     file: Path | None = None
     """Prompts: a text file with one a line, or .jsonl and other tables with a column prompt or messages."""
+    prompt_column: str | None = None
+    """Column of the prompt in a table; none: messages, prompt, instruction, ... as in training."""
+    prompt_template: str | None = None
+    """Prompt made of a table's columns, such as "Question: {question}\\nAnswer: "; none: the one that the adapters were
+    trained with, where the table has its columns."""
     chat: bool = False
     """Use the model's chat template; without prompt and file, talk with the model."""
     system: str | None = None
@@ -60,6 +65,10 @@ class Generate:
             yield "give a --prompt, a --file of prompts, or --chat"
         if self.prompt is not None and self.file is not None:
             yield "give a prompt or a file, not both"
+        if self.prompt_column is not None and self.prompt_template is not None:
+            yield "give a prompt_column or a prompt_template, not both"
+        if self.file is None and (self.prompt_column is not None or self.prompt_template is not None):
+            yield "prompt_column and prompt_template are for a --file that is a table"
         if self.prompt == "":
             yield "prompt is empty"
         if talking and (self.compare or self.json):
@@ -79,7 +88,7 @@ def run(options: Generate) -> int:
     from rich.text import Text
 
     from doratune.cli.chat import talk
-    from doratune.inference.prompts import Prompt, chat, read_prompts
+    from doratune.inference.prompts import Prompt, PromptColumns, chat, read_prompts
     from doratune.inference.sources import find_sources
     from doratune.inference.writer import Writer
     from doratune.train.quiet import quiet_libraries
@@ -92,7 +101,9 @@ def run(options: Generate) -> int:
         raise AdapterError("compare needs an adapter; found the base model only")
     prompts: list[Prompt] = []
     if options.file is not None:
-        prompts = read_prompts(options.file, options.chat, options.system)
+        trained = [*sources.adapters.values()] or [Path(sources.base)]
+        columns = PromptColumns.of(trained, options.prompt_column, options.prompt_template)
+        prompts = read_prompts(options.file, options.chat, options.system, columns)
     elif options.prompt is not None:
         prompts = [chat(options.prompt, options.system) if options.chat else Prompt(options.prompt)]
     quiet_libraries()

@@ -32,6 +32,7 @@ from doratune.train.models import (
     peft_task,
 )
 from doratune.train.optimizer import keep_float32
+from doratune.train.positions import rows_of_table
 
 TASKS = ("text-classification", "image-classification")
 
@@ -153,8 +154,8 @@ class Predictor:
         if found.takes_images:
             return cls(model, _image_processor(found), labels, forward=dict(about.forward))
         tokenizer = load_tokenizer(tokenizer_source([folder], found.base))
-        context = context_length(model.config) or tokenizer.model_max_length
-        return cls(model, tokenizer, labels, about.max_length or min(tokenizer.model_max_length, context))
+        most = [tokenizer.model_max_length, context_length(model.config), rows_of_table(model)]
+        return cls(model, tokenizer, labels, about.max_length or min(filter(None, most)))
 
     def predict(self, inputs: Sequence[Input]) -> list[Prediction]:
         """Classify texts or images, all in one batch.

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from doratune.errors import AdapterError
 from doratune.inference.lines import lines_of
-from doratune.train.columns import GUESSES
+from doratune.train.columns import GUESSES, PARTS_OF_PROMPTS, half_a_prompt
 from doratune.train.gather import BadRow
+from doratune.train.information import Information
+from doratune.train.prompt_template import fields_of, filled
 from doratune.train.tokens import string, turns_of
 
 
@@ -54,7 +56,51 @@ def chat(text: str, system: str | None = None, before: Sequence[dict[str, Any]] 
     return Prompt(messages=(*first, *before, {"role": "user", "content": text}))
 
 
-def read_prompts(path: Path, as_chat: bool = False, system: str | None = None) -> list[Prompt]:
+@dataclass(frozen=True)
+class PromptColumns:
+    """Which columns of a table make up its prompts; guessed where neither is given."""
+
+    column: str | None = None
+    """Column of the whole prompt."""
+    template: str | None = None
+    """Prompt made of columns, such as ``"Question: {question}\\nAnswer: "``."""
+    trained: str | None = None
+    """Template that was trained with, used where a row has all of its columns."""
+
+    @classmethod
+    def of(cls, folders: Iterable[Path], column: str | None = None, template: str | None = None) -> PromptColumns:
+        """What was asked for, and the template that what lies in all these folders was trained with, if it is one."""
+        noted = {about.prompt_template if about else None for about in map(Information.load, folders)}
+        return cls(column, template, noted.pop() if len(noted) == 1 else None)
+
+    def prompt(self, values: Mapping[str, Any]) -> Prompt:
+        """The prompt of a row.
+
+        Raises:
+            BadRow: if it has none, or one that may be half of it.
+        """
+        if self.template is not None:
+            return Prompt(filled(self.template, values))
+        if self.column is not None:
+            if self.column not in values:
+                raise BadRow(f"has no column {self.column!r}; it has {', '.join(map(str, values))}")
+            return Prompt(string(values[self.column], self.column))
+        messages, text = _column(values, "messages"), _column(values, "prompt", "text")
+        if messages is not None:
+            return Prompt(messages=_asked(values[messages]))
+        if self.trained is not None and all(name in values for name in fields_of(self.trained)):
+            return Prompt(filled(self.trained, values))
+        if text is None:
+            raise BadRow(f"expected a column prompt or messages, found {', '.join(map(str, values)) or 'none'}")
+        parts = [name for name in PARTS_OF_PROMPTS if name in values]
+        if text in parts and len(parts) > 1:
+            raise BadRow(half_a_prompt(text, parts))
+        return Prompt(string(values[text], text))
+
+
+def read_prompts(
+    path: Path, as_chat: bool = False, system: str | None = None, columns: PromptColumns | None = None
+) -> list[Prompt]:
     """Read a file of prompts.
 
     Tables (.jsonl, .json, .csv, .tsv, .parquet) have a column for prompts or messages, found as in training; an answer
@@ -65,18 +111,20 @@ def read_prompts(path: Path, as_chat: bool = False, system: str | None = None) -
         path: the file.
         as_chat: take each plain prompt as a user's message.
         system: system message of those chats.
+        columns: which columns of a table make up its prompts.
 
     Raises:
         AdapterError: if the file cannot be read, or listing every line that cannot be used.
     """
     if not path.is_file():
         raise AdapterError(f"{path}: no such file")
+    columns = columns or PromptColumns()
     prompts: list[Prompt] = []
     problems: list[str] = []
     for row in lines_of(str(path)):
         problem = row.problem
         try:
-            prompt = None if problem else _prompt(row.values)
+            prompt = None if problem else columns.prompt(row.values)
         except BadRow as error:
             problem = str(error)
         if problem:
@@ -89,15 +137,6 @@ def read_prompts(path: Path, as_chat: bool = False, system: str | None = None) -
     if problems:
         raise AdapterError.of("prompts that cannot be used", problems)
     return prompts
-
-
-def _prompt(values: Mapping[str, Any]) -> Prompt:
-    messages, text = _column(values, "messages"), _column(values, "prompt", "text")
-    if messages is not None:
-        return Prompt(messages=_asked(values[messages]))
-    if text is None:
-        raise BadRow(f"expected a column prompt or messages, found {', '.join(map(str, values)) or 'none'}")
-    return Prompt(string(values[text], text))
 
 
 def _column(values: Mapping[str, Any], *roles: str) -> str | None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
-from string import Formatter
 
 from doratune.errors import AdapterError
 from doratune.train.config import TrainConfig
+from doratune.train.prompt_template import fields_of
 
 GUESSES = {
     "messages": ("messages", "conversations", "conversation", "chat", "dialog"),
@@ -87,21 +86,26 @@ def _roles_of_text(config: TrainConfig, names: Collection[str], where: str) -> d
 
 def _refuse_half_a_prompt(found: dict[str, str], names: Collection[str], where: str) -> None:
     parts = [name for name in PARTS_OF_PROMPTS if name in names and name != found["completion"]]
-    others = [name for name in parts if name != found["prompt"]]
-    if others:
-        template = "".join(f"{{{name}}}\\n" for name in parts)
-        raise AdapterError(
-            f"{where}: the prompt could be {found['prompt']!r} alone or together with {', '.join(map(repr, others))}; "
-            f'say which: --prompt-template "{template}", or --prompt-column {found["prompt"]} to leave the rest out'
-        )
+    if len(parts) > 1:
+        raise AdapterError(f"{where}: {half_a_prompt(found['prompt'], parts)}")
+
+
+def half_a_prompt(column: str, parts: Collection[str]) -> str:
+    """What to say where a prompt's column has others beside it that usually belong to it."""
+    others = ", ".join(repr(name) for name in parts if name != column)
+    template = "".join(f"{{{name}}}\\n" for name in parts)
+    return (
+        f"the prompt could be {column!r} alone or together with {others}; say which: "
+        f'--prompt-template "{template}", or --prompt-column {column} to leave the rest out'
+    )
 
 
 def _check_template(template: str, names: Collection[str], where: str) -> None:
     try:
-        fields = [re.split(r"[.\[]", field)[0] for _, field, _, _ in Formatter().parse(template) if field is not None]
+        fields = fields_of(template)
     except ValueError as error:
         raise AdapterError(f"prompt_template {template!r}: {error}; double braces that are text") from error
-    absent = [field for field in dict.fromkeys(fields) if field not in names]
+    absent = [field for field in fields if field not in names]
     if absent:
         raise AdapterError(
             f"{where}: prompt_template asks for {', '.join(map(repr, absent))}; the columns are {', '.join(names)}"

@@ -33,6 +33,8 @@ class Information:
     """Names of the classes; the place of a name is the number of its logit."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """Columns of the data that were trained on, by what they were: text, label, image, ..."""
+    prompt_template: str | None = None
+    """What prompts were made with, out of several columns."""
     max_length: int | None = None
     """Tokens at which texts were cut."""
     image_size: tuple[int, int] | None = None

@@ -51,13 +51,17 @@ def longest_of(parts: Iterable[Any]) -> int:
 
 
 def _table(config: Any, task: str) -> int | None:
-    """Tokens that a learned table of positions has rows for; None: the model has no such table."""
+    """``rows_of_table`` of the model that a config describes, without its weights."""
     transformers = require("transformers")
     loader = getattr(transformers, LOADERS[task])
     if type(config) not in loader._model_mapping:
         return None
     with torch.device("meta"):
-        model = loader.from_config(copy.deepcopy(config))
+        return rows_of_table(loader.from_config(copy.deepcopy(config)))
+
+
+def rows_of_table(model: torch.nn.Module) -> int | None:
+    """Tokens that a model's learned table of positions has rows for; None: it has no such table."""
     for name, module in model.named_modules():
         own = name.rpartition(".")[2]
         if isinstance(module, torch.nn.Embedding) and ("position" in own or own == "wpe"):

@@ -260,6 +260,7 @@ def _save(config: TrainConfig, model: Any, prepared: Prepared) -> Path:
         method=config.method,
         labels=prepared.labels,
         columns=prepared.columns,
+        prompt_template=config.prompt_template,
         max_length=None if prepared.unit == "images" else config.max_length,
         image_size=prepared.image_size,
         forward=prepared.forward,

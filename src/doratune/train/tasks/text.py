@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from string import Formatter
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from doratune.train.config import TrainConfig
 from doratune.train.gather import BadRow, Say, gather, hold_out, rows, set_aside, usable
 from doratune.train.models import load_config, load_tokenizer
 from doratune.train.positions import check_length, longest_of
+from doratune.train.prompt_template import filled
 from doratune.train.sources import Row, problem_of
 from doratune.train.tasks.batches import Packed, Padded, collate_blocks
 from doratune.train.tasks.prepared import Prepared
@@ -154,33 +154,11 @@ class Reader:
             return tokens.document(values["text"], tokenizer)
         if "messages" in values:
             return tokens.chat(values["messages"], tokenizer, learn_all, self.marked)
-        prompt = self._prompt(row) if config.prompt_template else values["prompt"]
+        prompt = filled(config.prompt_template, row.values) if config.prompt_template else values["prompt"]
         if config.as_chat:
             turns = [("user", tokens.string(prompt, "prompt")), ("assistant", values["completion"])]
             return tokens.chat([{"role": r, "content": c} for r, c in turns], tokenizer, learn_all, self.marked)
         return tokens.completion(prompt, values["completion"], tokenizer, learn_all)
-
-    def _prompt(self, row: Row) -> str:
-        template = (self.config.prompt_template or "").replace("\\n", "\n")  # as one types it in a shell
-        try:
-            return _Filled().vformat(template, (), row.values)
-        except BadRow:
-            raise
-        except (KeyError, IndexError, ValueError, AttributeError) as error:
-            raise BadRow(f"prompt_template cannot be filled: {type(error).__name__}: {error}") from error
-
-
-class _Filled(Formatter):
-    """Fills a template with texts and numbers; null is no text."""
-
-    def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
-        value, first = super().get_field(field_name, args, kwargs)
-        if isinstance(value, list | tuple | Mapping):
-            kind = "an object" if isinstance(value, Mapping) else "a list"
-            raise BadRow(
-                f"prompt_template: {field_name!r} is {kind}, expected text; name a part: {{{field_name}[...]}}"
-            )
-        return "" if value is None else value, first
 
 
 def fitted(examples: Sequence[Tokens], length: int, say: Say, what: str) -> list[Tokens]:
