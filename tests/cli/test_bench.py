@@ -29,9 +29,9 @@ def test_a_table(model, capsys):
     assert "1.00 (1.00..1.00)" in printed
 
 
-def test_no_number_is_cut_off(monkeypatch):
+def test_no_number_is_cut_off():
     timing = Timing("given", milliseconds=12_345.67, ratio=7.86, low=0.23, high=2491.7, rounds=9)
-    about = dict(batch_size=1, tokens=512, rank=16, dtype="bfloat16", device="cpu", threads=2)
+    about = {"batch_size": 1, "tokens": 512, "rank": 16, "dtype": "bfloat16", "device": "cpu", "threads": 2}
     costs = [Cost(name, timing, 1_234_567_890, timing) for name in ("frozen", "given")]
     out = Console(width=80, file=io.StringIO())
     out.print(_table(costs, about))
