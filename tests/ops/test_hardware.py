@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from doratune.ops.hardware import full_precision, multiplies
+from doratune.ops.hardware import full_precision, multiplies, sums_stay_wide
 
 CPU = torch.device("cpu")
 
@@ -27,6 +27,14 @@ def test_16_bits_on_a_cpu_are_if_onednn_says_so(dtype, name, answer, monkeypatch
 def test_this_torch_can_be_asked(dtype):
     """The questions to oneDNN are private functions of torch, which another version may have lost."""
     assert multiplies(dtype, CPU) in (True, False)
+
+
+def test_float32_sums_of_16_bit_products_are_asked_of_nvidias_gpus_only(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert sums_stay_wide(torch.device("cuda", 1)) is hasattr(torch.ops.aten.mm, "dtype")
+    assert not sums_stay_wide(CPU)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert not sums_stay_wide(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("allowed", ["highest", "high", "medium"])

@@ -69,6 +69,22 @@ def test_precision_where_the_change_lies_along_the_weight(dtype, rank, columns):
     assert elementwise_error(norm(W, A, B), exact(W, A, B)) < 2e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_where_products_keep_their_sums_one_of_them_will_do(dtype, monkeypatch):
+    """As on NVIDIA's GPUs; here the product of the same numbers stands in for theirs."""
+    asked = []
+
+    def mm(tile, parts, out_dtype):
+        asked.append((tile.dtype, parts.dtype, out_dtype))
+        return tile.to(out_dtype) @ parts.to(out_dtype)
+
+    monkeypatch.setattr(row_norm, "sums_stay_wide", lambda device: True)
+    monkeypatch.setattr(torch, "mm", mm)
+    W, A, B = tensors(640, 2048, 16, dtype, 0.5)
+    assert elementwise_error(norm(W, A, B), exact(W, A, B)) < 1e-6
+    assert asked == [(dtype, dtype, torch.float32)]
+
+
 @pytest.mark.parametrize("pieces", [1, 2, 5])
 def test_tiles_make_no_difference(pieces):
     W, A, B = tensors(33, 40, 4)

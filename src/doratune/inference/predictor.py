@@ -13,10 +13,10 @@ from doratune.checkpoint import load_adapter
 from doratune.errors import AdapterError
 from doratune.extras import require
 from doratune.files import CONFIG, read_config, read_weights
-from doratune.inference.device import explaining_memory, to_device
 from doratune.inference.inputs import Input
 from doratune.inference.sources import inner_folder, is_model, tokenizer_source
 from doratune.targets import HEAD_NAMES
+from doratune.train.device import explaining_memory, to_device
 from doratune.train.information import Information
 from doratune.train.models import (
     NAMELESS,
@@ -144,13 +144,13 @@ class Predictor:
         about, folder = found.about, found.folder
         model = load_base(folder, found.base, choose_dtype(dtype))
         keep_float32(model, [name for name, _ in model.named_children() if name in HEAD_NAMES])  # as in training
+        model = to_device(model)
         if (folder / CONFIG).is_file():
             load_adapter(model, folder)
         labels = about.labels or tuple(str(label) for _, label in sorted((model.config.id2label or {}).items()))
         kind = type(model).__name__
         if "Classification" not in kind or len(labels) < 2:
             raise AdapterError(f"{found.base} is a {kind} with {len(labels)} labels, not a classifier")
-        model = to_device(model)
         if found.takes_images:
             return cls(model, _image_processor(found), labels, forward=dict(about.forward))
         tokenizer = load_tokenizer(tokenizer_source([folder], found.base))

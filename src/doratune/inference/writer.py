@@ -13,12 +13,12 @@ import torch
 from doratune.checkpoint import load_adapter
 from doratune.errors import AdapterError
 from doratune.extras import require
-from doratune.inference.device import explaining_memory, to_device
 from doratune.inference.prompts import Prompt
 from doratune.inference.sampling import Sampling
 from doratune.inference.sources import BASE, Sources, tokenizer_source
 from doratune.merge import merge
 from doratune.model import adapter_names, disabled, set_adapter
+from doratune.train.device import explaining_memory, to_device
 from doratune.train.models import choose_dtype, context_length, load_model, load_tokenizer
 from doratune.train.tokens import opening, plain, written
 from doratune.weight_files import header, weight_files
@@ -80,11 +80,12 @@ class Writer:
             raise AdapterError(f"model {sources.base} is a {type(model).__name__}, which does not write text")
         if not sources.adapters:  # an adapter may bring a head
             _refuse_new_head(model, sources.base)
+        model = to_device(model)
         for name, folder in sources.adapters.items():
             load_adapter(model, folder, name)
         if merged:
             merge(model)
-        return cls(to_device(model), tokenizer, next(iter(sources.adapters)) if merged else None)
+        return cls(model, tokenizer, next(iter(sources.adapters)) if merged else None)
 
     def check(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Find out whether prompts can be continued, before time is spent on any.

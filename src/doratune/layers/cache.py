@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from doratune.layers.weights import WeightRows, is_dtensor
 from doratune.ops import row_norm
+from doratune.ops.hardware import full_precision
 
 
 class _Stamp:
@@ -162,8 +163,9 @@ class ScaleCache:
         """``|W|^2``, float32 ``[out]``, computed once per state of W."""
         return self._base_squared(rows)[1]
 
+    @full_precision()
     def squared_norm(self, rows: WeightRows, A: Tensor, B: Tensor, scale: float, dense: bool = False) -> Tensor:
-        """``n^2``, float32 ``[out]``, computed now, for whole A and B; it keeps no graph."""
+        """``n^2``, float32 ``[out]``, computed now, for whole A and B, without TF32; it keeps no graph."""
         base, _, _ = self._base_squared(rows)
         A, B = rows.own(A, B)
         with torch.no_grad(), without_autocast(rows.device):
@@ -239,7 +241,8 @@ class ScaleCache:
             squared = row_norm.squared_row_norm(base, rows.tiles, A, B, scale)
         if dense_norm:
             # Near cancellation the factored value loses digits, its gradient formula does not.
-            with torch.no_grad():
+            exactly = contextlib.nullcontext() if torch.compiler.is_compiling() else full_precision()
+            with torch.no_grad(), exactly:
                 value = row_norm.dense_squared_norm(rows.tiles, A, B, scale)
             squared = value + (squared - squared.detach()) if squared.requires_grad else value
         with torch.set_grad_enabled(exact):

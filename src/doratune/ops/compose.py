@@ -175,6 +175,8 @@ def _scaled_backward(
     g, mean, one = _statistics(dy, g, bias)
     rows, kept = _features_second(dy, dim), _features_second(kept, dim)
     if dy.device.type in KERNELS:
+        if dim == -1:
+            rows = rows.contiguous()  # CUDA would read an expanded one (of y.sum()) column by column
         # Twice the statistics: CPUs look at the running ones, CUDA at the saved ones.
         du, products, total = torch.ops.aten.native_batch_norm_backward(
             rows, kept, g, mean, one, mean, one, False, 0.0, wanted

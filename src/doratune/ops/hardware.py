@@ -27,6 +27,15 @@ def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
     return bool(getattr(torch.ops.mkldnn, name)())
 
 
+def sums_stay_wide(device: torch.device) -> bool:
+    """Whether ``torch.mm`` of 16-bit matrices can give its float32 sums back, unrounded.
+
+    On NVIDIA's GPUs it matters for more than speed: a sum may be split into parts that are rounded to 16 bits
+    (``allow_bf16_reduced_precision_reduction``), and what rounding took cannot be found by computing it twice.
+    """
+    return device.type == "cuda" and torch.version.hip is None and hasattr(torch.ops.aten.mm, "dtype")
+
+
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
     """Products of float32 numbers are exact to float32's digits, though TF32 or bfloat16 were allowed for speed.

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from doratune.ops.hardware import sums_stay_wide
+
 TILE_BYTES = {"cpu": 16 * 1024 * 1024}
 LARGE_TILE_BYTES = 48 * 1024 * 1024
 """Size of a transient float32 tile of W: by type of device, and on others, where starting an operation costs more."""
@@ -62,7 +64,11 @@ def _product(tile: Tensor, A: Tensor) -> Tensor:
     rank = A.shape[0]
     high = A.to(tile.dtype)
     low = (A - high).to(tile.dtype)
-    both = tile @ torch.cat([high, low]).T
+    parts = torch.cat([high, low]).T
+    if sums_stay_wide(tile.device):
+        both = torch.mm(tile, parts, out_dtype=torch.float32)
+        return both[:, :rank] + both[:, rank:]
+    both = tile @ parts
     rounded = both[:, :rank]
     U = rounded.float() + both[:, rank:]
     # What rounding took from the product: the product once more, less its rounded value.

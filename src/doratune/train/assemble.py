@@ -10,6 +10,7 @@ from doratune.extras import require
 from doratune.model import attach
 from doratune.summary import Summary, summary
 from doratune.train.config import TrainConfig
+from doratune.train.device import to_device
 from doratune.train.models import align_padding, load_classifier, load_model, multiplies_bfloat16
 from doratune.train.optimizer import OPTIMIZERS, SCHEDULES, keep_float32, train_only
 from doratune.train.output import CHECKPOINTS, METRICS, TENSORBOARD
@@ -23,7 +24,7 @@ def make_model(config: TrainConfig, prepared: Prepared, dtype: torch.dtype) -> t
     """The model with what is to be trained, and what that is.
 
     Raises:
-        AdapterError: if it cannot be loaded or adapted.
+        AdapterError: if it cannot be loaded or adapted, or does not fit its device.
     """
     head: list[str] = []
     take_own_gpu()
@@ -36,6 +37,8 @@ def make_model(config: TrainConfig, prepared: Prepared, dtype: torch.dtype) -> t
             keep_float32(model, head)
     else:
         model = load_model(config.model, dtype, config.task, options=options)
+    if not config.fsdp:
+        model = to_device(model)  # norms of large weights are found there in no time
     require("transformers").set_seed(config.seed)
     adapter = config.adapter_config(head)
     if adapter is not None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import doratune as dt
-from doratune.inference.device import to_device
+from doratune.train.device import to_device
 
 
 class TooLarge(torch.nn.Module):
