@@ -16,3 +16,9 @@ def test_a_difference_of_one_point_would_be_seen(name):
         assert one["count"] >= 10
         # In the encoder's study one collapsed run makes the mean's interval: there it is the typical seed's.
         assert min(one["detectable"], one["typical"]["detectable"]) <= 1.0
+
+
+def test_a_difference_of_one_point_in_sensitivity_to_the_rank_would_be_seen():
+    found = json.loads((STUDIES / "ranks" / "report" / "numbers.json").read_text(encoding="utf-8"))
+    assert found["rank_difference"]["count"] >= 10
+    assert found["rank_difference"]["detectable"] <= 1.0
