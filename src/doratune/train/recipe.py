@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from doratune.errors import AdapterError
+from doratune.files import write_whole
 from doratune.train.config import AdapterOptions, TrainConfig
-from doratune.train.files import write_whole
 
 if sys.version_info >= (3, 11):
     import tomllib
