@@ -190,10 +190,10 @@ def load_tokenizer(name: str) -> Any:
 
 
 def align_padding(model: Any, tokenizer: Any) -> None:
-    """Tell a text classifier which token pads: language models classify the last one that is another. Others stay.
+    """Tell a text classifier which token pads: language models classify the last one that is another.
 
-    The model's config may say something else, or nothing: those of
-    Llama 3 and Qwen2.5 name other tokens than their tokenizers.
+    Its config may say something else, or nothing: those of Llama 3 and Qwen2.5 name other tokens than their tokenizers.
+    Models of other kinds stay as they are.
     """
     if "SequenceClassification" not in type(model).__name__:
         return
