@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from doratune.errors import AdapterError
 from doratune.extras import require
 from doratune.train import labels as classes
@@ -74,10 +72,11 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
     check_length(config, longest_of((train_set, held_out, tested)), say)
     told = f", {len(test)} to test on" if test else ""
     say(f"{len(examples)} texts in {len(names)} classes to train on, {len(others)} held out{told}")
+    give_padding(tokenizer)
     return Prepared(
         train_set,
         held_out,
-        collate=_Collate(tokenizer),
+        collate=require("transformers").DataCollatorWithPadding(tokenizer),
         processor=tokenizer,
         unit="texts",
         example="texts",
@@ -109,16 +108,3 @@ def _encoded(examples: Sequence[Example], names: tuple[str, ...], tokenizer: Any
         )["input_ids"]
         say(f"{longer} of {len(examples)} texts were cut to {length} tokens (max_length)")
     return datasets.Dataset.from_dict({"input_ids": encoded, "labels": [names.index(e.label) for e in examples]})
-
-
-class _Collate:
-    """A batch, padded to its longest text."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        give_padding(tokenizer)
-        self.tokenizer = tokenizer
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        ids = [{"input_ids": row["input_ids"]} for row in rows]
-        batch = dict(self.tokenizer.pad(ids, return_tensors="pt", verbose=False))
-        return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
