@@ -9,12 +9,13 @@ from typing import Any
 from doratune.errors import AdapterError
 from doratune.extras import require
 from doratune.train import labels as classes
+from doratune.train import sources
 from doratune.train.columns import choose, described
 from doratune.train.config import TrainConfig
-from doratune.train.gather import BadRow, Say, gather, rows, set_aside
+from doratune.train.gather import BadRow, Say, gather, lacks, rows, set_aside
 from doratune.train.models import give_padding, load_tokenizer
 from doratune.train.positions import check_length, longest_of
-from doratune.train.sources import TABLES, Row, path_of, problem_of
+from doratune.train.sources import TABLES, Row
 from doratune.train.tasks.prepared import Prepared
 from doratune.train.tokens import string
 
@@ -29,14 +30,15 @@ class Example:
 
 def problems(config: TrainConfig) -> Iterator[str]:
     """What is wrong with the sources, found before anything is loaded."""
-    for option in ("data", "eval_data", "test_data"):
-        for name in getattr(config, option):
-            path = path_of(name)
-            problem = problem_of(name)
-            if not problem and path.is_file() and path.suffix.lower() not in TABLES:
-                problem = f"has no columns for text and label; name files that have ({', '.join(TABLES)})"
-            if problem:
-                yield f"{option} {name}{':' if problem.startswith('no ') else ''} {problem}"
+    return sources.problems(config, _problem_of)
+
+
+def _problem_of(name: str) -> str | None:
+    path = sources.path_of(name)
+    problem = sources.problem_of(name)
+    if not problem and path.is_file() and path.suffix.lower() not in TABLES:
+        return f"has no columns for text and label; name files that have ({', '.join(TABLES)})"
+    return problem
 
 
 def prepare(config: TrainConfig, say: Say) -> Prepared:
@@ -91,9 +93,8 @@ class _Reader:
         self.columns = columns
 
     def use(self, row: Row) -> Example:
-        missing = [name for name in self.columns.values() if name not in row.values]
-        if missing:
-            raise BadRow(f"has no column {', '.join(map(repr, missing))}; it has {', '.join(map(str, row.values))}")
+        if problem := lacks(row, self.columns.values()):
+            raise BadRow(problem)
         text, label = (row.values[self.columns[role]] for role in ("text", "label"))
         return Example(string(text, "text"), classes.name_of(label))
 

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from doratune.errors import AdapterError
 from doratune.extras import require
-from doratune.train import images
+from doratune.train import images, sources
 from doratune.train import labels as classes
 from doratune.train.augmentation import augmented
 from doratune.train.columns import described
@@ -31,11 +31,7 @@ bad ones are to be left out."""
 
 def problems(config: TrainConfig) -> Iterator[str]:
     """What is wrong with the sources, found before anything is loaded."""
-    for option in ("data", "eval_data", "test_data"):
-        for name in getattr(config, option):
-            problem = images.problem_of(name)
-            if problem:
-                yield f"{option} {name}{':' if problem.startswith('no ') else ''} {problem}"
+    return sources.problems(config, images.problem_of)
 
 
 def prepare(config: TrainConfig, say: Say) -> Prepared:

@@ -10,14 +10,14 @@ import numpy as np
 
 from doratune.errors import AdapterError
 from doratune.extras import require
-from doratune.train import tokens
+from doratune.train import sources, tokens
 from doratune.train.columns import described, roles_of_text
 from doratune.train.config import TrainConfig
-from doratune.train.gather import BadRow, Say, gather, hold_out, rows, set_aside, usable
+from doratune.train.gather import BadRow, Say, gather, hold_out, lacks, rows, set_aside, usable
 from doratune.train.models import load_config, load_tokenizer
 from doratune.train.positions import check_length, longest_of
 from doratune.train.prompt_template import filled
-from doratune.train.sources import Row, problem_of
+from doratune.train.sources import Row
 from doratune.train.tasks.batches import Packed, Padded, collate_blocks
 from doratune.train.tasks.prepared import Prepared
 from doratune.train.tokens import Tokens
@@ -32,11 +32,7 @@ HELD_OUT = 100
 
 def problems(config: TrainConfig) -> Iterator[str]:
     """What is wrong with the sources, found before anything is loaded."""
-    for option in ("data", "eval_data", "test_data"):
-        for name in getattr(config, option):
-            problem = problem_of(name)
-            if problem:
-                yield f"{option} {name}{':' if problem.startswith('no ') else ''} {problem}"
+    return sources.problems(config, sources.problem_of)
 
 
 def prepare(config: TrainConfig, say: Say) -> Prepared:
@@ -145,9 +141,8 @@ class Reader:
             BadRow: if it has none to learn.
         """
         config, tokenizer = self.config, self.tokenizer
-        missing = [name for name in self.columns.values() if name not in row.values]
-        if missing:
-            raise BadRow(f"has no column {', '.join(map(repr, missing))}; it has {', '.join(map(str, row.values))}")
+        if problem := lacks(row, self.columns.values()):
+            raise BadRow(problem)
         values = {role: row.values[name] for role, name in self.columns.items()}
         learn_all = config.loss_on == "all"
         if "text" in values:
