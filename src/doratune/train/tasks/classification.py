@@ -12,10 +12,11 @@ from doratune.train import labels as classes
 from doratune.train import sources
 from doratune.train.columns import choose, described
 from doratune.train.config import TrainConfig
-from doratune.train.gather import BadRow, Say, gather, lacks, rows, set_aside
+from doratune.train.gather import BadRow, Say, gather, lacks, rows
 from doratune.train.models import give_padding, load_tokenizer
 from doratune.train.positions import check_length, longest_of
 from doratune.train.sources import TABLES, Row
+from doratune.train.tasks.division import divided
 from doratune.train.tasks.prepared import Prepared
 from doratune.train.tokens import string
 
@@ -55,19 +56,11 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
     say(f"columns: {described(columns, config)}")
     reader = _Reader(columns)
     examples = gather(rows(config.data, config.split), reader.use, config, say)
-    names = classes.ordered(example.label for example in examples)
-    if config.test_data:
-        test = gather(rows(config.test_data, config.test_split), reader.use, config, say)
-    else:
-        examples, test = set_aside(examples, config.test_fraction, lambda e: names.index(e.label))
-    if config.eval_data:
-        others = gather(rows(config.eval_data, config.eval_split), reader.use, config, say)
-    else:
-        examples, others = set_aside(examples, config.eval_fraction, lambda e: names.index(e.label))
-    for option, part in (("eval_data", others), ("test_data", test)):
-        classes.refuse_unknown({example.label for example in part}, names, option)
-    if not others:
-        raise AdapterError("one row is too little: at least one to train on and one to measure on are needed")
+    own, own_test = (
+        gather(rows(data, split), reader.use, config, say) if data else None
+        for data, split in ((config.eval_data, config.eval_split), (config.test_data, config.test_split))
+    )
+    names, examples, others, test = divided(examples, own, own_test, config)
     train_set, held_out, tested = (
         _encoded(part, names, tokenizer, config.max_length, say) if part else None for part in (examples, others, test)
     )
