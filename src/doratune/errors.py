@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class AdapterError(ValueError):
@@ -10,6 +10,11 @@ class AdapterError(ValueError):
 
     One error lists every problem found, so that nobody mends them one at a time.
     """
+
+    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.problems = list(problems) or [message]
+        """What it lists, to be listed with other problems; where it lists nothing, what it says."""
 
     @classmethod
     def of(cls, heading: str, problems: Iterable[str], at_most: int | None = None) -> AdapterError:
@@ -22,11 +27,11 @@ class AdapterError(ValueError):
         """
         lines = list(problems)
         if len(lines) == 1:
-            return cls(f"{heading}: {lines[0]}")
+            return cls(f"{heading}: {lines[0]}", lines)
         shown = lines[:at_most]
         if len(shown) < len(lines):
             shown.append(f"and {len(lines) - len(shown)} more")
-        return cls("\n".join([f"{heading} ({len(lines)} problems):", *(f"  - {line}" for line in shown)]))
+        return cls("\n".join([f"{heading} ({len(lines)} problems):", *(f"  - {line}" for line in shown)]), shown)
 
 
 def first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Reading and writing adapter folders: whole files or none, and never pickle."""
+"""Reading and writing adapter folders and small files: whole files or none, and never pickle."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ from doratune.weight_files import opened
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file whole or not at all: a run killed meanwhile leaves the old one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 @contextlib.contextmanager

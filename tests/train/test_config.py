@@ -4,7 +4,6 @@ import pytest
 
 import doratune as dt
 from doratune.train import AdapterOptions, TrainConfig
-from doratune.train.config import listed
 
 
 def config(**values):
@@ -135,8 +134,3 @@ def test_a_new_head_is_saved_with_the_adapter():
 def test_two_methods_that_contradict_each_other_are_refused():
     with pytest.raises(dt.AdapterError, match=r"method is 'dora', but the adapter's is 'lora'"):
         config(adapter=dt.AdapterConfig(method="lora")).adapter_config()
-
-
-def test_an_error_is_taken_apart():
-    assert listed(dt.AdapterError.of("h", ["a", "b"])) == ["a", "b"]
-    assert listed(dt.AdapterError.of("h", ["a"])) == ["h: a"]

@@ -13,13 +13,13 @@ from doratune.train.models import (
     align_padding,
     base_name,
     choose_dtype,
+    give_padding,
     load_base,
     load_classifier,
     load_model,
     load_tokenizer,
     model_problem,
 )
-from doratune.train.tasks.classification import _Collate
 from train.tiny import llama, save_model, tokenizer
 
 
@@ -80,7 +80,7 @@ def test_a_base_for_another_kind_of_loss_learns_classes(tmp_path, before, labels
 
 @pytest.mark.parametrize("unknown", ["<unk>", None])
 def test_a_tokenizer_without_signs_for_padding_and_end_pads(unknown):
-    from transformers import LlamaForSequenceClassification
+    from transformers import DataCollatorWithPadding, LlamaForSequenceClassification
 
     made = tokenizer()
     made.pad_token, made.eos_token = None, None
@@ -92,7 +92,8 @@ def test_a_tokenizer_without_signs_for_padding_and_end_pads(unknown):
     rows = [{"input_ids": [1, 2, 3], "labels": 0}, {"input_ids": [4], "labels": 1}]
     other = tokenizer()
     other.pad_token, other.eos_token = None, None
-    batch = _Collate(other)(rows)
+    give_padding(other)
+    batch = DataCollatorWithPadding(other)(rows)
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 

@@ -16,9 +16,9 @@ from typing import Annotated, Any
 
 import tyro
 
+from doratune import __version__
 from doratune.cli import analyze, bench, compare, estimate, generate, inspect, merge, nothing, predict, train
 from doratune.errors import AdapterError, Interrupted
-from doratune.train.recipe import version
 
 RUNNERS: dict[type, Any] = {
     train.TrainConfig: train.run,
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     if arguments == ["--version"]:
-        print(f"doratune {version()}")
+        print(f"doratune {__version__}")
         return 0
     try:
         program = _parse(arguments)

@@ -19,7 +19,7 @@ from doratune.inference.sources import BASE, Sources, tokenizer_source
 from doratune.merge import merge
 from doratune.model import adapter_names, disabled, set_adapter
 from doratune.train.device import explaining_memory, to_device
-from doratune.train.models import choose_dtype, context_length, load_model, load_tokenizer
+from doratune.train.models import choose_dtype, context_length, give_padding, load_model, load_tokenizer
 from doratune.train.tokens import opening, plain, written
 from doratune.weight_files import header, weight_files
 
@@ -56,8 +56,7 @@ class Writer:
         self.adapters = adapter_names(model)
         self.merged = merged
         tokenizer.padding_side = "left"
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        give_padding(tokenizer)
 
     @classmethod
     def load(cls, sources: Sources, dtype: str = "auto", merged: bool = False) -> Writer:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from doratune.errors import DivergedError
 from doratune.extras import require
-from doratune.train.files import write_whole
+from doratune.files import write_whole
 from doratune.train.results import peak_memory, read_metrics
 
 if TYPE_CHECKING:

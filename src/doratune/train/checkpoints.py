@@ -18,9 +18,9 @@ from torch import nn
 from doratune.checkpoint import fill, read_adapter
 from doratune.contents import BIAS, Contents
 from doratune.errors import AdapterError
+from doratune.files import write_whole
 from doratune.model import active_adapter
 from doratune.targets import adapted_layers, saved_modules, unwrap
-from doratune.train.files import write_whole
 
 log = logging.getLogger("doratune")
 

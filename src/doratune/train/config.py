@@ -233,7 +233,7 @@ class TrainConfig:
         try:
             self.adapter_config()
         except AdapterError as error:
-            yield from listed(error)
+            yield from error.problems
 
 
 def _numbers(c: TrainConfig) -> Iterator[str]:
@@ -304,12 +304,6 @@ def _libraries(c: TrainConfig) -> Iterator[str]:
     for what, library in needs.items():
         if not installed(library):
             yield f"{what} needs {library}, which is not installed: pip install 'doratune[quant]'"
-
-
-def listed(error: AdapterError) -> list[str]:
-    """The problems that one AdapterError lists, to be listed with others."""
-    first, *others = str(error).split("\n")
-    return [line.removeprefix("  - ") for line in others] or [first]
 
 
 def _names_or_expression(value: object) -> object:

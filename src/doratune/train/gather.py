@@ -71,6 +71,14 @@ def usable(row: Row, use: Callable[[Row], _T]) -> _T:
     return use(row)
 
 
+def lacks(row: Row, columns: Iterable[str]) -> str | None:
+    """Which of these columns a row does not have, as its problem; None: it has all."""
+    missing = [column for column in columns if column not in row.values]
+    if not missing:
+        return None
+    return f"has no column {', '.join(map(repr, missing))}; it has {', '.join(map(str, row.values))}"
+
+
 def set_aside(
     found: Sequence[_T], fraction: float, group: Callable[[_T], int] | None = None
 ) -> tuple[list[_T], list[_T]]:

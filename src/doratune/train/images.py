@@ -18,7 +18,7 @@ from doratune.errors import AdapterError
 from doratune.extras import require
 from doratune.train.columns import choose
 from doratune.train.config import TrainConfig
-from doratune.train.gather import BadRow
+from doratune.train.gather import BadRow, lacks
 from doratune.train.labels import name_of
 from doratune.train.sources import TABLES, Row, is_dataset_folder, is_hub_name, path_of, read
 
@@ -192,12 +192,8 @@ def _archive(path: Path, part: str, labelled: bool) -> Iterator[Row]:
 
 def _table(name: str, split: str, columns: Mapping[str, str], folder: Path | None) -> Iterator[Row]:
     for row in read(name, split):
-        if row.problem:
-            yield row
-            continue
-        missing = [column for column in columns.values() if column not in row.values]
-        if missing:
-            yield Row(row.where, problem=f"has no column {', '.join(map(repr, missing))}")
+        if problem := row.problem or lacks(row, columns.values()):
+            yield Row(row.where, problem=problem)
             continue
         value = row.values[columns["image"]]
         if isinstance(value, Mapping):  # datasets' images, undecoded

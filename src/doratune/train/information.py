@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from doratune.errors import AdapterError
-from doratune.train.files import write_whole
+from doratune.files import write_whole
 
 FILE = "doratune.json"
 

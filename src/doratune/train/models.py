@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,20 +147,14 @@ def _saved_classes(folder: Path, base: str) -> list[str]:
 
 
 def _load(
-    name: str,
-    dtype: torch.dtype | str,
-    task: str | None,
-    labels: Sequence[str],
-    given: Mapping[str, Any] | None,
+    name: str, dtype: torch.dtype | str, task: str | None, labels: Sequence[str], given: Mapping[str, Any] | None
 ) -> tuple[Any, set[str]]:
     """The model, and the names of weights that its files did not hold."""
-    transformers = require("transformers")
-    _raise_problem(name)
-    options: dict[str, Any] = {"local_files_only": True} if Path(name).expanduser().is_dir() else {}
-    source = str(Path(name).expanduser()) if options else name
-    try:
-        loader = _loader(transformers, source, task, options)
-        more: dict[str, Any] = {**options, **(given or {})}
+    with _loading("model", name) as (transformers, source, options):
+        kind = LOADERS.get(task or "")
+        if kind is None:
+            kind = (transformers.AutoConfig.from_pretrained(source, **options).architectures or ["AutoModel"])[0]
+        more: dict[str, Any] = {"dtype": dtype, **options, **(given or {})}
         if labels and task in CLASSIFIERS:
             names = dict(enumerate(labels))
             more |= {"id2label": names, "label2id": {label: i for i, label in names.items()}}
@@ -167,21 +162,12 @@ def _load(
         if len(labels) > 1 and task in CLASSIFIERS:
             # The loss goes by it, and a base may have been trained for regression or several labels at once.
             more["problem_type"] = "single_label_classification"
-        model, found = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **more)
-    except Exception as error:  # whatever a broken folder, an absent file or an absent network makes it raise
-        raise AdapterError(_could_not_load("model", name, bool(options), error)) from error
+        model, found = getattr(transformers, kind).from_pretrained(source, output_loading_info=True, **more)
     if task != "image-classification" and labels and model.config.pad_token_id is None:
         end = model.config.eos_token_id  # language models classify the last token before the padding
         model.config.pad_token_id = end[0] if isinstance(end, list) else end
     mismatched = {key if isinstance(key, str) else key[0] for key in found.get("mismatched_keys", ())}
     return model, set(found.get("missing_keys", ())) | mismatched
-
-
-def _loader(transformers: Any, source: str, task: str | None, options: dict[str, Any]) -> Any:
-    if task in LOADERS:
-        return getattr(transformers, LOADERS[task])
-    architectures = transformers.AutoConfig.from_pretrained(source, **options).architectures
-    return getattr(transformers, (architectures or ["AutoModel"])[0])
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -195,25 +181,19 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         AdapterError: if there is none or it cannot be loaded.
     """
-    transformers = require("transformers")
-    _raise_problem(name)
-    options = {"local_files_only": True} if Path(name).expanduser().is_dir() else {}
-    source = str(Path(name).expanduser()) if options else name
-    if options and not has_tokenizer(Path(source)):
-        raise AdapterError(
-            f"{name} holds no tokenizer (tokenizer.json, tokenizer_config.json): is it a language model?"
-        )
-    try:
+    with _loading("tokenizer", name) as (transformers, source, options):
+        if options and not has_tokenizer(Path(source)):
+            raise AdapterError(
+                f"{name} holds no tokenizer (tokenizer.json, tokenizer_config.json): is it a language model?"
+            )
         return transformers.AutoTokenizer.from_pretrained(source, **options)
-    except Exception as error:
-        raise AdapterError(_could_not_load("tokenizer", name, bool(options), error)) from error
 
 
 def align_padding(model: Any, tokenizer: Any) -> None:
-    """Tell a text classifier which token pads: language models classify the last one that is another. Others stay.
+    """Tell a text classifier which token pads: language models classify the last one that is another.
 
-    The model's config may say something else, or nothing: those of
-    Llama 3 and Qwen2.5 name other tokens than their tokenizers.
+    Its config may say something else, or nothing: those of Llama 3 and Qwen2.5 name other tokens than their tokenizers.
+    Models of other kinds stay as they are.
     """
     if "SequenceClassification" not in type(model).__name__:
         return
@@ -233,14 +213,8 @@ def load_config(name: str) -> Any:
     Raises:
         AdapterError: if there is none or it cannot be loaded.
     """
-    transformers = require("transformers")
-    _raise_problem(name)
-    options = {"local_files_only": True} if Path(name).expanduser().is_dir() else {}
-    source = str(Path(name).expanduser()) if options else name
-    try:
+    with _loading("model", name) as (transformers, source, options):
         return transformers.AutoConfig.from_pretrained(source, **options)
-    except Exception as error:
-        raise AdapterError(_could_not_load("model", name, bool(options), error)) from error
 
 
 def context_length(config: Any) -> int | None:
@@ -269,21 +243,17 @@ def load_image_processor(name: str, size: int | None = None) -> Any:
     Raises:
         AdapterError: if it cannot be loaded, or the model takes no images.
     """
-    transformers = require("transformers")
     config = load_config(name)
-    folder = Path(name).expanduser()
     if not hasattr(config, "patch_size") or not hasattr(config, "num_channels"):
         raise AdapterError(f"model {name}: a {config.model_type} takes no images; name a ViT, DINOv2 or Swin")
-    if folder.is_dir() and not (folder / "preprocessor_config.json").is_file():
-        own = size or config.image_size
-        height, width = (own, own) if isinstance(own, int) else own
-        mean, deviation = ((0.5,) * 3, (0.5,) * 3) if config.model_type == "vit" else IMAGENET
-        size_option = {"height": height, "width": width}
-        return transformers.ViTImageProcessor(size=size_option, image_mean=mean, image_std=deviation)
-    try:
-        processor = transformers.AutoImageProcessor.from_pretrained(str(folder) if folder.is_dir() else name)
-    except Exception as error:
-        raise AdapterError(_could_not_load("image processor", name, folder.is_dir(), error)) from error
+    with _loading("image processor", name) as (transformers, source, options):
+        if options and not (Path(source) / "preprocessor_config.json").is_file():
+            own = size or config.image_size
+            height, width = (own, own) if isinstance(own, int) else own
+            mean, deviation = ((0.5,) * 3, (0.5,) * 3) if config.model_type == "vit" else IMAGENET
+            size_option = {"height": height, "width": width}
+            return transformers.ViTImageProcessor(size=size_option, image_mean=mean, image_std=deviation)
+        processor = transformers.AutoImageProcessor.from_pretrained(source, **options)
     if size is not None:
         processor.size = {"height": size, "width": size}
         processor.do_center_crop = False
@@ -309,19 +279,21 @@ def multiplies_bfloat16() -> bool:
     return multiplies(torch.bfloat16, torch.device("cuda"))
 
 
-def _raise_problem(name: str) -> None:
-    problem = model_problem(name)
-    if problem:
+@contextlib.contextmanager
+def _loading(what: str, name: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
+    """transformers, where it finds a model, and its options for that; whatever goes wrong then is an AdapterError."""
+    transformers = require("transformers")
+    if problem := model_problem(name):
         raise AdapterError(problem)
-
-
-def _could_not_load(what: str, name: str, local: bool, error: Exception) -> str:
-    advice = (
-        "the folder may be incomplete"
-        if local
-        else (
-            "there is no folder of that name, so it was looked for on the model hub; without a network, "
-            "name the folder of a downloaded model"
-        )
-    )
-    return f"{what} {name} could not be loaded: {first_line(error)} ({advice})"
+    folder = Path(name).expanduser()
+    local = folder.is_dir()
+    try:
+        yield (transformers, str(folder), {"local_files_only": True}) if local else (transformers, name, {})
+    except AdapterError:
+        raise
+    except Exception as error:  # whatever a broken folder, an absent file or an absent network makes it raise
+        advice = "the folder may be incomplete"
+        if not local:
+            advice = "there is no folder of that name, so it was looked for on the model hub; without a network, "
+            advice += "name the folder of a downloaded model"
+        raise AdapterError(f"{what} {name} could not be loaded: {first_line(error)} ({advice})") from error

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from doratune import __version__
 from doratune.errors import AdapterError
+from doratune.files import write_whole
 from doratune.train.config import AdapterOptions, TrainConfig
-from doratune.train.files import write_whole
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -176,7 +177,7 @@ def save_recipe(path: Path, config: TrainConfig) -> None:
     """Write all options of a run as a recipe that repeats it."""
     values = {key: value for key, value in entries(config).items() if key != "resume"}
     lines = [
-        f"# All options of this run, by doratune {version()}. To repeat it: doratune train --recipe THIS --output NEW"
+        f"# All options of this run, by doratune {__version__}. To repeat it: doratune train --recipe THIS --output NEW"
     ]
     write_whole(path, "\n".join([*lines, *(f"{key} = {as_toml(value)}" for key, value in values.items())]) + "\n")
 
@@ -198,9 +199,10 @@ def explain(config: TrainConfig) -> str:
     given: set[str] = set()
     base = defaults
     if config.recipe is not None:
-        loaded = load_recipe(find_recipe(config.recipe))
-        base = entries(TrainConfig(**{"model": "", "data": (), **loaded}))
-        given = _keys(find_recipe(config.recipe))
+        path = find_recipe(config.recipe)
+        raw = read_toml(path)
+        base = entries(TrainConfig(**{"model": "", "data": (), **from_toml(raw, path)}))
+        given = {key.replace("-", "_") for key in (*raw, *raw.get("adapter", {}))}
     lines = []
     for key, value in entries(config).items():
         same = as_toml(value) == as_toml(base[key])
@@ -208,11 +210,6 @@ def explain(config: TrainConfig) -> str:
         lines.append((f"{key} = {as_toml(value)}", source))
     width = max(len(line) for line, _ in lines if len(line) < 60)
     return "\n".join(f"{line:<{width}}  # {source}" for line, source in lines)
-
-
-def _keys(path: Path) -> set[str]:
-    raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    return {key.replace("-", "_") for key in (*raw, *raw.get("adapter", {}))}
 
 
 def as_toml(value: Any) -> str:
@@ -228,10 +225,3 @@ def as_toml(value: Any) -> str:
     if isinstance(value, str | Path):
         return json.dumps(str(value), ensure_ascii=False)
     return "[" + ", ".join(as_toml(one) for one in value) + "]"
-
-
-def version() -> str:
-    """doratune's version."""
-    import doratune
-
-    return doratune.__version__

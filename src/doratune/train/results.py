@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from doratune.train.files import write_whole
+from doratune.files import write_whole
 from doratune.train.models import LOADERS
 from doratune.train.output import RESULTS
 

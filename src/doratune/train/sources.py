@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from doratune.errors import AdapterError, first_line
 from doratune.extras import require
+from doratune.train.config import TrainConfig
 
 TEXT = (".txt", ".text", ".md")
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -61,6 +62,14 @@ def problem_of(name: str) -> str | None:
     if path.suffix.lower() not in TABLES:
         return _not_text(path)
     return None
+
+
+def problems(config: TrainConfig, problem_of: Callable[[str], str | None]) -> Iterator[str]:
+    """What is wrong with the sources of a run; ``problem_of`` looks at one."""
+    for option in ("data", "eval_data", "test_data"):
+        for name in getattr(config, option):
+            if problem := problem_of(name):
+                yield f"{option} {name}{':' if problem.startswith('no ') else ''} {problem}"
 
 
 def _not_text(path: Path) -> str | None:

@@ -51,6 +51,12 @@ def test_a_run_keeps_alpha_over_rank_and_everything_else(tmp_path):
     assert found.grid.rates(found.contestants[1]) == (1e-5,)
 
 
+def test_a_single_problem_comes_with_the_recipe_named_once(tmp_path):
+    with pytest.raises(dt.AdapterError) as caught:
+        load(write(tmp_path, 'methods = ["lora r", "dora r"]', RUN + "steps = true\n"))
+    assert str(caught.value) == f"recipe {tmp_path / 'recipe.toml'}: steps: expected whole number or 'none', found True"
+
+
 def test_every_problem_is_listed(tmp_path):
     compare = 'methods = ["lora r"]\nseed = 3\nranks = "8"\nlearning_rates = [0]'
     with pytest.raises(dt.AdapterError) as caught:

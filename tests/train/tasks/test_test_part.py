@@ -6,7 +6,6 @@ from rich.console import Console
 
 import doratune as dt
 from doratune.train import AdapterOptions, TrainConfig, train
-from doratune.train.config import listed
 from doratune.train.gather import set_aside
 from doratune.train.models import load_base
 from doratune.train.tasks import task_of
@@ -117,4 +116,3 @@ def test_a_wrong_share_and_a_stream_are_refused():
     found = list(wrong.problems())
     assert "test_fraction must be at least 0 and below 1; found 1.0" in found
     assert "streaming cannot set a test_fraction aside; name test_data" in found
-    assert listed(dt.AdapterError.of("x", found)) == found

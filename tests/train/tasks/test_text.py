@@ -4,11 +4,9 @@ import datasets
 import pytest
 import torch
 import transformers
-from rich.console import Console
-from torch.utils.data import DataLoader
 
 import doratune as dt
-from doratune.train import AdapterOptions, TrainConfig, train
+from doratune.train import TrainConfig
 from doratune.train.tasks import text as module
 from train.tiny import llama, save_chat_model, save_model, save_rows, tokenizer, words
 
@@ -235,41 +233,6 @@ def test_collate_predicts_every_token():
     batch = module.collate_blocks([{"input_ids": [1, 2]}, {"input_ids": [3, 4]}])
     assert batch["input_ids"].tolist() == batch["labels"].tolist() == [[1, 2], [3, 4]]
     assert batch["labels"] is not batch["input_ids"]
-
-
-@pytest.mark.parametrize("kind", ["documents", "pairs"])
-def test_a_stream_is_trained_on(tmp_path, model, kind):
-    values = [{"text": words(20, i)} for i in range(60)] if kind == "documents" else PAIRS * 20
-    config = rows(tmp_path, model, values, streaming=True, steps=8, output=tmp_path / "run", learning_rate=1e-2)
-    config.max_length, config.adapter = 32, AdapterOptions(rank=4)
-    result = train(config, Console(quiet=True))
-    assert result.examples is None
-    assert result.held_out_examples == module.HELD_OUT
-    assert result.loss_after < result.loss_before
-
-
-@pytest.mark.parametrize("workers", [0, 1, 2])
-def test_what_a_stream_holds_out_is_not_trained_on_whoever_reads_it(tmp_path, model, workers, said, monkeypatch):
-    monkeypatch.setattr(module, "HELD_OUT", 8)
-    options = rows(tmp_path, model, PAIRS[:10], streaming=True, steps=1, max_length=64)
-    options.data = (*options.data, str(save_rows(tmp_path / "more.jsonl", PAIRS[10:])))
-    found = module.prepare(options, said.append)
-    read = [tuple(ids) for ids in found.held_out["input_ids"]]
-    assert len(read) == 8
-    loader = DataLoader(found.train, batch_size=None, num_workers=workers)
-    read += [tuple(row["input_ids"]) for row in loader]
-    assert len(read) == len(set(read)) == len(PAIRS)
-
-
-def test_a_bad_row_deep_in_a_stream_is_named_when_it_comes(tmp_path, model, said, monkeypatch):
-    monkeypatch.setattr(module, "CHECKED", 5)
-    monkeypatch.setattr(module, "HELD_OUT", 2)
-    config = rows(tmp_path, model, [*PAIRS, {"prompt": "x"}], streaming=True, steps=1)
-    found = module.prepare(config, said.append)
-    with pytest.raises(dt.AdapterError, match=r"rows.jsonl:21: has no column 'completion'.*--skip-bad"):
-        list(found.train)
-    config.skip_bad = True
-    assert len(list(module.prepare(config, said.append).train)) == 18
 
 
 def test_parts_of_data_sets(tmp_path, model, said):

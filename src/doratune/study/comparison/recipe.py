@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 from doratune.errors import AdapterError
 from doratune.study.comparison.contestants import Contestant, Pair, contestants, pairs, problem_of
-from doratune.train.config import AdapterOptions, TrainConfig, listed
+from doratune.train.config import AdapterOptions, TrainConfig
 from doratune.train.recipe import converted, describe, entries, find_recipe, fits, from_toml, read_toml
 from doratune.train.sources import path_of
 
@@ -145,7 +145,7 @@ def load(name: str, seeds: int | None = None) -> Comparison:
     try:
         run = from_toml(raw, path)
     except AdapterError as error:
-        found += listed(error)
+        found += error.problems
     if found:
         raise AdapterError.of(f"recipe {path}", found)
     train = TrainConfig(**{"model": "", "data": (), "save_every": None, **run})

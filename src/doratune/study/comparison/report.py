@@ -6,12 +6,12 @@ import dataclasses
 import platform
 from pathlib import Path
 
+from doratune import __version__
 from doratune.study.comparison import figures, sentences
 from doratune.study.comparison.contestants import RANKED, UNRANKED
 from doratune.study.comparison.findings import Findings, Standing
 from doratune.study.comparison.recipe import Comparison
 from doratune.study.page import Column, Page, Plot, Section, Table, Text
-from doratune.train.recipe import version
 
 COVERED = (
     "Every pair shares seed, order of the data and start of the head. Intervals are Student's t over seeds, those of "
@@ -46,7 +46,7 @@ def make_page(findings: Findings) -> Page:
             ("runs", str(findings.runs)),
         ],
         findings=_cards(findings),
-        footer=f"doratune {version()}, Python {platform.python_version()}, {findings.device}. {COVERED}",
+        footer=f"doratune {__version__}, Python {platform.python_version()}, {findings.device}. {COVERED}",
     )
     _differences(page.section("Differences", COVERED), findings)
     _scores(page.section("Scores"), findings)

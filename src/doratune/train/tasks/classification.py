@@ -6,17 +6,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from doratune.errors import AdapterError
 from doratune.extras import require
 from doratune.train import labels as classes
+from doratune.train import sources
 from doratune.train.columns import choose, described
 from doratune.train.config import TrainConfig
-from doratune.train.gather import BadRow, Say, gather, rows, set_aside
+from doratune.train.gather import BadRow, Say, gather, lacks, rows
 from doratune.train.models import give_padding, load_tokenizer
 from doratune.train.positions import check_length, longest_of
-from doratune.train.sources import TABLES, Row, path_of, problem_of
+from doratune.train.sources import TABLES, Row
+from doratune.train.tasks.division import divided
 from doratune.train.tasks.prepared import Prepared
 from doratune.train.tokens import string
 
@@ -31,14 +31,15 @@ class Example:
 
 def problems(config: TrainConfig) -> Iterator[str]:
     """What is wrong with the sources, found before anything is loaded."""
-    for option in ("data", "eval_data", "test_data"):
-        for name in getattr(config, option):
-            path = path_of(name)
-            problem = problem_of(name)
-            if not problem and path.is_file() and path.suffix.lower() not in TABLES:
-                problem = f"has no columns for text and label; name files that have ({', '.join(TABLES)})"
-            if problem:
-                yield f"{option} {name}{':' if problem.startswith('no ') else ''} {problem}"
+    return sources.problems(config, _problem_of)
+
+
+def _problem_of(name: str) -> str | None:
+    path = sources.path_of(name)
+    problem = sources.problem_of(name)
+    if not problem and path.is_file() and path.suffix.lower() not in TABLES:
+        return f"has no columns for text and label; name files that have ({', '.join(TABLES)})"
+    return problem
 
 
 def prepare(config: TrainConfig, say: Say) -> Prepared:
@@ -55,29 +56,22 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
     say(f"columns: {described(columns, config)}")
     reader = _Reader(columns)
     examples = gather(rows(config.data, config.split), reader.use, config, say)
-    names = classes.ordered(example.label for example in examples)
-    if config.test_data:
-        test = gather(rows(config.test_data, config.test_split), reader.use, config, say)
-    else:
-        examples, test = set_aside(examples, config.test_fraction, lambda e: names.index(e.label))
-    if config.eval_data:
-        others = gather(rows(config.eval_data, config.eval_split), reader.use, config, say)
-    else:
-        examples, others = set_aside(examples, config.eval_fraction, lambda e: names.index(e.label))
-    for option, part in (("eval_data", others), ("test_data", test)):
-        classes.refuse_unknown({example.label for example in part}, names, option)
-    if not others:
-        raise AdapterError("one row is too little: at least one to train on and one to measure on are needed")
+    own, own_test = (
+        gather(rows(data, split), reader.use, config, say) if data else None
+        for data, split in ((config.eval_data, config.eval_split), (config.test_data, config.test_split))
+    )
+    names, examples, others, test = divided(examples, own, own_test, config)
     train_set, held_out, tested = (
         _encoded(part, names, tokenizer, config.max_length, say) if part else None for part in (examples, others, test)
     )
     check_length(config, longest_of((train_set, held_out, tested)), say)
     told = f", {len(test)} to test on" if test else ""
     say(f"{len(examples)} texts in {len(names)} classes to train on, {len(others)} held out{told}")
+    give_padding(tokenizer)
     return Prepared(
         train_set,
         held_out,
-        collate=_Collate(tokenizer),
+        collate=require("transformers").DataCollatorWithPadding(tokenizer),
         processor=tokenizer,
         unit="texts",
         example="texts",
@@ -92,9 +86,8 @@ class _Reader:
         self.columns = columns
 
     def use(self, row: Row) -> Example:
-        missing = [name for name in self.columns.values() if name not in row.values]
-        if missing:
-            raise BadRow(f"has no column {', '.join(map(repr, missing))}; it has {', '.join(map(str, row.values))}")
+        if problem := lacks(row, self.columns.values()):
+            raise BadRow(problem)
         text, label = (row.values[self.columns[role]] for role in ("text", "label"))
         return Example(string(text, "text"), classes.name_of(label))
 
@@ -109,16 +102,3 @@ def _encoded(examples: Sequence[Example], names: tuple[str, ...], tokenizer: Any
         )["input_ids"]
         say(f"{longer} of {len(examples)} texts were cut to {length} tokens (max_length)")
     return datasets.Dataset.from_dict({"input_ids": encoded, "labels": [names.index(e.label) for e in examples]})
-
-
-class _Collate:
-    """A batch, padded to its longest text."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        give_padding(tokenizer)
-        self.tokenizer = tokenizer
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        ids = [{"input_ids": row["input_ids"]} for row in rows]
-        batch = dict(self.tokenizer.pad(ids, return_tensors="pt", verbose=False))
-        return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}

@@ -13,15 +13,15 @@ from torch.utils.data import Dataset
 
 from doratune.errors import AdapterError
 from doratune.extras import require
-from doratune.train import images
-from doratune.train import labels as classes
+from doratune.train import images, sources
 from doratune.train.augmentation import augmented
 from doratune.train.columns import described
 from doratune.train.config import TrainConfig
-from doratune.train.gather import BadRow, Say, gather, set_aside
+from doratune.train.gather import BadRow, Say, gather
 from doratune.train.images import Picture, picture, pictures
 from doratune.train.models import choose_dtype, load_config, load_image_processor
 from doratune.train.sources import Row
+from doratune.train.tasks.division import divided
 from doratune.train.tasks.prepared import Prepared
 
 OPENED = 20_000
@@ -31,11 +31,7 @@ bad ones are to be left out."""
 
 def problems(config: TrainConfig) -> Iterator[str]:
     """What is wrong with the sources, found before anything is loaded."""
-    for option in ("data", "eval_data", "test_data"):
-        for name in getattr(config, option):
-            problem = images.problem_of(name)
-            if problem:
-                yield f"{option} {name}{':' if problem.startswith('no ') else ''} {problem}"
+    return sources.problems(config, images.problem_of)
 
 
 def prepare(config: TrainConfig, say: Say) -> Prepared:
@@ -50,22 +46,15 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
     found = _gathered(config.data, config, config.split, "train", say, columns)
     if columns:
         say(f"columns: {described(columns, config)}")
-    names = classes.ordered(one.label or "" for one in found)
-    if config.test_data:
-        test = _gathered(config.test_data, config, config.test_split, "test", say, {})
-    else:
-        found, test = set_aside(found, config.test_fraction, lambda one: names.index(one.label or ""))
-    if config.eval_data:
-        others = _gathered(config.eval_data, config, config.eval_split, "test", say, {})
-    elif all(images.has_test_part(name) for name in config.data):
-        others = _gathered(config.data, config, config.eval_split, "test", say, {})
+    eval_data = config.eval_data
+    if not eval_data and all(images.has_test_part(name) for name in config.data):
         say("the archive brings its own images to measure on")
-    else:
-        found, others = set_aside(found, config.eval_fraction, lambda one: names.index(one.label or ""))
-    for option, part in (("eval_data", others), ("test_data", test)):
-        classes.refuse_unknown({one.label or "" for one in part}, names, option)
-    if not others:
-        raise AdapterError("one image is too little: at least one to train on and one to measure on are needed")
+        eval_data = config.data
+    own, own_test = (
+        _gathered(names, config, split, "test", say, {}) if names else None
+        for names, split in ((eval_data, config.eval_split), (config.test_data, config.test_split))
+    )
+    names, found, others, test = divided(found, own, own_test, config)
     forward = _forward_options(config, size)
     told = f", {len(test)} to test on" if test else ""
     say(

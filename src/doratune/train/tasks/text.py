@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,33 +9,21 @@ import numpy as np
 
 from doratune.errors import AdapterError
 from doratune.extras import require
-from doratune.train import tokens
-from doratune.train.columns import described, roles_of_text
+from doratune.train import sources
 from doratune.train.config import TrainConfig
-from doratune.train.gather import BadRow, Say, gather, hold_out, rows, set_aside, usable
+from doratune.train.gather import Say, gather, hold_out, set_aside
 from doratune.train.models import load_config, load_tokenizer
 from doratune.train.positions import check_length, longest_of
-from doratune.train.prompt_template import filled
-from doratune.train.sources import Row, problem_of
 from doratune.train.tasks.batches import Packed, Padded, collate_blocks
 from doratune.train.tasks.prepared import Prepared
+from doratune.train.tasks.reader import Reader
+from doratune.train.tasks.stream import prepare_stream
 from doratune.train.tokens import Tokens
-
-CHECKED = 1000
-"""Rows of a stream that are checked before training."""
-WINDOW = 1000
-"""Examples of a stream among which the order is shuffled."""
-HELD_OUT = 100
-"""Examples at the beginning of a stream that are held out."""
 
 
 def problems(config: TrainConfig) -> Iterator[str]:
     """What is wrong with the sources, found before anything is loaded."""
-    for option in ("data", "eval_data", "test_data"):
-        for name in getattr(config, option):
-            problem = problem_of(name)
-            if problem:
-                yield f"{option} {name}{':' if problem.startswith('no ') else ''} {problem}"
+    return sources.problems(config, sources.problem_of)
 
 
 def prepare(config: TrainConfig, say: Say) -> Prepared:
@@ -52,7 +39,7 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
     if config.streaming or (blocks and reader.documents):
         check_length(config, config.max_length, say)
     if config.streaming:
-        train, held_out, test = _stream(config, reader, blocks, say)
+        train, held_out, test = prepare_stream(config, reader, blocks, say)
         return _prepared(config, reader, train, held_out, test, blocks and reader.documents, False)
     examples, others, tested = (
         gather(reader.rows(names, split), reader.use, config, say) if names else None
@@ -110,55 +97,6 @@ def _refuse_encoders(config: TrainConfig) -> None:
             f"model {config.model}: a {own.model_type} is an encoder, in which a token sees those after it, so that "
             f"there is nothing to predict; {advice}"
         )
-
-
-class Reader:
-    """Makes tokens of rows, once the first row has shown what kind of rows they are."""
-
-    def __init__(self, config: TrainConfig, tokenizer: Any, say: Say) -> None:
-        self.config, self.tokenizer = config, tokenizer
-        self.marked: str | None = None
-        """Chat template that marks what the assistant says."""
-        first = next((row for row in rows(config.data, config.split, config.streaming) if not row.problem), None)
-        names = list(first.values) if first else []
-        where = first.where if first else ", ".join(config.data)
-        self.columns = roles_of_text(config, names or ["text"], where)
-        if "messages" in self.columns or config.as_chat:
-            tokens.require_template(tokenizer, config.model)
-            self.marked = None if config.loss_on == "all" else tokens.marked_template(tokenizer)
-        if names != ["text"]:
-            say(f"columns: {described(self.columns, config)}")
-
-    @property
-    def documents(self) -> bool:
-        """Whether rows are plain texts."""
-        return "text" in self.columns
-
-    def rows(self, names: Sequence[str], split: str) -> Iterator[Row]:
-        """Rows of these sources."""
-        return rows(names, split, self.config.streaming)
-
-    def use(self, row: Row) -> Tokens:
-        """The tokens of a row.
-
-        Raises:
-            BadRow: if it has none to learn.
-        """
-        config, tokenizer = self.config, self.tokenizer
-        missing = [name for name in self.columns.values() if name not in row.values]
-        if missing:
-            raise BadRow(f"has no column {', '.join(map(repr, missing))}; it has {', '.join(map(str, row.values))}")
-        values = {role: row.values[name] for role, name in self.columns.items()}
-        learn_all = config.loss_on == "all"
-        if "text" in values:
-            return tokens.document(values["text"], tokenizer)
-        if "messages" in values:
-            return tokens.chat(values["messages"], tokenizer, learn_all, self.marked)
-        prompt = filled(config.prompt_template, row.values) if config.prompt_template else values["prompt"]
-        if config.as_chat:
-            turns = [("user", tokens.string(prompt, "prompt")), ("assistant", values["completion"])]
-            return tokens.chat([{"role": r, "content": c} for r, c in turns], tokenizer, learn_all, self.marked)
-        return tokens.completion(prompt, values["completion"], tokenizer, learn_all)
 
 
 def fitted(examples: Sequence[Tokens], length: int, say: Say, what: str) -> list[Tokens]:
@@ -225,69 +163,6 @@ def _dataset(columns: Mapping[str, np.ndarray[Any, Any]], ends: np.ndarray[Any, 
 def _pack(examples: Any, length: int) -> Any:
     """Whole examples, best fit first; no example sees another."""
     return require("trl").pack_dataset(examples, length, "bfd")
-
-
-def _stream(config: TrainConfig, reader: Reader, blocks: bool, say: Say) -> tuple[Any, Any, Any]:
-    """Data read while training; the first rows are checked, the others as they come."""
-    if blocks and not reader.documents:
-        raise AdapterError("streaming does not pack prompts and chats; leave out packing")
-    gather(
-        (row for row, _ in zip(reader.rows(config.data, config.split), range(CHECKED), strict=False)),
-        reader.use,
-        config,
-        say,
-    )
-    say(f"streaming: the first {CHECKED} rows are checked, the others when they are read")
-    datasets = require("datasets")
-    make = _block_maker(reader, config) if blocks else _example_maker(reader, config)
-    # A list of names would be dealt out to workers, each of which would hold out rows of its own.
-    names = {"names": tuple(config.data), "split": config.split}
-    stream = datasets.IterableDataset.from_generator(make, gen_kwargs=names)
-    if config.eval_data:
-        held_out = list(make(config.eval_data, config.eval_split))
-    else:
-        held_out = list(stream.take(HELD_OUT))
-        stream = stream.skip(HELD_OUT)
-        say(f"the first {len(held_out)} examples of the stream are held out")
-    if not held_out or next(iter(stream), None) is None:
-        raise AdapterError(f"the stream holds too little text: nothing is left after {len(held_out)} held-out examples")
-    test = list(make(config.test_data, config.test_split)) if config.test_data else []
-    shuffled = stream.shuffle(seed=config.seed, buffer_size=WINDOW)
-    return shuffled, datasets.Dataset.from_list(held_out), datasets.Dataset.from_list(test)
-
-
-Maker = Callable[[Sequence[str], str], Iterator[dict[str, list[int]]]]
-
-
-def _example_maker(reader: Reader, config: TrainConfig) -> Maker:
-    def make(names: Sequence[str], split: str) -> Iterator[dict[str, list[int]]]:
-        for example in _usable(reader, config, names, split):
-            cut = example.cut(config.max_length)
-            if cut.learns:
-                yield {"input_ids": cut.ids.tolist(), "labels": cut.labels.tolist()}
-
-    return make
-
-
-def _block_maker(reader: Reader, config: TrainConfig) -> Maker:
-    def make(names: Sequence[str], split: str) -> Iterator[dict[str, list[int]]]:
-        left: array[int] = array("i")
-        for example in _usable(reader, config, names, split):
-            left += example.ids
-            while len(left) >= config.max_length:
-                yield {"input_ids": left[: config.max_length].tolist()}
-                left = left[config.max_length :]
-
-    return make
-
-
-def _usable(reader: Reader, config: TrainConfig, names: Sequence[str], split: str) -> Iterator[Tokens]:
-    for row in reader.rows(names, split):
-        try:
-            yield usable(row, reader.use)
-        except BadRow as error:
-            if not config.skip_bad:
-                raise AdapterError(f"{row.where}: {error} (--skip-bad goes on without such rows)") from error
 
 
 def _prepared(

@@ -1,0 +1,62 @@
+"""From rows of documents, prompts and chats to tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from doratune.train import tokens
+from doratune.train.columns import described, roles_of_text
+from doratune.train.config import TrainConfig
+from doratune.train.gather import BadRow, Say, lacks, rows
+from doratune.train.prompt_template import filled
+from doratune.train.sources import Row
+from doratune.train.tokens import Tokens
+
+
+class Reader:
+    """Makes tokens of rows, once the first row has shown what kind of rows they are."""
+
+    def __init__(self, config: TrainConfig, tokenizer: Any, say: Say) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.marked: str | None = None
+        """Chat template that marks what the assistant says."""
+        first = next((row for row in rows(config.data, config.split, config.streaming) if not row.problem), None)
+        names = list(first.values) if first else []
+        where = first.where if first else ", ".join(config.data)
+        self.columns = roles_of_text(config, names or ["text"], where)
+        if "messages" in self.columns or config.as_chat:
+            tokens.require_template(tokenizer, config.model)
+            self.marked = None if config.loss_on == "all" else tokens.marked_template(tokenizer)
+        if names != ["text"]:
+            say(f"columns: {described(self.columns, config)}")
+
+    @property
+    def documents(self) -> bool:
+        """Whether rows are plain texts."""
+        return "text" in self.columns
+
+    def rows(self, names: Sequence[str], split: str) -> Iterator[Row]:
+        """Rows of these sources."""
+        return rows(names, split, self.config.streaming)
+
+    def use(self, row: Row) -> Tokens:
+        """The tokens of a row.
+
+        Raises:
+            BadRow: if it has none to learn.
+        """
+        config, tokenizer = self.config, self.tokenizer
+        if problem := lacks(row, self.columns.values()):
+            raise BadRow(problem)
+        values = {role: row.values[name] for role, name in self.columns.items()}
+        learn_all = config.loss_on == "all"
+        if "text" in values:
+            return tokens.document(values["text"], tokenizer)
+        if "messages" in values:
+            return tokens.chat(values["messages"], tokenizer, learn_all, self.marked)
+        prompt = filled(config.prompt_template, row.values) if config.prompt_template else values["prompt"]
+        if config.as_chat:
+            turns = [("user", tokens.string(prompt, "prompt")), ("assistant", values["completion"])]
+            return tokens.chat([{"role": r, "content": c} for r, c in turns], tokenizer, learn_all, self.marked)
+        return tokens.completion(prompt, values["completion"], tokenizer, learn_all)
