@@ -96,16 +96,20 @@ def test_each_of_several_processes_takes_its_own_gpu_before_anything_is_loaded(m
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(assemble, "loading_options", lambda *_: {})
     monkeypatch.setattr(assemble, "load_model", lambda *_, **__: done.append("loaded") or llama())
+    monkeypatch.setattr(assemble, "to_device", lambda model: done.append("moved") or model)
+    monkeypatch.setattr(assemble, "attach", lambda model, config: done.append("adapted") or dt.attach(model, config))
 
-    def made():
+    def made(**options):
         done.clear()
-        assemble.make_model(TrainConfig("model", ("text.txt",)), Prepared(None, None, len, None, "tokens", ""), None)
+        config = TrainConfig("model", ("text.txt",), **options)
+        assemble.make_model(config, Prepared(None, None, len, None, "tokens", ""), None)
         return done
 
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert made() == ["loaded"]
+    assert made() == ["loaded", "moved", "adapted"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert made() == [1, "loaded"]
+    assert made() == [1, "loaded", "moved", "adapted"]
+    assert made(fsdp=True) == [1, "loaded", "adapted"], "parts find their own places"
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert made() == ["loaded"]
+    assert made() == ["loaded", "moved", "adapted"]
