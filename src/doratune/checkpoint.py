@@ -25,6 +25,7 @@ from doratune.layers.sharded import assign, whole
 from doratune.layers.weights import is_transformers_conv1d
 from doratune.model import active_adapter, attach, delete_adapter, set_adapter
 from doratune.peft_config import OWN_TYPE, from_peft, to_peft
+from doratune.peft_experts import taken_for_experts
 from doratune.targets import adapted_layers, as_targets, plain_modules, saved_modules, unwrap
 
 log = logging.getLogger("doratune")
@@ -81,6 +82,10 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
         for path, layer in layers.items()
         if layer.kind.file_refusal(layer.base_layer) is not None
     }
+    redirected = taken_for_experts(root, layers)
+    if redirected:
+        names = ", ".join(sorted({path.rpartition(".")[2] for path in redirected}))
+        inexpressible[f"PEFT takes {names} of a {root.config.model_type} for its experts'"] = redirected[0]  # type: ignore[union-attr]
     for reason, path in inexpressible.items():
         options["peft_type"] = OWN_TYPE
         log.warning("%s is written for doratune only. %s: %s", folder, path, reason)

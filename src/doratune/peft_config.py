@@ -253,6 +253,8 @@ def to_peft(
     task = next((task for end, task in TASKS.items() if type(model).__name__.endswith(end)), None)
     if task in HEADS and not saved_by_peft(HEADS[task], modules) <= whole:
         task = None  # or else PEFT would look for the head in the file
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        task = None  # PEFT's models for tasks hand on input_ids, which a Whisper does not take
     raw = {
         "peft_type": PEFT_TYPE,
         "task_type": task,

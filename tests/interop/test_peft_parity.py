@@ -230,6 +230,31 @@ def test_rows_of_zeros_train_and_merge(steps):
     assert error(evaluated(ours.merge_and_unload(), x), expected) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rows_of_zeros_that_a_magnitude_of_zero_silences_stay_silent(dtype):
+    """As in files written here, of rows of zeros that were not trained."""
+    base = nn.Linear(24, 40, bias=False)
+    with torch.no_grad():
+        base.weight[5:9] = 0
+    theirs = one(base).to(dtype)
+    with torch.no_grad():
+        the_layer(theirs).lora_magnitude_vector["default"].weight[5:9] = 0
+    ours, x = twin(theirs), torch.randn(50, 24).to(dtype)
+    assert torch.equal(
+        the_layer(ours).lora_magnitude_vector["default"].weight,
+        the_layer(theirs).lora_magnitude_vector["default"].weight,
+    )
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+    assert evaluated(theirs, x)[:, 5:9].count_nonzero() == 0
+    assert evaluated(ours, x)[:, 5:9].float().abs().max() < 1e-25
+    assert error(evaluated(ours, x), evaluated(theirs, x)) < tolerance
+    assert_same_step(step(ours, x), step(theirs, x), tolerance)
+    for model in (theirs, ours):
+        with torch.no_grad():
+            the_layer(model).lora_magnitude_vector["default"].weight[5] = 0.5
+    assert error(evaluated(ours, x), evaluated(theirs, x)) < tolerance
+
+
 @pytest.mark.parametrize("options", [{"dilation": 2}, {"padding": 1, "padding_mode": "reflect"}], ids=str)
 def test_convolutions_that_peft_gets_wrong_equal_their_merged_selves(options):
     theirs = one(nn.Conv2d(6, 10, 3, **options))

@@ -19,6 +19,8 @@ ATTRIBUTE = "_doratune"
 """Where a PEFT layer keeps its service."""
 DROPOUTS = {"peft": True, "adapter": False}
 """Where dropout applies: to the base's correction and the low-rank path, as in PEFT, or to the low-rank path only."""
+SILENT = 1e-30
+"""A magnitude that silences a row as 0 does, without being 0."""
 REPACKING = "support_avx512bf16_for_cpu"
 """bitsandbytes' switch that ``quantised.prepare`` turns off."""
 
@@ -52,6 +54,9 @@ class Memory:
         self.dense_norm = self.keep_output = False
         self.zero_rows: Tensor | None = None
         """Rows where W, B and m were all 0: PEFT's 0/0."""
+        self.silent_rows: Tensor | None = None
+        """What keeps rows apart from those where W and m are 0, but not B: PEFT's output is 0 there, ``[out]``."""
+        self.shifted: Tensor | None = None
         self.seen: tuple[weakref.ref[Tensor], ...] = ()
         self.mode: bool | None = None
         self.versions: list[int] = []
@@ -66,6 +71,8 @@ class Memory:
         parameters = (adapter.A, adapter.B, adapter.m)
         if self.mode == layer.training and _same(self.seen, parameters) and not (reuse and self._changed(parameters)):
             return
+        if _same(self.seen, parameters):
+            self.start_zero_rows(adapter)  # a step may have moved B: such a row is told from a silent one by now only
         self.cache.clear()
         A, B, m = (t.detach() for t in adapter.matrices())
         bias = getattr(adapter.base, "bias", None)
@@ -75,14 +82,29 @@ class Memory:
                 return
             base = self.cache.base_squared(rows)
             zero = ((base == 0) & (m == 0)).nonzero().flatten()
-            self.zero_rows = zero if len(zero) else None
+            moved = B[zero].any(1)
+            self.zero_rows = zero[~moved] if not moved.all() else None
+            self.silent_rows = self.shifted = None
+            if moved.any():
+                self.silent_rows = torch.zeros_like(m, dtype=torch.float32).index_fill(0, zero[moved], SILENT)
             self.start_zero_rows(adapter)
             self.dense_norm, self.keep_output = choices(self.cache, rows, A, B, m, adapter.scale, bias)
+            self.keep_output &= self.silent_rows is None
         self.seen, self.mode = tuple(weakref.ref(p) for p in parameters), layer.training
         self.versions = _versions(parameters)
 
     def _changed(self, parameters: tuple[Tensor, ...]) -> bool:
         return self.versions != _versions(parameters)
+
+    def magnitude(self, m: Tensor, reuse: bool) -> Tensor:
+        """m, a little more where it would be taken for a plain LoRA row; to be remembered, the same object each time."""
+        if self.silent_rows is None:
+            return m
+        if not reuse:
+            return m.float() + self.silent_rows
+        if self.shifted is None:
+            self.shifted = m.float() + self.silent_rows
+        return self.shifted
 
     def start_zero_rows(self, adapter: PeftAdapter) -> None:
         """Give rows of zeros a magnitude, their norm, once B has moved: files and merges then say what we compute.
@@ -175,6 +197,7 @@ class Service:
                 memory.start_zero_rows(adapter)
         matrices = adapter.matrices()
         A, B, m = memory.stable(matrices) if reuse else matrices
+        m = memory.magnitude(m, reuse)
         options = Options(
             memory.cache,
             dropout=adapter.dropout,
