@@ -95,3 +95,11 @@ def test_patterns_match_whole_parts_of_a_path_and_the_first_wins():
     assert config.rank_of("my_q_proj") == 4
     assert config.rank_of("layers.1.up") == 3
     assert config.rank_of("layers.1.up.inner") == 4
+
+
+@pytest.mark.parametrize(
+    "option", ["targets", "exclude", "eight_bit_outputs", "modules_to_save", "rank_pattern", "alpha_pattern"]
+)
+def test_none_is_refused_by_the_options_name(option):
+    with pytest.raises(dt.AdapterError, match=f"{option} must .*; found None; leave it out for the default"):
+        dt.AdapterConfig(**{option: None})

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import doratune as dt
@@ -156,6 +157,50 @@ def test_an_expression_that_matches_nothing(targets):
 def test_what_excludes_nothing_is_an_error(exclude, words):
     """Silence would adapt the vision tower that was to be spared."""
     refused(tiny(), *words, exclude=exclude)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"rank_pattern": {"q_porj": 8}},
+            "'q_porj' matches no module that is adapted; did you mean q_proj",
+        ),
+        ({"alpha_pattern": {"up": 1.0}}, "alpha_pattern 'up' matches no module that is adapted"),
+        ({"eight_bit_outputs": ["qproj", "q_proj"]}, "eight_bit_outputs 'qproj' matches no module that is adapted"),
+        ({"eight_bit_outputs": "proj"}, "eight_bit_outputs 'proj' matches no module that is adapted"),
+    ],
+    ids=str,
+)
+def test_options_for_layers_that_are_not_adapted_are_errors(options, words):
+    refused(tiny(), words, targets=["q_proj", "v_proj"], **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"exclude": ".*"}, "modules that targets match are taken out by exclude '.*'"),
+        ({"targets": ["up"], "modules_to_save": ["up"]}, "are taken out by modules_to_save"),
+    ],
+    ids=str,
+)
+def test_what_empties_a_selection_is_named(options, words):
+    refused(tiny(), words, **options)
+
+
+def test_layers_without_a_shape_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4))
+    with pytest.raises(dt.AdapterError, match="weights of 1 have no shape yet; run a batch through the model first"):
+        dt.attach(model, dt.AdapterConfig(targets=["0"]))
+    model(torch.randn(2, 4))
+    dt.attach(model, dt.AdapterConfig())
+
+
+def test_pefts_layers_are_not_adapted_once_more():
+    wrapped = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+    with pytest.raises(dt.AdapterError, match=r"is PEFT's .* call dt.peft.accelerate"):
+        dt.attach(wrapped, dt.AdapterConfig())
+    dt.attach(wrapped.unload(), dt.AdapterConfig())
 
 
 def test_a_model_without_linear_layers():

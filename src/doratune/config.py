@@ -100,13 +100,31 @@ def matches(path: str, targets: str | Iterable[str]) -> bool:
 
 def _lookup(pattern: Mapping[str, _T], path: str, default: _T) -> _T:
     """The value of the first key that matches the path or its last parts (PEFT's rule)."""
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return pattern.get(path, default)
+    return next((value for key, value in pattern.items() if fits_pattern(path, key)), pattern.get(path, default))
+
+
+def fits_pattern(path: str, key: str) -> bool:
+    """Whether a key of a pattern matches a path or its last parts (PEFT's rule)."""
+    return re.match(rf"(.*\.)?({key})$", path) is not None
 
 
 def _problems(c: AdapterConfig) -> Iterator[str]:
+    wrong = list(_wrong_types(c))
+    yield from wrong or _wrong_values(c)
+
+
+def _wrong_types(c: AdapterConfig) -> Iterator[str]:
+    for name in ("targets", "exclude", "eight_bit_outputs", "modules_to_save"):
+        value: object = getattr(c, name)
+        if not isinstance(value, Iterable):
+            yield f"{name} must be module names; found {value!r}; leave it out for the default"
+    for name in ("rank_pattern", "alpha_pattern"):
+        value = getattr(c, name)
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            yield f"{name} must map module names to numbers; found {value!r}; leave it out for the default"
+
+
+def _wrong_values(c: AdapterConfig) -> Iterator[str]:
     kinds = {"method": Method, "init": Init, "norm_gradient": NormGradient, "norm_refresh": NormRefresh, "bias": Bias}
     for name, kind in kinds.items():
         value = getattr(c, name)

@@ -48,7 +48,9 @@ def attach(model: nn.Module, config: AdapterConfig, name: str = "default", *, tr
         AdapterError: listing every problem; the model is then unchanged.
     """
     root = unwrap(model)
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+    if not isinstance(config, AdapterConfig):
+        raise AdapterError(f"config: expected a doratune.AdapterConfig, found a {type(config).__name__}")
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise AdapterError(f"adapter name: expected letters, digits, '_' and '-'; found {name!r}")
     if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
         raise AdapterError(f"adapter name: torch's containers cannot hold an entry {name!r}; choose another name")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from doratune.config import ALL_LINEAR, AdapterConfig, matches
+from doratune.config import ALL_LINEAR, AdapterConfig, fits_pattern, matches
 from doratune.errors import AdapterError
 from doratune.layers import KINDS, AdaptedLayer, AdapterHolder, AttentionHost, Kind, SavedModule, kind_of
 from doratune.layers.attention import Projection, projections
@@ -89,6 +89,15 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
             f"targets: the model is itself a layer ({type(model).__name__}), and what holds an adapter has no place to "
             "stand in; wrap it, for example in nn.Sequential(model), and attach to that"
         )
+    theirs = next((path for path, m in modules.items() if type(m).__module__.startswith("peft.tuners.")), None)
+    if theirs is not None:
+        raise AdapterError(
+            f"targets: {theirs} is PEFT's ({type(modules[theirs]).__name__}), and its adapters would be adapted once "
+            "more; take them out first (merge_and_unload() or unload()), or keep them and call dt.peft.accelerate"
+        )
+    lazy = [path for path, m in modules.items() if any(nn.parameter.is_lazy(p) for p in m.parameters(recurse=False))]
+    if lazy:
+        raise AdapterError(f"targets: the weights of {lazy[0]} have no shape yet; run a batch through the model first")
     problems: list[str] = []
     selection = Selection()
     for name in config.modules_to_save:
@@ -102,12 +111,18 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
     everything = config.targets == ALL_LINEAR
     unserved: dict[str, str] = {}
     passed_over: dict[str, str] = {}
+    left_out: dict[str, str] = {}
     for path, module in modules.items():
         inside_saved = any(path == p or path.startswith(p + ".") for p in selection.saved)
         chosen = _is_linear(module) if everything else bool(path) and matches(path, config.targets)
         if everything and not chosen and hasattr(module, "qweight"):
             unserved[path] = refusal(modules, path) or ""  # else only the few linear layers beside would be adapted
-        if not chosen or inside_saved or _excluded(path, config.exclude):
+        if chosen and (inside_saved or _excluded(path, config.exclude)):
+            left_out[path] = (
+                "modules_to_save, which trains them whole" if inside_saved else f"exclude {config.exclude!r}"
+            )
+            continue
+        if not chosen:
             continue
         if everything and path in heads:
             selection.left_alone[path] = "output head"
@@ -131,10 +146,12 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
             if not any(matches(path, [target]) for path in modules):
                 problems.append(f"target {target!r} matches no module{_suggestion(target, modules)}")
     problems.extend(_vain_exclusions(config.exclude, modules))
+    if selection.layers and not problems and not unserved:
+        problems.extend(_vain_options(config, selection.layers, modules))
     if not selection.layers and not problems and not unserved:
         unserved = passed_over
         if not unserved:
-            problems.append(_nothing(config, modules, selection))
+            problems.append(_nothing(config, modules, selection, left_out))
     if problems or unserved:
         lines = [*problems, *(f"{path}: {reason}" for path, reason in unserved.items())]
         raise AdapterError.of("targets", lines, at_most=len(problems) + LISTED)
@@ -173,6 +190,19 @@ def _vain_exclusions(exclude: str | Sequence[str], modules: dict[str, nn.Module]
             f"exclude {exclude!r} matches only modules that contain others ({', '.join(matched[:LISTED])}) and leaves "
             f"nothing out; for what lies under them use {below!r} or the list {[matched[0]]}"
         )
+
+
+def _vain_options(config: AdapterConfig, adapted: Iterable[str], modules: dict[str, nn.Module]) -> Iterator[str]:
+    """Entries for single layers that fit none of those adapted: they would be adapted like the others."""
+    paths = list(adapted)
+    for option in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, option):
+            if key not in paths and not any(fits_pattern(path, key) for path in paths):
+                yield f"{option} {key!r} matches no module that is adapted{_suggestion(key, modules)}"
+    outputs = config.eight_bit_outputs
+    for name in [outputs] if isinstance(outputs, str) else outputs:
+        if name and not any(matches(path, outputs if isinstance(outputs, str) else [name]) for path in paths):
+            yield f"eight_bit_outputs {name!r} matches no module that is adapted{_suggestion(name, modules)}"
 
 
 def outermost(paths: Iterable[str]) -> list[str]:
@@ -222,7 +252,12 @@ def _suggestion(name: str, modules: dict[str, nn.Module]) -> str:
     return f"; modules that can be adapted here: {', '.join(names[:12]) or 'none'}"
 
 
-def _nothing(config: AdapterConfig, modules: dict[str, nn.Module], selection: Selection) -> str:
+def _nothing(
+    config: AdapterConfig, modules: dict[str, nn.Module], selection: Selection, left_out: dict[str, str]
+) -> str:
+    if left_out:
+        why = " and ".join(sorted(set(left_out.values())))
+        return f"nothing is left to adapt: all {len(left_out)} modules that targets match are taken out by {why}"
     if config.targets == ALL_LINEAR:
         reasons = "".join(f"; {path}: {reason}" for path, reason in list(selection.left_alone.items())[:5])
         return f"the model has no linear layer to adapt{reasons or '; name other layers in targets'}"

@@ -97,7 +97,7 @@ class Memory:
         return self.versions != _versions(parameters)
 
     def magnitude(self, m: Tensor, reuse: bool) -> Tensor:
-        """m, a little more where it would be taken for a plain LoRA row; to be remembered, the same object each time."""
+        """m, a little more where a row would be taken for plain LoRA; with ``reuse`` the same object each time."""
         if self.silent_rows is None:
             return m
         if not reuse:
