@@ -25,4 +25,5 @@ def taken_for_experts(model: nn.Module, paths: Iterable[str]) -> list[str]:
 def _layout(model: nn.Module) -> str:
     own = getattr(getattr(model, "config", None), "model_type", "")
     mapping = sys.modules.get("transformers.conversion_mapping")  # transformers 5 has it loaded with the model
-    return getattr(mapping, "_MODEL_TO_CONVERSION_PATTERN", {}).get(own, own)
+    layouts = {"mixtral": "mixtral", **getattr(mapping, "_MODEL_TO_CONVERSION_PATTERN", {})}  # as in PEFT
+    return layouts.get(own, "")
