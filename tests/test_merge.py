@@ -319,3 +319,15 @@ def test_a_weight_made_by_a_hook_is_refused_before_anything_changes(change, veri
         dt.merge(model, verify=verify)
     assert_same(before, snapshot(model))
     assert torch.equal(model(x), expected)
+
+
+def test_a_loop_that_led_to_near_cancellation_is_merged():
+    """Nothing but the adapter's values tells that the factored norm has lost its digits meanwhile."""
+    torch.manual_seed(0)
+    model = dt.attach(nn.Sequential(nn.Linear(8, 16)), dt.AdapterConfig(rank=8, alpha=8))
+    layer = model[0]
+    with torch.no_grad():
+        layer.lora_A["default"].copy_(torch.eye(8))
+        layer.lora_B["default"].copy_(-0.999 * layer.base_layer.weight)
+    assert not layer.adapters["default"].dense_norm
+    dt.merge(model, verify=True)
