@@ -20,7 +20,7 @@ from doratune.config import AdapterConfig
 from doratune.errors import AdapterError
 from doratune.layers.adapted import AdaptedLayer
 from doratune.layers.cache import without_autocast
-from doratune.layers.holder import base_attribute
+from doratune.layers.holder import StandIn, base_attribute
 from doratune.layers.kind import Kind, Options
 from doratune.layers.loading import accept_plain_keys_below
 from doratune.layers.weights import WeightRows
@@ -154,14 +154,14 @@ def weight_and_bias(
     return W, bias if options.bias is None or bias is None else options.bias.to(bias.dtype)
 
 
-class AttentionHost(nn.Module):
+class AttentionHost(StandIn):
     """Stands in the place of an ``nn.MultiheadAttention`` and runs it with adapted weights."""
 
+    base_layer: nn.MultiheadAttention
+
     def __init__(self, attention: nn.MultiheadAttention) -> None:
-        super().__init__()
-        self.base_layer = attention
+        super().__init__(attention)
         self._projections = nn.ModuleDict(projections(attention))
-        self.training = attention.training
         self.register_load_state_dict_pre_hook(accept_plain_keys_below)
 
     def active_layers(self) -> Iterator[tuple[str, AdaptedLayer]]:
