@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from doratune.errors import AdapterError
+from doratune.cli.common import check, say
 from doratune.study.analysis import PAPER, Analysis, Spectra, analyze
 
 if TYPE_CHECKING:
@@ -62,9 +62,7 @@ class Analyze:
 
 def run(options: Analyze) -> int:
     """Read, compare, write the page, print the correlations."""
-    found = list(options.problems())
-    if found:
-        raise AdapterError.of("these options cannot work", found)
+    check(options.problems())
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -103,8 +101,8 @@ def run(options: Analyze) -> int:
     out = Console(emoji=False)
     out.print(_table(analysis))
     for line in _left_out(analysis):
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
-    out.print(f"Report: {page}", markup=False, highlight=False, soft_wrap=True)
+        say(out, line)
+    say(out, f"Report: {page}")
     return 0
 
 

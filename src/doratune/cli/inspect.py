@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 from dataclasses import asdict, dataclass
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 from rich.markup import escape
+
+from doratune.cli.common import say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -119,9 +120,8 @@ def _common_beginning(paths: list[str]) -> str:
 
 def _print(out: Console, report: FileReport, moved: dict[str, Decomposition], unfit: list[str]) -> None:
     config = report.config
-    plain = functools.partial(out.print, markup=False, highlight=False, soft_wrap=True)  # paths may hold anything
-    plain(f"{report.folder}: {report.method}, rank {config.rank}, alpha {config.alpha:g}")
-    plain(f"base model: {report.base_model or 'not named'}; task: {report.task or 'not named'}")
+    say(out, f"{report.folder}: {report.method}, rank {config.rank}, alpha {config.alpha:g}")
+    say(out, f"base model: {report.base_model or 'not named'}; task: {report.task or 'not named'}")
     saved = f" and {len(report.saved)} tensors trained whole" if report.saved else ""
     out.print(
         f"{len(report.layers)} adapted layers{saved}, {report.parameters:,} parameters, {report.bytes / 1e6:.1f} MB"
@@ -133,6 +133,6 @@ def _print(out: Console, report: FileReport, moved: dict[str, Decomposition], un
         if lines:
             out.print(f"[bold]{heading}[/bold] ({len(lines)}):")
             for line in lines[:20]:
-                plain(f"  - {line}")
+                say(out, f"  - {line}")
             if lines[20:]:
                 out.print(f"  and {len(lines) - 20} more; --json lists all")
