@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from doratune.cli.common import check, say
+from doratune.extras import require
 from doratune.study.analysis import PAPER, Analysis, Spectra, analyze
+from doratune.study.correlation import CONFIDENCE
+from doratune.study.runs import base_folder, labels_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -66,9 +69,6 @@ def run(options: Analyze) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from doratune.extras import require
-    from doratune.study.runs import base_folder, labels_of
-
     if not options.json:
         require("matplotlib", "study")
         require("jinja2", "study")
@@ -112,7 +112,6 @@ def _table(analysis: Analysis) -> Table:
     from rich.table import Table
 
     from doratune.study.analysis_plots import METHODS, interval, number
-    from doratune.study.correlation import CONFIDENCE
 
     table = Table(title="correlation of ΔD with ΔM", box=SIMPLE_HEAD, pad_edge=False)
     table.caption = f"intervals: {CONFIDENCE:.0%}, bootstrapped over layers; paper: VL-BART, query and value"

@@ -12,13 +12,14 @@ import tyro
 from rich.markup import escape
 
 from doratune.cli.common import say
+from doratune.study.adapter_file import FileReport, inspect_adapter
+from doratune.study.analysis import analyze
+from doratune.study.decompose import Decomposition
+from doratune.study.runs import base_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-
-    from doratune.study.adapter_file import FileReport
-    from doratune.study.decompose import Decomposition
 
 CHANGES = ("dM/|w|", "dD", "eff.", "new")
 
@@ -39,8 +40,6 @@ def run(options: Inspect) -> int:
     """Read the folder, with a base model load that too, and print."""
     from rich.console import Console
 
-    from doratune.study.adapter_file import inspect_adapter
-
     report = inspect_adapter(options.adapter)
     moved: dict[str, Decomposition] = {}
     unfit: dict[str, str] = {}
@@ -55,9 +54,6 @@ def run(options: Inspect) -> int:
 
 def _moved(adapter: Path, base: str) -> tuple[dict[str, Decomposition], dict[str, str]]:
     """By the adapter's own paths what it does to the base, and what could not be compared, with the reason."""
-    from doratune.study.analysis import analyze
-    from doratune.study.runs import base_folder
-
     run = analyze(base_folder(base), {"adapter": adapter}).runs[0]
     moved = {point.own_path: point.change for point in run.points}
     return moved, {path: reason for path, reason in run.left_out.items() if reason in run.troubling}

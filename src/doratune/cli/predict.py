@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from doratune.cli.common import check, say
-from doratune.train.config import Dtype
+from doratune.train.config import Dtype, TrainConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,7 +78,6 @@ def run(options: Predict) -> int:
     from doratune.inference.inputs import read_pictures, read_texts
     from doratune.inference.predictions import Score, csv_file, record
     from doratune.inference.predictor import Classifier, Predictor
-    from doratune.train.config import TrainConfig
     from doratune.train.models import choose_dtype
     from doratune.train.quiet import quiet_libraries
 

@@ -10,7 +10,10 @@ from typing import Any
 import tyro
 
 from doratune.cli.common import say
+from doratune.distributed import leave_group
 from doratune.train.config import TrainConfig
+from doratune.train.output import CURVES, METRICS, RECIPE, RESULTS
+from doratune.train.processes import is_first_asked
 from doratune.train.recipe import explain, find_recipe, load_recipe
 
 __all__ = ["TrainConfig", "from_recipe", "run"]
@@ -40,14 +43,11 @@ def run(config: TrainConfig) -> int:
     if config.print_recipe:
         print(explain(config))
         return 0
-    from doratune.train.output import CURVES, METRICS, RECIPE, RESULTS
     from doratune.train.run import check, train
 
     check(config)  # before the libraries are imported, which takes seconds
     from rich.console import Console
 
-    from doratune.distributed import leave_group
-    from doratune.train.processes import is_first_asked
     from doratune.train.quiet import quiet_libraries
 
     quiet_libraries()
