@@ -253,18 +253,18 @@ class NoNestedTensors:
     """
 
     def __init__(self) -> None:
-        self.before: bool | None = None
+        self.switched_off = False
 
     def enter(self, encoder: nn.Module, args: Any) -> None:
         """Before the forward."""
         if torch.compiler.is_compiling() or not getattr(encoder, "use_nested_tensor", False):
             return
         if any(isinstance(m, AdaptedLayer) and m.enabled and m.active is not None for m in encoder.modules()):
-            self.before = True
+            self.switched_off = True
             encoder.use_nested_tensor = False  # type: ignore[assignment]
 
     def leave(self, encoder: nn.Module, args: Any, output: Any) -> None:
         """After the forward, whether it failed or not."""
-        if self.before is not None:
-            encoder.use_nested_tensor = self.before  # type: ignore[assignment]
-            self.before = None
+        if self.switched_off:
+            encoder.use_nested_tensor = True  # type: ignore[assignment]
+            self.switched_off = False
