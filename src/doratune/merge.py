@@ -22,7 +22,7 @@ from doratune.model import active_adapter, unhold
 from doratune.ops import row_norm
 from doratune.ops.hardware import full_precision
 from doratune.preparation import thaw, trained_before
-from doratune.targets import adapted_layers, holders, plain_path, unwrap
+from doratune.targets import adapted_layers, holders, plain_path, shared_parameters, unwrap
 
 log = logging.getLogger("doratune")
 
@@ -173,7 +173,7 @@ def merge(model: nn.Module, verify: bool = False) -> nn.Module:
                 )
     if problems:
         raise AdapterError.of("merge", problems)
-    shared = _shared_parameters(root)
+    shared = shared_parameters(root)
     trained = trained_before(root)
     dtype = next((p.dtype for _, p in plain_parameters(root) if p.is_floating_point()), torch.float32)
     untied = False
@@ -281,21 +281,6 @@ def _tie_nothing(root: nn.Module) -> None:
         return
     for config in configs:
         config.tie_word_embeddings = False  # type: ignore[union-attr]
-    seen: set[int] = set()
-    for module in root.modules():
-        for name, parameter in module._parameters.items():
-            if id(parameter) in seen:
-                module._parameters[name] = copy.deepcopy(parameter)
-            elif parameter is not None:
-                seen.add(id(parameter))
-
-
-def _shared_parameters(root: nn.Module) -> set[int]:
-    """Parameters that hang in the model more than once."""
-    seen: set[int] = set()
-    shared: set[int] = set()
-    for module in root.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                (shared if id(parameter) in seen else seen).add(id(parameter))
-    return shared
+    for _, *others in shared_parameters(root).values():
+        for module, name in others:
+            module._parameters[name] = copy.deepcopy(module._parameters[name])

@@ -233,6 +233,16 @@ def occurrences(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, st
     return [(parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is module]
 
 
+def shared_parameters(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Parameters that hang in the model more than once, by id: every place, module and name."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((module, name))
+    return {key: found for key, found in places.items() if len(found) > 1}
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own model inside what runs it: DistributedDataParallel, DataParallel, DeepSpeed or torch.compile."""
     while True:
