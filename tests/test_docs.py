@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import pkgutil
 import re
 from pathlib import Path
 
@@ -32,10 +33,22 @@ def test_it_names_everything_public():
             found = getattr(module, name)
             shown = f"{prefix}{name}"
             if not inspect.isclass(found):
-                whole = inspect.signature(found)
-                bare = [p.replace(annotation=p.empty) for p in whole.parameters.values()]
-                shown += str(whole.replace(parameters=bare, return_annotation=whole.empty)).replace("'", '"')
+                shown += signature(found)
             assert f"`{shown}" in PAGE
+
+
+def test_what_it_names_by_its_whole_path_is_there():
+    rows = re.findall(r"^\| `(doratune\.[\w.]+)(\(.*?\))` \|", PAGE, re.MULTILINE)
+    assert len(rows) == 5
+    for path, shown in rows:
+        assert signature(pkgutil.resolve_name(path)) == shown
+
+
+def signature(found):
+    """As a reader wants it: without types."""
+    whole = inspect.signature(found)
+    bare = [p.replace(annotation=p.empty) for p in whole.parameters.values()]
+    return str(whole.replace(parameters=bare, return_annotation=whole.empty)).replace("'", '"')
 
 
 def test_it_lists_the_options_of_an_adapter_with_their_defaults():

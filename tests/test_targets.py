@@ -455,6 +455,39 @@ def test_paths_are_those_of_the_plain_model():
     assert set(plain_modules(model)) == plain
 
 
+class NamedAsOurs(nn.Module):
+    """A user's module whose parts have the names that stand-ins give theirs."""
+
+    def __init__(self):
+        super().__init__()
+        self._projections = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+        self.base_layer = nn.Linear(8, 8)
+        self.attention = nn.MultiheadAttention(8, 2)
+
+    def forward(self, x):
+        for layer in (*self._projections, self.base_layer):
+            x = layer(x)
+        return self.attention(x, x, x)[0]
+
+
+def test_parts_of_the_users_may_have_the_names_that_ours_have(tmp_path):
+    own = ["_projections.0", "_projections.1", "base_layer"]
+    model = nn.Sequential(NamedAsOurs())
+    before = snapshot(model)
+    dt.attach(model, dt.AdapterConfig(rank=2))
+    assert paths(model) == {f"0.{name}" for name in (*own, *(f"attention.{n}_proj" for n in ("q", "k", "v", "out")))}
+    dt.detach(model)
+    assert_same(snapshot(model), before)
+    dt.attach(model, dt.AdapterConfig(rank=2, targets=own))
+    move(model)
+    dt.save_adapter(model, tmp_path / "adapter")
+    x = torch.randn(3, 8)
+    expected = model(x)
+    dt.detach(model)
+    dt.load_adapter(model, tmp_path / "adapter")
+    assert torch.equal(model(x), expected)
+
+
 def test_wrapped_blocks_keep_their_plain_paths():
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 

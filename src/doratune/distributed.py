@@ -19,7 +19,7 @@ from doratune.layers import Kind
 from doratune.layers.holder import plain_parameters
 from doratune.layers.sharded import assign, refusal, whole
 from doratune.layers.weights import is_dtensor
-from doratune.targets import adapted_layers, plain_modules, saved_modules, unwrap
+from doratune.targets import adapted_layers, plain_modules, saved_modules, shared_parameters, unwrap
 
 
 def processes() -> int:
@@ -124,11 +124,12 @@ def load_base(model: nn.Module, folder: str | os.PathLike[str], device: str | to
     from torch.distributed.checkpoint.state_dict_loader import load
 
     root = unwrap(model)
-    tied = _places_of_shared(root)
+    shared = shared_parameters(root)
     root._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
-    for (owner, own), *others in tied:
-        for module, name in others:
-            module._parameters[name] = owner._parameters[own]
+    for (owner, own), *others in shared.values():  # off the meta device every module got one of its own
+        if not is_dtensor(owner._parameters[own]):  # or they are FSDP's
+            for module, name in others:
+                module._parameters[name] = owner._parameters[own]
     state: dict[str, Tensor] = {}
     seen: set[int] = set()
     reader = HuggingFaceStorageReader(str(folder))
@@ -147,16 +148,6 @@ def load_base(model: nn.Module, folder: str | os.PathLike[str], device: str | to
     initialise(root)
     for layer in adapted_layers(root).values():
         layer.cache.clear()
-
-
-def _places_of_shared(root: nn.Module) -> list[list[tuple[nn.Module, str]]]:
-    """Where each shared parameter hangs: off the meta device every module gets one of its own. DTensors are FSDP's."""
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in root.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and not is_dtensor(parameter):
-                places.setdefault(id(parameter), []).append((module, name))
-    return [found for found in places.values() if len(found) > 1]
 
 
 def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, object]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +14,14 @@ from doratune.layers import AdaptedLayer, SavedModule, sharded
 from doratune.layers.attention import Projection
 from doratune.layers.cache import without_autocast
 from doratune.layers.holder import plain_parameters
-from doratune.layers.quantised import library_of, requantisation_loss
-from doratune.layers.weights import is_offloaded, is_transformers_conv1d
+from doratune.layers.quantised import requantisation_loss
+from doratune.layers.weights import is_offloaded
+from doratune.merged_config import forget_quantisation, tie_nothing
 from doratune.model import active_adapter, unhold
 from doratune.ops import row_norm
 from doratune.ops.hardware import full_precision
 from doratune.preparation import thaw, trained_before
-from doratune.targets import adapted_layers, holders, plain_path, unwrap
+from doratune.targets import adapted_layers, holders, plain_path, shared_parameters, unwrap
 
 log = logging.getLogger("doratune")
 
@@ -181,7 +180,7 @@ def merge(model: nn.Module, verify: bool = False) -> nn.Module:
                 )
     if problems:
         raise AdapterError.of("merge", problems)
-    shared = _shared_parameters(root)
+    shared = shared_parameters(root)
     trained = trained_before(root)
     dtype = next((p.dtype for _, p in plain_parameters(root) if p.is_floating_point()), torch.float32)
     untied = False
@@ -205,7 +204,7 @@ def merge(model: nn.Module, verify: bool = False) -> nn.Module:
     thaw(root)
     for n, p in root.named_parameters():
         p.requires_grad_(plain_path(n) in trained)
-    _forget_quantisation(root)
+    forget_quantisation(root)
     if losses:
         log.warning(
             "merge: %d quantised layers are now of full precision; quantising them the same way again would change "
@@ -215,7 +214,7 @@ def merge(model: nn.Module, verify: bool = False) -> nn.Module:
             100 * max(losses),
         )
     if untied:
-        _tie_nothing(root)
+        tie_nothing(root)
     return model
 
 
@@ -237,73 +236,3 @@ def _problem(layer: AdaptedLayer, name: str) -> str | None:
     if sharded.largest(tensors[0], float(not finite)):
         return "the merged weight or bias is not finite; the adapter holds NaN, infinite or far too large values"
     return None
-
-
-def _forget_quantisation(root: nn.Module) -> None:
-    """A transformers model without a quantised layer left is saved and loaded as a plain one, others as they are."""
-    config = getattr(root, "config", None)
-    if not hasattr(config, "quantization_config"):
-        return
-    # When it saves, transformers would undo how it read quantised weights, and for bitsandbytes' 4 bits it cannot.
-    if conversions := getattr(root, "_weight_conversions", None):
-        root._weight_conversions = [c for c in conversions if _can_be_undone(c)]  # type: ignore[assignment]
-    if any(library_of(m) for m in root.modules()):
-        _name_plain_layers(root, config.quantization_config)  # type: ignore[union-attr]
-        return
-    del config.quantization_config  # type: ignore[union-attr]
-    for name, value in (("is_quantized", False), ("hf_quantizer", None), ("quantization_method", None)):
-        if hasattr(root, name):
-            setattr(root, name, value)
-    for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "_hf_peft_config_loaded"):
-        if getattr(root, name, False):
-            setattr(root, name, False)
-
-
-def _can_be_undone(conversion: Any) -> bool:
-    try:
-        conversion.reverse_transform()
-    except NotImplementedError:
-        return False
-    return True
-
-
-def _name_plain_layers(root: nn.Module, options: Any) -> None:
-    """List the linear layers that are not quantised; a list replaces transformers' own, which leaves out the head."""
-    linear = [p for p, m in root.named_modules() if isinstance(m, nn.Linear) or is_transformers_conv1d(m)]
-    plain = [path for path in linear if library_of(root.get_submodule(path)) is None]
-    for name in ("llm_int8_skip_modules", "modules_to_not_convert"):  # bitsandbytes, torchao
-        if hasattr(options, name):
-            setattr(options, name, sorted({*(getattr(options, name) or ()), *plain}))
-
-
-def _tie_nothing(root: nn.Module) -> None:
-    """Have a transformers model tie no embeddings.
-
-    Its option is for all of them, so that those still tied (BART ties four) become separate weights, too: only one of
-    them would be saved.
-    """
-    configs = [getattr(module, "config", None) for module in root.modules()]
-    configs.append(getattr(configs[0], "text_config", None))
-    configs = [config for config in configs if hasattr(config, "tie_word_embeddings")]
-    if not configs:
-        return
-    for config in configs:
-        config.tie_word_embeddings = False  # type: ignore[union-attr]
-    seen: set[int] = set()
-    for module in root.modules():
-        for name, parameter in module._parameters.items():
-            if id(parameter) in seen:
-                module._parameters[name] = copy.deepcopy(parameter)
-            elif parameter is not None:
-                seen.add(id(parameter))
-
-
-def _shared_parameters(root: nn.Module) -> set[int]:
-    """Parameters that hang in the model more than once."""
-    seen: set[int] = set()
-    shared: set[int] = set()
-    for module in root.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                (shared if id(parameter) in seen else seen).add(id(parameter))
-    return shared

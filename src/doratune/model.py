@@ -13,7 +13,7 @@ from torch import nn
 from doratune.config import AdapterConfig
 from doratune.distributed import is_fully_sharded, refuse_unattachable
 from doratune.errors import AdapterError
-from doratune.layers import AdaptedLayer, AdapterHolder, AttentionHost, SavedModule
+from doratune.layers import AdaptedLayer, AdapterHolder, AttentionHost, SavedModule, StandIn
 from doratune.layers.attention import AttentionProjection
 from doratune.layers.holder import plain
 from doratune.preparation import freeze, let_inputs_require_grad, prepare, thaw
@@ -114,7 +114,7 @@ def _module_at(root: nn.Module, path: str, hosts: dict[str, AttentionHost]) -> n
         while True:
             if isinstance(module, AttentionHost) and part in module._projections:
                 module = module._projections
-            elif isinstance(module, AttentionHost | AdapterHolder):
+            elif isinstance(module, StandIn):
                 module = module.base_layer
             else:
                 wrapped = next((n for n in WRAPPER_NAMES if n in module._modules), None)

@@ -11,15 +11,17 @@ from torch import nn
 
 from doratune.config import ALL_LINEAR, AdapterConfig, fits_pattern, matches
 from doratune.errors import AdapterError
-from doratune.layers import KINDS, AdaptedLayer, AdapterHolder, AttentionHost, Kind, SavedModule, kind_of
+from doratune.layers import KINDS, AdaptedLayer, AdapterHolder, Kind, SavedModule, StandIn, kind_of
 from doratune.layers.attention import Projection, projections
 from doratune.layers.bypass import reader
 from doratune.layers.holder import plain, plain_parameters
 
 HEAD_NAMES = ("classifier", "score", "lm_head", "head", "classification_head", "qa_outputs")
 """Names of output heads, for models that cannot be asked."""
-WRAPPER_NAMES = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_projections")
-"""What torch.compile, activation checkpointing, FSDP and our attention hosts add to paths of modules."""
+WRAPPER_NAMES = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""What torch.compile, activation checkpointing and FSDP add to paths of modules."""
+STAND_IN_NAMES = ("base_layer", "_projections")
+"""What our stand-ins add to them; modules of the user's may have parts with these names, too."""
 LISTED = 5
 """Modules of one trouble that an error names."""
 
@@ -47,20 +49,17 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if own_parts and raw.startswith(own_parts):
             continue
         dot = raw + "." if raw else ""
-        if isinstance(module, AdapterHolder | AttentionHost):
+        if isinstance(module, StandIn):
             standing_in.add(raw)
         if isinstance(module, AdaptedLayer):
             own_parts += tuple(f"{dot}{name}" for name in module._modules if name != "base_layer")
         elif isinstance(module, SavedModule):
             own_parts += (f"{dot}copies",)
         parts = raw.split(".")
-        if parts[-1] == "_projections":
+        added = [i for i, n in enumerate(parts) if n in STAND_IN_NAMES and ".".join(parts[:i]) in standing_in]
+        if parts[-1] == "_projections" and len(parts) - 1 in added:
             continue
-        kept = [
-            part
-            for i, part in enumerate(parts)
-            if part not in WRAPPER_NAMES and not (part == "base_layer" and ".".join(parts[:i]) in standing_in)
-        ]
+        kept = [part for i, part in enumerate(parts) if part not in WRAPPER_NAMES and i not in added]
         yield ".".join(kept), module
 
 
@@ -69,8 +68,7 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
 
     The projections of an ``nn.MultiheadAttention``, which are no modules, are listed as if they were.
     """
-    standing_in = AdapterHolder | AttentionHost | Projection
-    modules = {path: module for path, module in walk(model) if not isinstance(module, standing_in)}
+    modules = {path: module for path, module in walk(model) if not isinstance(module, StandIn | Projection)}
     for path, module in list(modules.items()):
         if isinstance(module, nn.MultiheadAttention):
             modules.update({f"{path}.{name}".lstrip("."): p for name, p in projections(module).items()})
@@ -268,6 +266,16 @@ def _nothing(
 def occurrences(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
     """Every place, parent and attribute, where a module hangs in the model; shared modules hang in several."""
     return [(parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is module]
+
+
+def shared_parameters(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Parameters that hang in the model more than once, by id: every place, module and name."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((module, name))
+    return {key: found for key, found in places.items() if len(found) > 1}
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -175,11 +175,11 @@ def test_resume_goes_on(assets, tmp_path, capsys):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_an_error_is_told_without_waiting_for_other_processes(assets, tmp_path, capsys, monkeypatch, fails):
-    import doratune.distributed
+    import doratune.cli.train
     import doratune.train.run
 
     left = []
-    monkeypatch.setattr(doratune.distributed, "leave_group", lambda: left.append(True))
+    monkeypatch.setattr(doratune.cli.train, "leave_group", lambda: left.append(True))
     if fails:
 
         def fail(*_):

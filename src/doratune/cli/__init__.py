@@ -111,8 +111,6 @@ def _write_nowhere() -> None:
 
 def _nobody_reads() -> bool:
     """Whether it is stdout that broke, and not some pipe between a run's processes."""
-    if not hasattr(select, "poll"):  # Windows
-        return True
     if sys.stdout is None:
         return False
     poll = select.poll()

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from doratune.errors import AdapterError
+from doratune.cli.common import check, say
+from doratune.extras import require
 from doratune.study.analysis import PAPER, Analysis, Spectra, analyze
+from doratune.study.correlation import CONFIDENCE
+from doratune.study.runs import base_folder, labels_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -62,14 +65,9 @@ class Analyze:
 
 def run(options: Analyze) -> int:
     """Read, compare, write the page, print the correlations."""
-    found = list(options.problems())
-    if found:
-        raise AdapterError.of("these options cannot work", found)
+    check(options.problems())
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from doratune.extras import require
-    from doratune.study.runs import base_folder, labels_of
 
     if not options.json:
         require("matplotlib", "study")
@@ -103,8 +101,8 @@ def run(options: Analyze) -> int:
     out = Console(emoji=False)
     out.print(_table(analysis))
     for line in _left_out(analysis):
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
-    out.print(f"Report: {page}", markup=False, highlight=False, soft_wrap=True)
+        say(out, line)
+    say(out, f"Report: {page}")
     return 0
 
 
@@ -114,7 +112,6 @@ def _table(analysis: Analysis) -> Table:
     from rich.table import Table
 
     from doratune.study.analysis_plots import METHODS, interval, number
-    from doratune.study.correlation import CONFIDENCE
 
     table = Table(title="correlation of ΔD with ΔM", box=SIMPLE_HEAD, pad_edge=False)
     table.caption = f"intervals: {CONFIDENCE:.0%}, bootstrapped over layers; paper: VL-BART, query and value"

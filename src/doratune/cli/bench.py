@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import tyro
 
+from doratune.cli.common import check
 from doratune.config import AdapterConfig
-from doratune.errors import AdapterError
 from doratune.train.config import Dtype
 
 if TYPE_CHECKING:
@@ -65,9 +65,7 @@ class Bench:
 
 def run(options: Bench) -> int:
     """Load, race, print."""
-    found = list(options.problems())
-    if found:
-        raise AdapterError.of("these options cannot work", found)
+    check(options.problems())
     from rich.console import Console
     from rich.progress import Progress
 

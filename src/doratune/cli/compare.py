@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from doratune.errors import AdapterError, Interrupted
+from doratune.cli.common import check, say
+from doratune.errors import Interrupted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,9 +67,7 @@ def run(options: Compare) -> int:
     from doratune.train.quiet import quiet_libraries
 
     comparison = recipe.load(options.recipe, options.seeds)
-    found = [*options.problems(), *_of_runs(comparison, options.output)]
-    if found:
-        raise AdapterError.of("these options cannot work", found)
+    check([*options.problems(), *_of_runs(comparison, options.output)])
     quiet_libraries()
     from doratune.study.comparison.findings import find
     from doratune.study.comparison.report import write_report
@@ -84,7 +83,7 @@ def run(options: Compare) -> int:
         try:
             outcomes = run_all(comparison, study, options.output, options.workers, progress.watch)
         except KeyboardInterrupt:
-            progress.say(f"Interrupted; {max(0, progress.over)} runs are kept. The same command goes on.")
+            say(errors, f"Interrupted; {max(0, progress.over)} runs are kept. The same command goes on.")
             raise Interrupted from None
     findings = find(comparison, outcomes)
     page = write_report(findings, options.output / "report")
@@ -137,9 +136,6 @@ class _Progress:
     def __exit__(self, *_: Any) -> None:
         self.bar.stop()
 
-    def say(self, line: str) -> None:
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
     def watch(self, over: list[Outcome], count: int, running: int) -> None:
         if len(over) == self.over:
             return
@@ -154,10 +150,10 @@ class _Progress:
             result = "diverged" if score is None else f"{number(score, unit)} {unit}"
             told = f"{done.trial.stage}: {name_of(self.comparison, done.trial)}: {result}"
             if not self.console.is_terminal:
-                self.say(f"[{len(self.told)}/{count}] {told}")
+                say(self.console, f"[{len(self.told)}/{count}] {told}")
         self.bar.update(self.task, completed=len(over), total=count, told=told)
         if not over and not self.console.is_terminal:
-            self.say(f"[0/{count}] {told}")
+            say(self.console, f"[0/{count}] {told}")
 
 
 def _print(findings: Findings, page: Path) -> None:
@@ -190,4 +186,4 @@ def _print(findings: Findings, page: Path) -> None:
     for line in (*told, sentences.about_edges(findings), *sentences.about_ranks(findings), *findings.problems):
         if line:
             out.print(line, markup=False, highlight=False)
-    out.print(f"Written to {page.parent}: {page.name}", markup=False, highlight=False, soft_wrap=True)
+    say(out, f"Written to {page.parent}: {page.name}")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 import tyro
 
+from doratune.cli.common import check, say
 from doratune.config import AdapterConfig, Method
-from doratune.errors import AdapterError
 from doratune.train.config import Quantize
 
 if TYPE_CHECKING:
@@ -73,9 +73,7 @@ class EstimateOptions:
 
 def run(options: EstimateOptions) -> int:
     """Estimate and print."""
-    found = list(options.problems())
-    if found:
-        raise AdapterError.of("these options cannot work", found)
+    check(options.problems())
     from rich.console import Console
 
     from doratune.study.estimate import estimate
@@ -102,7 +100,7 @@ def run(options: EstimateOptions) -> int:
     console = Console(emoji=False)
     console.print(_table(options, result))
     for line in ASSUMPTIONS:
-        console.print(f"assumed: {line}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"assumed: {line}")
     return 0
 
 

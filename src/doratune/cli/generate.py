@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from doratune.cli.common import check
 from doratune.errors import AdapterError
 from doratune.inference.sampling import Sampling
 from doratune.train.config import Dtype
@@ -93,9 +94,7 @@ def run(options: Generate) -> int:
     from doratune.inference.writer import Writer
     from doratune.train.quiet import quiet_libraries
 
-    problems = list(options.problems())
-    if problems:
-        raise AdapterError.of("these options cannot work", problems)
+    check(options.problems())
     sources = find_sources(options.adapters, options.base)
     if options.compare and not sources.adapters:
         raise AdapterError("compare needs an adapter; found the base model only")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 from dataclasses import asdict, dataclass
@@ -12,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 import tyro
 from rich.markup import escape
 
+from doratune.cli.common import say
+from doratune.study.adapter_file import FileReport, inspect_adapter
+from doratune.study.analysis import analyze
+from doratune.study.decompose import Decomposition
+from doratune.study.runs import base_folder
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-
-    from doratune.study.adapter_file import FileReport
-    from doratune.study.decompose import Decomposition
 
 CHANGES = ("dM/|w|", "dD", "eff.", "new")
 
@@ -38,8 +40,6 @@ def run(options: Inspect) -> int:
     """Read the folder, with a base model load that too, and print."""
     from rich.console import Console
 
-    from doratune.study.adapter_file import inspect_adapter
-
     report = inspect_adapter(options.adapter)
     moved: dict[str, Decomposition] = {}
     unfit: dict[str, str] = {}
@@ -54,9 +54,6 @@ def run(options: Inspect) -> int:
 
 def _moved(adapter: Path, base: str) -> tuple[dict[str, Decomposition], dict[str, str]]:
     """By the adapter's own paths what it does to the base, and what could not be compared, with the reason."""
-    from doratune.study.analysis import analyze
-    from doratune.study.runs import base_folder
-
     run = analyze(base_folder(base), {"adapter": adapter}).runs[0]
     moved = {point.own_path: point.change for point in run.points}
     return moved, {path: reason for path, reason in run.left_out.items() if reason in run.troubling}
@@ -119,9 +116,8 @@ def _common_beginning(paths: list[str]) -> str:
 
 def _print(out: Console, report: FileReport, moved: dict[str, Decomposition], unfit: list[str]) -> None:
     config = report.config
-    plain = functools.partial(out.print, markup=False, highlight=False, soft_wrap=True)  # paths may hold anything
-    plain(f"{report.folder}: {report.method}, rank {config.rank}, alpha {config.alpha:g}")
-    plain(f"base model: {report.base_model or 'not named'}; task: {report.task or 'not named'}")
+    say(out, f"{report.folder}: {report.method}, rank {config.rank}, alpha {config.alpha:g}")
+    say(out, f"base model: {report.base_model or 'not named'}; task: {report.task or 'not named'}")
     saved = f" and {len(report.saved)} tensors trained whole" if report.saved else ""
     out.print(
         f"{len(report.layers)} adapted layers{saved}, {report.parameters:,} parameters, {report.bytes / 1e6:.1f} MB"
@@ -133,6 +129,6 @@ def _print(out: Console, report: FileReport, moved: dict[str, Decomposition], un
         if lines:
             out.print(f"[bold]{heading}[/bold] ({len(lines)}):")
             for line in lines[:20]:
-                plain(f"  - {line}")
+                say(out, f"  - {line}")
             if lines[20:]:
                 out.print(f"  and {len(lines) - 20} more; --json lists all")

@@ -14,6 +14,7 @@ import torch
 import tyro
 
 from doratune.checkpoint import load_adapter
+from doratune.cli.common import say
 from doratune.errors import AdapterError
 from doratune.files import read_weights
 from doratune.merge import MergeCheck, merge, verify_merge
@@ -82,7 +83,7 @@ def run(options: Merge) -> int:
         out = Console(emoji=False)
         if checks:
             out.print(_table(checks, whole))
-        out.print(f"Merged model written to {options.output}", markup=False, highlight=False, soft_wrap=True)
+        say(out, f"Merged model written to {options.output}")
     return 0
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from doratune.errors import AdapterError
-from doratune.train.config import Dtype
+from doratune.cli.common import check, say
+from doratune.train.config import Dtype, TrainConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,13 +78,10 @@ def run(options: Predict) -> int:
     from doratune.inference.inputs import read_pictures, read_texts
     from doratune.inference.predictions import Score, csv_file, record
     from doratune.inference.predictor import Classifier, Predictor
-    from doratune.train.config import TrainConfig
     from doratune.train.models import choose_dtype
     from doratune.train.quiet import quiet_libraries
 
-    problems = list(options.problems())
-    if problems:
-        raise AdapterError.of("these options cannot work", problems)
+    check(options.problems())
     choose_dtype(options.dtype)
     quiet_libraries()
     status = Console(stderr=True, emoji=False)
@@ -98,7 +95,7 @@ def run(options: Predict) -> int:
         skip_bad=options.skip_bad,
     )
     read: Any = read_pictures if found.takes_images else read_texts
-    inputs = read(reading, found.about.columns, lambda line: _say(status, line))
+    inputs = read(reading, found.about.columns, lambda line: say(status, line))
     with status.status(Text(f"Loading {found.base}")):
         predictor = Predictor.load(found, options.dtype)
     score = Score(predictor.labels)
@@ -115,13 +112,13 @@ def run(options: Predict) -> int:
                 first.append(prediction)
     out = status if options.json else Console(emoji=False)
     if predictor.cut:
-        _say(status, f"{predictor.cut} of {len(inputs)} texts were cut to {predictor.max_length} tokens")
+        say(status, f"{predictor.cut} of {len(inputs)} texts were cut to {predictor.max_length} tokens")
     if file:
-        _say(out, f"{len(inputs)} predictions written to {options.out}")
+        say(out, f"{len(inputs)} predictions written to {options.out}")
     elif not options.json:
         _show(out, first, len(inputs))
     for line in score.lines():
-        _say(out, line)
+        say(out, line)
     return 0
 
 
@@ -134,10 +131,6 @@ def _predictions(predictor: Predictor, inputs: list[Input], size: int, status: C
         for start in range(0, len(inputs), size):
             yield from predictor.predict(inputs[start : start + size])
             bar.advance(task, size)
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _show(out: Console, first: list[Prediction], count: int) -> None:
@@ -159,4 +152,4 @@ def _show(out: Console, first: list[Prediction], count: int) -> None:
         table.add_row(*map(escape, cells))
     out.print(table)
     if count > len(first):
-        _say(out, f"and {count - len(first)} more; --out FILE.csv writes all")
+        say(out, f"and {count - len(first)} more; --out FILE.csv writes all")

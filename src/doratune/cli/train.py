@@ -9,7 +9,11 @@ from typing import Any
 
 import tyro
 
+from doratune.cli.common import say
+from doratune.distributed import leave_group
 from doratune.train.config import TrainConfig
+from doratune.train.output import CURVES, METRICS, RECIPE, RESULTS
+from doratune.train.processes import is_first_asked
 from doratune.train.recipe import explain, find_recipe, load_recipe
 
 __all__ = ["TrainConfig", "from_recipe", "run"]
@@ -39,14 +43,11 @@ def run(config: TrainConfig) -> int:
     if config.print_recipe:
         print(explain(config))
         return 0
-    from doratune.train.output import CURVES, METRICS, RECIPE, RESULTS
     from doratune.train.run import check, train
 
     check(config)  # before the libraries are imported, which takes seconds
     from rich.console import Console
 
-    from doratune.distributed import leave_group
-    from doratune.train.processes import is_first_asked
     from doratune.train.quiet import quiet_libraries
 
     quiet_libraries()
@@ -61,8 +62,8 @@ def run(config: TrainConfig) -> int:
     if result.prompt is not None:
         for name, sample in (("before", result.sample_before), ("after", result.sample_after)):
             out.print(f"[bold]{name}:[/bold]", end=" ")
-            out.print(f"{result.prompt}{sample}", markup=False, highlight=False, soft_wrap=True)
+            say(out, f"{result.prompt}{sample}")
     written = [f"{Path(result.adapter).name}/", METRICS, CURVES, RESULTS, RECIPE]
-    out.print(f"Written to {config.output}: {', '.join(written)}", markup=False, highlight=False, soft_wrap=True)
-    out.print(result.next_steps(), markup=False, highlight=False, soft_wrap=True)
+    say(out, f"Written to {config.output}: {', '.join(written)}")
+    say(out, result.next_steps())
     return 0

@@ -19,6 +19,7 @@ from doratune.targets import HEAD_NAMES
 from doratune.train.device import explaining_memory, to_device
 from doratune.train.information import Information
 from doratune.train.models import (
+    CLASSIFIERS,
     NAMELESS,
     align_padding,
     base_name,
@@ -33,8 +34,6 @@ from doratune.train.models import (
 )
 from doratune.train.optimizer import keep_float32
 from doratune.train.positions import rows_of_table
-
-TASKS = ("text-classification", "image-classification")
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class Classifier:
             raise AdapterError(problem if base else f"{problem} (named by {folder}; give another place with --base)")
         if about is None:
             about = Information(_task(name, None if whole else peft_task(read_config(folder))), name, "")
-        if about.task not in TASKS:
+        if about.task not in CLASSIFIERS:
             raise AdapterError(f"{folder} was trained for {about.task}; use doratune generate {folder}")
         return cls(folder, name, about)
 

@@ -8,7 +8,7 @@ from doratune.layers.adapted import AdaptedLayer
 from doratune.layers.attention import AttentionHost, AttentionProjection
 from doratune.layers.conv import Convolution
 from doratune.layers.embedding import Embedding
-from doratune.layers.holder import AdapterHolder
+from doratune.layers.holder import AdapterHolder, StandIn
 from doratune.layers.kind import Kind, Options
 from doratune.layers.linear import Linear
 from doratune.layers.saved import SavedModule
@@ -23,6 +23,7 @@ __all__ = [
     "Kind",
     "Options",
     "SavedModule",
+    "StandIn",
     "kind_of",
 ]
 

@@ -20,7 +20,7 @@ from doratune.config import AdapterConfig
 from doratune.errors import AdapterError
 from doratune.layers.adapted import AdaptedLayer
 from doratune.layers.cache import without_autocast
-from doratune.layers.holder import base_attribute
+from doratune.layers.holder import StandIn, base_attribute
 from doratune.layers.kind import Kind, Options
 from doratune.layers.loading import accept_plain_keys_below
 from doratune.layers.weights import WeightRows
@@ -154,14 +154,14 @@ def weight_and_bias(
     return W, bias if options.bias is None or bias is None else options.bias.to(bias.dtype)
 
 
-class AttentionHost(nn.Module):
+class AttentionHost(StandIn):
     """Stands in the place of an ``nn.MultiheadAttention`` and runs it with adapted weights."""
 
+    base_layer: nn.MultiheadAttention
+
     def __init__(self, attention: nn.MultiheadAttention) -> None:
-        super().__init__()
-        self.base_layer = attention
+        super().__init__(attention)
         self._projections = nn.ModuleDict(projections(attention))
-        self.training = attention.training
         self.register_load_state_dict_pre_hook(accept_plain_keys_below)
 
     def active_layers(self) -> Iterator[tuple[str, AdaptedLayer]]:
@@ -253,18 +253,18 @@ class NoNestedTensors:
     """
 
     def __init__(self) -> None:
-        self.before: bool | None = None
+        self.switched_off = False
 
     def enter(self, encoder: nn.Module, args: Any) -> None:
         """Before the forward."""
         if torch.compiler.is_compiling() or not getattr(encoder, "use_nested_tensor", False):
             return
         if any(isinstance(m, AdaptedLayer) and m.enabled and m.active is not None for m in encoder.modules()):
-            self.before = True
+            self.switched_off = True
             encoder.use_nested_tensor = False  # type: ignore[assignment]
 
     def leave(self, encoder: nn.Module, args: Any, output: Any) -> None:
         """After the forward, whether it failed or not."""
-        if self.before is not None:
-            encoder.use_nested_tensor = self.before  # type: ignore[assignment]
-            self.before = None
+        if self.switched_off:
+            encoder.use_nested_tensor = True  # type: ignore[assignment]
+            self.switched_off = False

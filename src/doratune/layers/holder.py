@@ -15,7 +15,7 @@ READ = ("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_we
 """Attributes that others may compute with, past an adapter."""
 
 
-def base_attribute(holder: nn.Module, name: str, changed: str | None = None) -> Any:
+def base_attribute(holder: nn.Module, name: str, changed: str | None) -> Any:
     """An attribute of the holder's base layer, shown as the holder's own.
 
     Args:
@@ -30,18 +30,25 @@ def base_attribute(holder: nn.Module, name: str, changed: str | None = None) -> 
     return value
 
 
-class AdapterHolder(nn.Module):
-    """Stands in the place of ``base_layer``, keeps it, and shows its attributes as its own."""
+class StandIn(nn.Module):
+    """Stands in the place of ``base_layer``, keeps it, and (each kind in its way) shows its attributes as its own."""
 
     base_layer: nn.Module
 
-    def __init__(self, base: nn.Module, path: str) -> None:
+    def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base_layer = base
+        self.training = base.training
+
+
+class AdapterHolder(StandIn):
+    """A stand-in that holds adapters."""
+
+    def __init__(self, base: nn.Module, path: str) -> None:
+        super().__init__(base)
         self.path = path
         self.active: str | None = None
         self.enabled = True
-        self.training = base.training
 
     def adapter_names(self) -> list[str]:
         """Names of the adapters that this module holds."""
@@ -70,17 +77,11 @@ class AdapterHolder(nn.Module):
                     # Or else an optimiser's next step would still move it.
                     parameter.grad = None
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return base_attribute(self, name)
-
 
 def plain(module: nn.Module) -> nn.Module:
     """The module that adapters were attached to, if this one stands in its place."""
-    while isinstance(module, AdapterHolder) or hasattr(module, "_projections"):
-        module = module.base_layer  # type: ignore[assignment]
+    while isinstance(module, StandIn):
+        module = module.base_layer
     return module
 
 

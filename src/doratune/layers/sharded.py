@@ -11,7 +11,7 @@ layer from this process's part, in the place where the base would multiply by W.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +21,6 @@ from torch.overrides import TorchFunctionMode
 from doratune.config import AdapterConfig
 from doratune.layers.kind import Kind, Options
 from doratune.layers.weights import WeightRows, is_dtensor
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
-else:
-    DTensor = Any
 
 
 def whole(t: Tensor) -> Tensor:

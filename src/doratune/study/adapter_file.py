@@ -19,7 +19,7 @@ HUGE = 1e3
 
 
 @dataclass(frozen=True)
-class LayerReport:
+class StoredLayer:
     """One adapted layer in a file."""
 
     path: str
@@ -42,7 +42,7 @@ class FileReport:
     base_model: str | None
     task: str | None
     bytes: int
-    layers: list[LayerReport] = field(default_factory=list)
+    layers: list[StoredLayer] = field(default_factory=list)
     saved: dict[str, int] = field(default_factory=dict)
     """Tensors of modules trained whole and of biases, with their sizes."""
     broken: list[str] = field(default_factory=list)
@@ -126,7 +126,7 @@ def _look_at(report: FileReport, config: AdapterConfig, path: str, parts: dict[s
     if m is not None and bool((m == 0).any()):
         report.suspicious.append(f"{path}: {int((m == 0).sum())} magnitudes are 0: their rows give 0")
     report.layers.append(
-        LayerReport(
+        StoredLayer(
             path,
             A.shape[0],
             sum(t.numel() for t in (A, B, m) if t is not None),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from doratune.errors import AdapterError
-from doratune.layers import AdaptedLayer, AdapterHolder, kind_of
+from doratune.layers import AdaptedLayer, AdapterHolder, SavedModule, kind_of
 from doratune.layers.weights import WeightRows
 from doratune.study.matrix import Matrix, adapted
 from doratune.study.names import some
@@ -176,11 +176,9 @@ def _holder(held: Mapping[str, AdapterHolder], path: str) -> AdapterHolder | Non
 
 def _chosen(holder: AdapterHolder | None, path: str, module: nn.Module) -> nn.Module:
     """The active adapter's copy of a module that is trained whole."""
-    if holder is None or not hasattr(holder, "chosen"):
+    if not isinstance(holder, SavedModule):
         return module
-    inner = path.removeprefix(holder.path).lstrip(".")
-    chosen: nn.Module = holder.chosen()
-    return chosen.get_submodule(inner)
+    return holder.chosen().get_submodule(path.removeprefix(holder.path).lstrip("."))
 
 
 def _of_rows(weight: WeightRows) -> Matrix:

@@ -7,9 +7,7 @@ layers are run, and the difference stands for each further one.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,8 +24,6 @@ from doratune.targets import adapted_layers
 
 QUANTISED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0, "torchao-int8": 1.0, "torchao-int4": 1 + 5 / 32}
 """Bytes a weight, scales of blocks included; those of rows are counted apart. torchao's trainable 4 bits take 8."""
-NF4_SINGLE = 0.5 + 4 / 64
-"""nf4 whose scales are not quantised."""
 SERVED = (
     "served are causal language models that transformers' AutoModelForCausalLM builds and that compute attention with "
     "torch's scaled_dot_product_attention, such as Llama, Mistral, Qwen and GPT-2"
@@ -108,7 +104,6 @@ def estimate(
     fsdp: bool = True,
     dtype: torch.dtype = torch.bfloat16,
     quantize: str | None = None,
-    double_quant: bool = True,
     checkpointing: bool = False,
 ) -> Estimate:
     """Estimate a training step of a causal language model of transformers.
@@ -122,7 +117,6 @@ def estimate(
         fsdp: with several devices, spread the base over them (FSDP2); False: each has a copy (DDP).
         dtype: of weights and arithmetic.
         quantize: as in ``doratune train``.
-        double_quant: nf4: scales are quantised, too.
         checkpointing: activations of a layer are computed again in the backward pass.
 
     Raises:
@@ -132,13 +126,12 @@ def estimate(
     lora = replace(adapter, method="lora") if adapter.method == "dora" and not _without_rank(adapter) else None
     plain = _extrapolated(config, lora, (batch_size, tokens), dtype, checkpointing)
     size = dtype.itemsize
-    a_weight = {**QUANTISED, "nf4": QUANTISED["nf4"] if double_quant else NF4_SINGLE}
     quantised = run.quantised if quantize else 0
     # A quantised weight is made whole for its products; torchao keeps it so until the backward pass.
     whole = run.quantised if (quantize or "").startswith("torchao") and not checkpointing else run.largest
     weights = (run.parameters - quantised) * size
     if quantize:
-        weights += round(quantised * a_weight[quantize]) + (0 if quantize == "nf4" else 4 * run.rows)
+        weights += round(quantised * QUANTISED[quantize]) + (0 if quantize == "nf4" else 4 * run.rows)
     parts = devices if fsdp else 1
     trained = run.adapters + run.magnitudes
     several = devices > 1
@@ -198,7 +191,7 @@ def _run(
     transformers = require("transformers")
     config = copy.deepcopy(config)
     config.use_cache = False
-    with torch.device("meta"), _default_dtype(dtype):
+    with torch.device("meta"):
         model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         ids = torch.empty(shape, dtype=torch.long)
         model.requires_grad_(False)
@@ -240,13 +233,3 @@ def _as_after_attaching(model: nn.Module) -> None:
         layer.cache._base_squared = lambda rows, n=squared: (n, n, False)  # type: ignore[method-assign, misc]
         for adapter in layer.adapters.values():
             adapter.keep_output = True
-
-
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

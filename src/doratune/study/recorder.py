@@ -87,9 +87,9 @@ class ChangeRecorder(TrainerCallback):
         now = weights_of(model)
         return {path: moved(before, now[path]) for path, before in self._before.items()}
 
-    def analysis(self, base: str = "the model before training") -> Analysis:
+    def analysis(self) -> Analysis:
         """What was recorded, for ``analysis_page.page_of``."""
-        return Analysis(base, [self.run] if self.run else [])
+        return Analysis("the model before training", [self.run] if self.run else [])
 
     def write_report(self, folder: str | os.PathLike[str]) -> Path:
         """Write the page that ``doratune analyze`` would have written, and return it.

@@ -18,7 +18,7 @@ from doratune.weight_files import header, read_metadata, read_tensor
 
 _A = ("lora_A.weight", "lora_embedding_A")
 _B = ("lora_B.weight", "lora_embedding_B")
-_M = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
+_M = "lora_magnitude_vector"
 
 
 class StoredAdapter:
@@ -55,7 +55,7 @@ class StoredAdapter:
             inner = key.removeprefix(PREFIX)
             match = KEY.fullmatch(inner)
             if match and match["part"].startswith("lora"):
-                self._parts.setdefault(match["path"], {})[inner.removeprefix(match["path"] + ".")] = key
+                self._parts.setdefault(match["path"], {})[match["part"]] = key
             elif inner.endswith(".weight") and len(shape) > 1 and not inner.endswith("base_layer.weight"):
                 path = inner.removesuffix(".weight")
                 self._whole[path] = key
@@ -81,7 +81,7 @@ class StoredAdapter:
             return
         parts = self._parts[path]
         A, B = (read_tensor(self.file, _one(parts, names)).flatten(1) for names in (_A, _B))
-        m = next((read_tensor(self.file, parts[name]).flatten() for name in _M if name in parts), None)
+        m = read_tensor(self.file, parts[_M]).flatten() if _M in parts else None
         if self.config.rank_of(path) == 0:  # the file holds stand-ins
             yield adapted(base, None, None, m, 0.0)
         else:

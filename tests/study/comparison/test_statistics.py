@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from doratune.study.comparison.findings import find
-from doratune.study.comparison.statistics import detectable, difference, estimate, of_each
+from doratune.study.comparison.statistics import detectable, difference, mean_interval, of_each
 from study.comparison import simulated
 
 
@@ -17,7 +17,7 @@ def test_intervals_are_those_of_scipy():
     from scipy.stats import ttest_1samp, ttest_rel
 
     other, base = np.random.default_rng(1).normal(size=(2, 7))
-    own, theirs = estimate(other, 0.9), ttest_1samp(other, 0).confidence_interval(0.9)
+    own, theirs = mean_interval(other, 0.9), ttest_1samp(other, 0).confidence_interval(0.9)
     assert (own.low, own.high) == pytest.approx((theirs.low, theirs.high))
     own, theirs = difference(other - base, 0.95), ttest_rel(other, base).confidence_interval(0.95)
     assert (own.low, own.high) == pytest.approx((theirs.low, theirs.high))

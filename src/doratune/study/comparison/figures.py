@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from doratune.study.comparison import sentences
 from doratune.study.comparison.findings import Findings, Standing
-from doratune.study.comparison.statistics import estimate
+from doratune.study.comparison.statistics import mean_interval
 from doratune.study.plots import COLOURS, FAINT, INK, MARKERS, MUTED, Tip, Tips, legend_outside, new_figure, style
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def ranks(findings: Findings) -> Drawn:
         for index, spread in enumerate(findings.rank_spreads):
             own = [one for one in findings.standings if one.contestant.method == spread.method and one.scores]
             own.sort(key=lambda one: one.contestant.rank or 0)
-            found = [estimate(list(one.scores.values()), level) for one in own]
+            found = [mean_interval(list(one.scores.values()), level) for one in own]
             x: list[Any] = [one.contestant.rank for one in own]
             colour, marker = COLOURS[index], tuple(MARKERS)[index]
             axes.fill_between(x, [e.low for e in found], [e.high for e in found], color=colour, alpha=0.15, linewidth=0)

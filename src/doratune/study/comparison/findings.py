@@ -12,7 +12,7 @@ from doratune.study.comparison import trials
 from doratune.study.comparison.contestants import RANKED, Contestant, Pair
 from doratune.study.comparison.recipe import Comparison
 from doratune.study.comparison.signed_rank import Typical, typical
-from doratune.study.comparison.statistics import Difference, Estimate, difference, estimate, of_each
+from doratune.study.comparison.statistics import Difference, MeanInterval, difference, mean_interval, of_each
 from doratune.study.comparison.trials import Chosen, Outcome, Trial
 from doratune.study.race import median_interval
 
@@ -25,7 +25,7 @@ class Standing:
     chosen: Chosen
     scores: Mapping[int, float]
     """On test data, by seed."""
-    score: Estimate | None
+    score: MeanInterval | None
     """None if no run came to an end."""
     diverged: int
     """Test runs that did."""
@@ -72,7 +72,7 @@ class RankSpread:
 
     method: str
     ranks: Sequence[int]
-    spread: Estimate
+    spread: MeanInterval
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def _standing(
         one,
         chosen,
         scores,
-        estimate(list(scores.values()), comparison.grid.confidence) if scores else None,
+        mean_interval(list(scores.values()), comparison.grid.confidence) if scores else None,
         diverged=len(runs) - len(scores),
         sweep=sweep,
         sizes={k: results[0][k] for k in ("trained", "base", "direction", "magnitude")} if results else {},
@@ -245,7 +245,7 @@ def _over_ranks(
         spreads[method] = {seed: max(row) - min(row) for seed, row in values.items()}
         if spreads[method]:
             ranks = sorted(one.rank for one in ranked if one.rank is not None)
-            found.append(RankSpread(method, ranks, estimate(list(spreads[method].values()), level)))
+            found.append(RankSpread(method, ranks, mean_interval(list(spreads[method].values()), level)))
     if len(found) < 2 or found[0].ranks != found[1].ranks:
         return found, None
     seeds = set(spreads["lora"]) & set(spreads["dora"])

@@ -19,7 +19,7 @@ POWER = 0.8
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MeanInterval:
     """A mean and its confidence interval; without an end where there are fewer than two values."""
 
     mean: float
@@ -29,7 +29,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Difference(Estimate):
+class Difference(MeanInterval):
     """A mean of paired differences."""
 
     detectable: float
@@ -46,18 +46,18 @@ class Difference(Estimate):
         return max(abs(self.low), abs(self.high))
 
 
-def estimate(values: Sequence[float], confidence: float) -> Estimate:
+def mean_interval(values: Sequence[float], confidence: float) -> MeanInterval:
     """Mean of values that are one a seed."""
     mean, count = float(np.mean(values)), len(values)
     if count < 2:
-        return Estimate(mean, math.nan, math.nan, count)
+        return MeanInterval(mean, math.nan, math.nan, count)
     half = _error(values) * float(require("scipy.stats", "study").t.ppf((1 + confidence) / 2, count - 1))
-    return Estimate(mean, mean - half, mean + half, count)
+    return MeanInterval(mean, mean - half, mean + half, count)
 
 
 def difference(gaps: Sequence[float], confidence: float) -> Difference:
     """Mean of paired differences, one a seed."""
-    found = estimate(gaps, confidence)
+    found = mean_interval(gaps, confidence)
     return Difference(found.mean, found.low, found.high, found.count, detectable(gaps, confidence))
 
 

@@ -1,0 +1,23 @@
+"""What commands have in common: options that cannot work, and lines that are printed as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from doratune.errors import AdapterError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def check(problems: Iterable[str]) -> None:
+    """Refuse options that cannot work, and say everything that is wrong with them at once."""
+    found = list(problems)
+    if found:
+        raise AdapterError.of("these options cannot work", found)
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line as it is: names and paths may hold brackets, and are copied from a terminal in one piece."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
