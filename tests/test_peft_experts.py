@@ -67,7 +67,9 @@ def test_peft_takes_these_names_for_the_experts():
     assert wrapped.peft_config["default"].target_parameters == {"gate_up_proj", "down_proj"}
 
 
-@pytest.mark.parametrize(("make", "targets"), [(deepseek, ["o_proj", "q_b_proj"]), (qwen, "all-linear")], ids=str)
+@pytest.mark.parametrize(
+    ("make", "targets"), [(deepseek, ["o_proj", "q_b_proj"]), (qwen, "all-linear")], ids=["deepseek", "qwen"]
+)
 def test_what_peft_leaves_where_it_is_is_exchanged(make, targets, tmp_path):
     torch.manual_seed(0)
     base = make()
