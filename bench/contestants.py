@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import doratune as dt
+from doratune.config import matches
 from doratune.study.moved import MovedAdapter
 from doratune.targets import adapted_layers
 
@@ -105,6 +106,12 @@ def doratune(base: nn.Module, setting: Setting, *, name: str, method: str, **opt
     return Contestant(name, model, method, layers, dropout=config.dropout, tolerance=tolerance)
 
 
+def eight_bit(base: nn.Module, setting: Setting) -> Contestant:
+    """8-bit outputs where nothing else keeps them: a single layer has none of these names."""
+    paths = tuple(path for path in setting.paths if matches(path, EIGHT_BIT_LAYERS))
+    return doratune(base, setting, name=EIGHT_BIT, method="dora", eight_bit_outputs=paths)
+
+
 def peft(
     base: nn.Module, setting: Setting, *, name: str, method: str, float32: bool, dropout: float = 0.0
 ) -> Contestant:
@@ -157,7 +164,7 @@ BUILDERS: dict[str, Builder] = {
     LORA: partial(doratune, name=LORA, method="lora"),
     DORA: partial(doratune, name=DORA, method="dora"),
     "doratune DoRA, dropout": partial(doratune, name="doratune DoRA, dropout", method="dora", dropout=DROPOUT),
-    EIGHT_BIT: partial(doratune, name=EIGHT_BIT, method="dora", eight_bit_outputs=EIGHT_BIT_LAYERS),
+    EIGHT_BIT: eight_bit,
 }
 PRECISIONS = ((False, "bf16"), (True, "float32"))
 """Of PEFT's adapters on a 16-bit base."""

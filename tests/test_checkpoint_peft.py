@@ -374,3 +374,15 @@ def test_two_adapters_on_one_model_are_saved_and_read_apart(tmp_path):
     assert torch.equal(output(both), expected[1])
     dt.set_adapter(both, "x")
     assert torch.equal(output(both), expected[0])
+
+
+@pytest.mark.filterwarnings("ignore:The following")
+def test_patterns_of_pefts_that_fit_nothing_are_passed_over(tmp_path):
+    """PEFT warns of them and writes them."""
+    patterns = {"rank_pattern": {"q_proj": 2, "absent": 5}, "alpha_pattern": {"nowhere.*": 3}}
+    theirs = peft_model(build("llama"), target_modules=ATTENTION, **patterns)
+    save_peft(theirs, tmp_path)
+    ours = dt.load_adapter(build("llama"), tmp_path)
+    torch.testing.assert_close(output(ours), output(theirs), **CLOSE)
+    dt.save_adapter(ours, tmp_path / "again")
+    assert options(tmp_path / "again")["rank_pattern"] == {"q_proj": 2}

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from doratune.config import matches
+from doratune.config import matches, without_vain_options
 from doratune.contents import BIAS, METADATA, PREFIX, Contents, read_contents
 from doratune.distributed import is_first, is_spread, processes
 from doratune.errors import AdapterError
@@ -187,7 +187,7 @@ def load_adapter(
     if {path for path in modules if matches(path, names)} != contents.whole:
         names = sorted(contents.whole)
     config = replace(
-        contents.config,
+        without_vain_options(contents.config, contents.layers),  # PEFT passes over patterns that fit nothing
         method="dora" if as_dora else contents.config.method,
         targets=as_targets(list(contents.layers), modules),
         exclude=(),

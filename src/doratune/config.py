@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar, get_args
 
 from doratune.errors import AdapterError
@@ -100,12 +100,39 @@ def matches(path: str, targets: str | Iterable[str]) -> bool:
 
 def _lookup(pattern: Mapping[str, _T], path: str, default: _T) -> _T:
     """The value of the first key that matches the path or its last parts (PEFT's rule)."""
-    return next((value for key, value in pattern.items() if fits_pattern(path, key)), pattern.get(path, default))
+    return next((value for key, value in pattern.items() if _fits(path, key)), pattern.get(path, default))
 
 
-def fits_pattern(path: str, key: str) -> bool:
-    """Whether a key of a pattern matches a path or its last parts (PEFT's rule)."""
+def _fits(path: str, key: str) -> bool:
     return re.match(rf"(.*\.)?({key})$", path) is not None
+
+
+def vain_options(config: AdapterConfig, paths: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Options for single layers, each with an entry that fits none of these: they are adapted like all others."""
+    for option in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, option):
+            if key not in paths and not any(_fits(path, key) for path in paths):
+                yield option, key
+    outputs = config.eight_bit_outputs
+    for entry, meant in [(outputs, outputs)] if isinstance(outputs, str) else [(name, [name]) for name in outputs]:
+        if entry and not any(matches(path, meant) for path in paths):
+            yield "eight_bit_outputs", entry
+
+
+def without_vain_options(config: AdapterConfig, paths: Collection[str]) -> AdapterConfig:
+    """The same config for these layers, less what fits none of them."""
+    vain = set(vain_options(config, paths))
+    outputs = config.eight_bit_outputs
+    if not isinstance(outputs, str):
+        outputs = tuple(name for name in outputs if ("eight_bit_outputs", name) not in vain)
+    elif ("eight_bit_outputs", outputs) in vain:
+        outputs = ()
+    return replace(
+        config,
+        rank_pattern={k: rank for k, rank in config.rank_pattern.items() if ("rank_pattern", k) not in vain},
+        alpha_pattern={k: alpha for k, alpha in config.alpha_pattern.items() if ("alpha_pattern", k) not in vain},
+        eight_bit_outputs=outputs,
+    )
 
 
 def _problems(c: AdapterConfig) -> Iterator[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from doratune.config import ALL_LINEAR, AdapterConfig, fits_pattern, matches
+from doratune.config import ALL_LINEAR, AdapterConfig, matches, vain_options
 from doratune.errors import AdapterError
 from doratune.layers import KINDS, AdaptedLayer, AdapterHolder, Kind, SavedModule, StandIn, kind_of
 from doratune.layers.attention import Projection, projections
@@ -145,7 +145,8 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
                 problems.append(f"target {target!r} matches no module{_suggestion(target, modules)}")
     problems.extend(_vain_exclusions(config.exclude, modules))
     if selection.layers and not problems and not unserved:
-        problems.extend(_vain_options(config, selection.layers, modules))
+        for option, entry in vain_options(config, selection.layers):
+            problems.append(f"{option} {entry!r} matches no module that is adapted{_suggestion(entry, modules)}")
     if not selection.layers and not problems and not unserved:
         unserved = passed_over
         if not unserved:
@@ -188,19 +189,6 @@ def _vain_exclusions(exclude: str | Sequence[str], modules: dict[str, nn.Module]
             f"exclude {exclude!r} matches only modules that contain others ({', '.join(matched[:LISTED])}) and leaves "
             f"nothing out; for what lies under them use {below!r} or the list {[matched[0]]}"
         )
-
-
-def _vain_options(config: AdapterConfig, adapted: Iterable[str], modules: dict[str, nn.Module]) -> Iterator[str]:
-    """Entries for single layers that fit none of those adapted: they would be adapted like the others."""
-    paths = list(adapted)
-    for option in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, option):
-            if key not in paths and not any(fits_pattern(path, key) for path in paths):
-                yield f"{option} {key!r} matches no module that is adapted{_suggestion(key, modules)}"
-    outputs = config.eight_bit_outputs
-    for name in [outputs] if isinstance(outputs, str) else outputs:
-        if name and not any(matches(path, outputs if isinstance(outputs, str) else [name]) for path in paths):
-            yield f"eight_bit_outputs {name!r} matches no module that is adapted{_suggestion(name, modules)}"
 
 
 def outermost(paths: Iterable[str]) -> list[str]:
