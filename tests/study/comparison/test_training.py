@@ -65,7 +65,7 @@ def test_two_workers_one_of_them_killed(folder, tmp_path):
     victim, other = (subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2))
     mine = _run_of(study, victim)
     os.kill(victim.pid, signal.SIGKILL)
-    victim.communicate(timeout=60)  # for ever, if what it was training lived on
+    victim.communicate(timeout=300)  # for ever, if what it was training lived on
     _, said = other.communicate(timeout=240)
     assert other.returncode == 0, said
     states = optuna.trial.TrialState
