@@ -104,17 +104,19 @@ def verify_merge(model: nn.Module) -> list[MergeCheck]:
         loss = requantisation_loss(layer.base_layer, merged)
         # Merging rounds each weight once; the unmerged path rounds its sums a few times. A quantised base may
         # compute with other numbers than it dequantises to.
-        tolerance = 16 * torch.finfo(merged.dtype).eps * _cancelled(layer, name) if not rows.transient else 0.05
+        tolerance = _tolerance(layer, name, merged.dtype) if not rows.transient else 0.05
         scale = unmerged.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
         checks.append(MergeCheck(path, sharded.largest(rows.stored, float(difference / scale)), tolerance, loss))
     return checks
 
 
-def _cancelled(layer: AdaptedLayer, name: str) -> float:
-    """How much shorter than W its worst row has become, within reason: rounding weighs so much more there."""
+def _tolerance(layer: AdaptedLayer, name: str, dtype: torch.dtype) -> float:
+    """What rounding explains; it weighs the more, the shorter than W the worst row has become."""
     base, squared = layer.base_squared(), layer.squared_norm(name)
     shorter = (base / squared)[squared > 0].sqrt()
-    return float(shorter.clamp(1, 1000).max()) if len(shorter) else 1.0
+    worst = float(shorter.clamp_min(1).max()) if len(shorter) else 1.0
+    roundings = 16 if dtype.itemsize > 2 else 4
+    return min(roundings * torch.finfo(dtype).eps * worst, 0.125)
 
 
 def merged_layer(layer: AdaptedLayer, name: str, weight: Tensor) -> nn.Module:

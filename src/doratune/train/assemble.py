@@ -139,6 +139,9 @@ def make_trainer(config: TrainConfig, model: Any, prepared: Prepared, dtype: tor
         lora_plus_ratio=config.lora_plus_ratio,
         callbacks=callbacks,
     )
+    if prepared.labels:
+        # Classifiers take any argument and pass over the number of examples to divide by: Trainer has to divide.
+        trainer.model_accepts_loss_kwargs = False
     trainer.remove_callback(PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):  # the measurement before training would go to another folder

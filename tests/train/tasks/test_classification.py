@@ -9,6 +9,8 @@ import doratune as dt
 from doratune.train import AdapterOptions, TrainConfig, train
 from doratune.train.information import Information
 from doratune.train.models import load_base, load_tokenizer
+from doratune.train.output import METRICS
+from doratune.train.results import read_metrics
 from doratune.train.tasks import classification as module
 from train.tiny import reviews, save_encoder, save_model, save_model_with_other_ends, save_rows
 
@@ -47,6 +49,20 @@ def test_a_classifier_learns_and_comes_back(tmp_path, model, method):
     with torch.no_grad():
         losses = [again(**found.collate([row])).loss for row in found.held_out]
     assert float(sum(losses) / len(losses)) == pytest.approx(result.loss_after, abs=1e-4)
+
+
+def test_accumulated_batches_are_one_batch(tmp_path, model):
+    """transformers' classifiers pass over the number of examples that Trainer has them divide by."""
+    found = []
+    for name, sizes in (("one", {"batch_size": 12}), ("three", {"batch_size": 4, "gradient_accumulation": 3})):
+        options = {"steps": 3, "eval_fraction": 0.25, "log_every": 1, "optimizer": "sgd", "learning_rate": 1e-3}
+        (tmp_path / name).mkdir()
+        train(config(tmp_path / name, model, reviews(48), **options, **sizes), Console(quiet=True))
+        records = read_metrics(tmp_path / name / "run" / METRICS)
+        found.append([(r["loss"], r["grad_norm"]) for r in records if "grad_norm" in r])
+    assert len(found[0]) == 3
+    for one, three in zip(*found, strict=True):
+        assert three == pytest.approx(one, rel=0.2), "but for the dropout of an encoder"
 
 
 def test_padding_is_known_at_the_measurement_before_training(tmp_path):
