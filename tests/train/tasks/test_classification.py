@@ -62,7 +62,7 @@ def test_accumulated_batches_are_one_batch(tmp_path, model):
         found.append([(r["loss"], r["grad_norm"]) for r in records if "grad_norm" in r])
     assert len(found[0]) == 3
     for one, three in zip(*found, strict=True):
-        assert three == pytest.approx(one, rel=0.2), "but for the dropout of an encoder"
+        assert three == pytest.approx(one, rel=0.5), "but for the dropout of an encoder"
 
 
 def test_padding_is_known_at_the_measurement_before_training(tmp_path):
