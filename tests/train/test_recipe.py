@@ -65,6 +65,17 @@ def test_no_toml(tmp_path, content):
         load_recipe(path)
 
 
+def test_what_editors_of_windows_put_first(tmp_path):
+    (tmp_path / "r.toml").write_text('\ufeffmodel = "m"\n', encoding="utf-8")
+    assert load_recipe(tmp_path / "r.toml")["model"] == "m"
+
+
+def test_a_recipe_for_comparing(tmp_path):
+    (tmp_path / "r.toml").write_text('model = "m"\n[compare]\nseeds = 3\n', encoding="utf-8")
+    with pytest.raises(dt.AdapterError, match="this recipe is for doratune compare; to train with it leave the table"):
+        load_recipe(tmp_path / "r.toml")
+
+
 def test_no_file(tmp_path):
     with pytest.raises(dt.AdapterError, match="cannot be read"):
         load_recipe(tmp_path / "absent.toml")

@@ -67,7 +67,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         AdapterError: if the file cannot be read or is not TOML.
     """
     try:
-        found: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise AdapterError(f"recipe {path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:  # not UTF-8, or not TOML
@@ -100,6 +100,10 @@ def from_toml(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
         home, hints = (adapter, adapter_types) if inside or name not in run_types else (run, run_types)
         if inside and name in run_types:
             problems.append(f"{key} is no option of the adapter: move it above the table [adapter]")
+        elif name == "compare" and isinstance(value, dict):
+            problems.append(
+                "compare: this recipe is for doratune compare; to train with it leave the table [compare] out"
+            )
         elif name not in hints:
             close = difflib.get_close_matches(name, [*run_types, *adapter_types], n=1)
             problems.append(f"unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
