@@ -102,7 +102,7 @@ def from_toml(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
             problems.append(f"{key} is no option of the adapter: move it above the table [adapter]")
         elif name == "compare" and isinstance(value, dict):
             problems.append(
-                "compare: this recipe is for doratune compare; to train with it leave the table [compare] out"
+                "compare: this recipe is for doratune compare; to train with it leave the table out"
             )
         elif name not in hints:
             close = difflib.get_close_matches(name, [*run_types, *adapter_types], n=1)
