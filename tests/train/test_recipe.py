@@ -72,7 +72,7 @@ def test_what_editors_of_windows_put_first(tmp_path):
 
 def test_a_recipe_for_comparing(tmp_path):
     (tmp_path / "r.toml").write_text('model = "m"\n[compare]\nseeds = 3\n', encoding="utf-8")
-    with pytest.raises(dt.AdapterError, match="this recipe is for doratune compare; to train with it leave the table out"):
+    with pytest.raises(dt.AdapterError, match="is for doratune compare; to train with it leave the table out"):
         load_recipe(tmp_path / "r.toml")
 
 
