@@ -60,8 +60,8 @@ def roles_of_text(config: TrainConfig, names: Collection[str], where: str) -> di
         AdapterError: if the names do not tell, or tell half of a prompt.
     """
     found = _roles_of_text(config, names, where)
-    if "prompt" in found and not config.prompt_column:
-        _refuse_half_a_prompt(found, names, where)
+    if problem := half_of(found, names, config):
+        raise AdapterError(f"{where}: {problem}")
     return found
 
 
@@ -84,10 +84,12 @@ def _roles_of_text(config: TrainConfig, names: Collection[str], where: str) -> d
     )
 
 
-def _refuse_half_a_prompt(found: dict[str, str], names: Collection[str], where: str) -> None:
+def half_of(found: dict[str, str], names: Collection[str], config: TrainConfig) -> str | None:
+    """What to say where a guessed prompt may be half of what these columns hold; None: it is whole."""
+    if "prompt" not in found or config.prompt_column:
+        return None
     parts = [name for name in PARTS_OF_PROMPTS if name in names and name != found["completion"]]
-    if len(parts) > 1:
-        raise AdapterError(f"{where}: {half_a_prompt(found['prompt'], parts)}")
+    return half_a_prompt(found["prompt"], parts) if len(parts) > 1 else None
 
 
 def half_a_prompt(column: str, parts: Collection[str]) -> str:
