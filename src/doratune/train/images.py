@@ -6,7 +6,7 @@ import contextlib
 import io
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from doratune.train.columns import choose
 from doratune.train.config import TrainConfig
 from doratune.train.gather import BadRow, lacks
 from doratune.train.labels import name_of
-from doratune.train.sources import TABLES, Row, is_dataset_folder, is_hub_name, path_of, read
+from doratune.train.sources import TABLES, Row, columns_of, is_dataset_folder, is_hub_name, path_of, read
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -105,12 +105,12 @@ def pictures(
         return iter([Row(name, {"image": path, "label": None})]), {}
     if path.is_dir() and not is_dataset_folder(path):
         return (_folder(path) if labelled else _anywhere(path)), {}
-    first = next((row for row in read(name, split) if not row.problem), None)
-    if first is None:
+    found, where = columns_of([name], split)
+    if not found:
         raise AdapterError(f"{name}: no row can be read")
     roles, optional = (["image", "label"], []) if labelled else (["image"], ["label"])
-    columns = choose(config, list(first.values), roles, first.where, optional)
-    return _table(name, split, columns, path.parent if path.is_file() else None), columns
+    columns = choose(config, found, roles, where, optional)
+    return _table(name, split, columns, roles, path.parent if path.is_file() else None), columns
 
 
 def picture(row: Row) -> Picture:
@@ -190,9 +190,12 @@ def _archive(path: Path, part: str, labelled: bool) -> Iterator[Row]:
             yield Row(where, problem=f"label is {label!r}, label_names has names for 0 to {len(names) - 1}")
 
 
-def _table(name: str, split: str, columns: Mapping[str, str], folder: Path | None) -> Iterator[Row]:
+def _table(
+    name: str, split: str, columns: Mapping[str, str], needed: Collection[str], folder: Path | None
+) -> Iterator[Row]:
+    """Rows of a table; those without a column of a needed role have a problem."""
     for row in read(name, split):
-        if problem := row.problem or lacks(row, columns.values()):
+        if problem := row.problem or lacks(row, [columns[role] for role in needed]):
             yield Row(row.where, problem=problem)
             continue
         value = row.values[columns["image"]]

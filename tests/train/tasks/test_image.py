@@ -198,6 +198,18 @@ def test_images_named_in_a_table_have_to_be_there(assets, tmp_path):
         prepare(config(assets, tmp_path, data=table))
 
 
+@pytest.mark.parametrize("absent", ["image", "label"])
+def test_a_first_row_without_a_column_is_a_bad_row(assets, tmp_path, absent):
+    files = sorted((assets / "images").rglob("*.png"))
+    rows = [{"image": str(file), "label": file.parent.name} for file in files]
+    del rows[0][absent]
+    table = save_rows(tmp_path / "t.jsonl", rows)
+    with pytest.raises(dt.AdapterError, match=rf"1 of 24 rows cannot be used.*\n.*t.jsonl:1: has no column '{absent}'"):
+        prepare(config(assets, tmp_path, data=table))
+    found = prepare(config(assets, tmp_path, data=table, skip_bad=True))
+    assert len(found.train) + len(found.held_out) == 23
+
+
 def test_an_image_that_vanished_while_training(assets, tmp_path):
     folder = tmp_path / "images"
     shutil.copytree(assets / "images", folder)
