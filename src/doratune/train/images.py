@@ -18,7 +18,7 @@ from doratune.errors import AdapterError
 from doratune.extras import require
 from doratune.train.columns import choose
 from doratune.train.config import TrainConfig
-from doratune.train.gather import BadRow, lacks
+from doratune.train.gather import BadRow, Say, lacks
 from doratune.train.labels import name_of
 from doratune.train.sources import TABLES, Row, columns_of, is_dataset_folder, is_hub_name, path_of, read
 
@@ -80,7 +80,7 @@ def problem_of(name: str) -> str | None:
 
 
 def pictures(
-    name: str, config: TrainConfig, split: str, part: str, labelled: bool = True
+    name: str, config: TrainConfig, split: str, part: str, labelled: bool = True, say: Say | None = None
 ) -> tuple[Iterator[Row], dict[str, str]]:
     """Find the images of a source.
 
@@ -91,6 +91,7 @@ def pictures(
         part: "train" or "test": which arrays of a NumPy archive.
         labelled: whether every image must have a label; if not, an image file and any folder of images will do, and
             of a NumPy archive any arrays, those to measure on first.
+        say: told of files in a folder of classes that are passed over.
 
     Returns:
         Rows with ``image`` and ``label``, and the columns they come from.
@@ -104,7 +105,7 @@ def pictures(
     if path.is_file() and path.suffix.lower() in SUFFIXES and not labelled:
         return iter([Row(name, {"image": path, "label": None})]), {}
     if path.is_dir() and not is_dataset_folder(path):
-        return (_folder(path) if labelled else _anywhere(path)), {}
+        return (_folder(path, say) if labelled else _anywhere(path)), {}
     found, where = columns_of([name], split)
     if not found:
         raise AdapterError(f"{name}: no row can be read")
@@ -133,19 +134,39 @@ def has_test_part(name: str) -> bool:
     return any(set(pair) <= keys for pair in KEYS["test"][:2]) and any(set(pair) <= keys for pair in KEYS["train"][:2])
 
 
-def _folder(path: Path) -> Iterator[Row]:
-    for folder in sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")):
-        for file in sorted(folder.rglob("*")):
+def _folder(path: Path, say: Say | None) -> Iterator[Row]:
+    """All images of the folders of classes; a class without any is a problem, what else there is is said."""
+    children = sorted(child for child in path.iterdir() if not child.name.startswith("."))
+    passed = [child for child in children if child.is_file()]
+    for folder in filter(Path.is_dir, children):
+        empty = True
+        for file in _shown(folder):
             if file.suffix.lower() in SUFFIXES:
+                empty = False
                 yield Row(str(file), {"image": file, "label": folder.name})
+            elif file.is_file():
+                passed.append(file)
+        if empty:
+            yield Row(str(folder), problem=f"holds no image ({', '.join(SUFFIXES)})")
+    if passed and say:
+        say(
+            f"{path}: {len(passed)} files are passed over, such as {passed[0]}; images lie in a folder for each class "
+            f"and end in {', '.join(SUFFIXES)}"
+        )
 
 
 def _anywhere(path: Path) -> Iterator[Row]:
     """All images of a folder; those in a subfolder have its name as their label."""
-    for file in sorted(path.rglob("*")):
+    for file in _shown(path):
         inner = file.relative_to(path).parts
-        if file.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in inner):
+        if file.suffix.lower() in SUFFIXES:
             yield Row(str(file), {"image": file, "label": inner[0] if len(inner) > 1 else None})
+
+
+def _shown(folder: Path) -> list[Path]:
+    """All that is in a folder, at any depth, but for what is hidden."""
+    found = sorted(folder.rglob("*"))
+    return [one for one in found if not any(part.startswith(".") for part in one.relative_to(folder).parts)]
 
 
 @contextlib.contextmanager
