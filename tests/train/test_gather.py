@@ -54,8 +54,13 @@ def test_every_class_is_held_out_in_proportion():
     assert sorted(train + held) == list(range(100))
     assert sum(groups[i] for i in held) == 2
     assert len(held) == 10
-    assert len(hold_out(3, 0.1, [0, 1, 2])[1]) == 1
     assert {groups[i] for i in hold_out(100, 0.99, groups)[0]} == {0, 1}, "no class is held out whole"
+    assert hold_out(3, 0.1, [0, 1, 2])[1] == [], "no class is held out whole"
+    for pair in range(4):
+        groups = [0, 1, 2, 3]
+        groups[pair] = (pair + 1) % 4
+        (held,) = hold_out(4, 0.1, groups)[1]
+        assert groups.count(groups[held]) == 2, "the one that is held out leaves another"
 
 
 def test_columns_are_guessed_and_said():
