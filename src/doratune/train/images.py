@@ -20,7 +20,7 @@ from doratune.train.columns import choose
 from doratune.train.config import TrainConfig
 from doratune.train.gather import BadRow, Say, lacks
 from doratune.train.labels import name_of
-from doratune.train.sources import TABLES, Row, columns_of, is_dataset_folder, is_hub_name, path_of, read
+from doratune.train.sources import PIPE, TABLES, Row, columns_of, is_dataset_folder, is_hub_name, path_of, read
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -74,6 +74,8 @@ def problem_of(name: str) -> str | None:
             return "has no subfolders; expected one for each class, with its images"
         if {folder.name.lower() for folder in folders} <= set(SPLITS):
             return f"has a subfolder for each split; name {folders[0]} as data, and another as eval_data"
+    if not path.is_dir() and not path.is_file():
+        return PIPE
     if path.is_file() and path.suffix.lower() not in (".npz", *TABLES):
         return f"is not a folder, an .npz archive or a table ({', '.join(TABLES)}) of images"
     return None

@@ -20,6 +20,7 @@ OBJECTS = (".jsonl", ".ndjson", ".json")
 """Formats in which each row may have columns of its own."""
 FORMATS = ", ".join((*TABLES, *TEXT))
 LARGEST_FIELD = 2**31 - 1
+PIPE = "is a pipe or a device: data are read twice, which it cannot be; write them to a file and name that"
 NAMED = 1000
 """Rows of a source that are looked at for the names of its columns, where rows differ."""
 
@@ -62,6 +63,8 @@ def problem_of(name: str) -> str | None:
         if is_dataset_folder(path):
             return None
         return f"is a folder, but not one of datasets' save_to_disk; name files ({FORMATS})"
+    if not path.is_file():
+        return PIPE
     if path.stat().st_size == 0:
         return "is empty"
     if path.suffix.lower() not in TABLES:
