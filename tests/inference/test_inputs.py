@@ -37,6 +37,16 @@ def test_only_ends_of_lines_end_a_text(tmp_path):
     assert found == [Text(f"{name}:1", "one\u2028one\x0cone\x1cone\x85one", None), Text(f"{name}:3", "two", None)]
 
 
+def test_a_first_row_without_a_column(tmp_path):
+    """A text it needs to have; a label it need not."""
+    rows = save_rows(tmp_path / "rows.jsonl", [{"note": "x"}, {"text": "a"}, {"text": "b", "label": "good"}])
+    found = read_texts(config(rows, skip_bad=True), {}, print)
+    assert [(one.source, one.label) for one in found] == [("a", None), ("b", "good")]
+    file = sorted(save_image_folder(tmp_path / "photos", 2).rglob("*.png"))[0]
+    table = save_rows(tmp_path / "t.jsonl", [{"image": str(file)}, {"image": str(file), "label": "red"}])
+    assert [one.label for one in read_pictures(config(table), {}, print)] == [None, "red"]
+
+
 def test_texts_that_cannot_be_used_are_listed_once(tmp_path):
     (tmp_path / "table.csv").write_text('text,label\nfine,a\n"",a\na,b,c\n')
     save_rows(tmp_path / "rows.jsonl", [{"text": "fine"}, {"other": 1}, {"text": 3}, {"text": ""}])

@@ -1,5 +1,7 @@
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -114,6 +116,18 @@ def test_no_prompts(tmp_path):
         read_prompts(write(tmp_path / "p.txt", "", " "))
     with pytest.raises(dt.AdapterError, match="no such file"):
         read_prompts(tmp_path / "absent.txt")
+    with pytest.raises(dt.AdapterError, match="is a folder; expected a file of prompts"):
+        read_prompts(tmp_path)
+
+
+def test_prompts_from_a_pipe():
+    reading, writing = os.pipe()
+    os.write(writing, b"once\n\nupon\n")
+    os.close(writing)
+    try:
+        assert read_prompts(Path(f"/dev/fd/{reading}")) == [Prompt("once"), Prompt("upon")]
+    finally:
+        os.close(reading)
 
 
 def test_a_chat_is_written_in_the_models_template():

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 import doratune as dt
@@ -54,8 +56,13 @@ def test_every_class_is_held_out_in_proportion():
     assert sorted(train + held) == list(range(100))
     assert sum(groups[i] for i in held) == 2
     assert len(held) == 10
-    assert len(hold_out(3, 0.1, [0, 1, 2])[1]) == 1
     assert {groups[i] for i in hold_out(100, 0.99, groups)[0]} == {0, 1}, "no class is held out whole"
+    assert hold_out(3, 0.1, [0, 1, 2])[1] == [], "no class is held out whole"
+    for pair in range(4):
+        groups = [0, 1, 2, 3]
+        groups[pair] = (pair + 1) % 4
+        (held,) = hold_out(4, 0.1, groups)[1]
+        assert groups.count(groups[held]) == 2, "the one that is held out leaves another"
 
 
 def test_columns_are_guessed_and_said():
@@ -65,6 +72,20 @@ def test_columns_are_guessed_and_said():
     assert roles_of_text(config(text_column="id"), ["id", "text"], "f") == {"text": "id"}
     assert roles_of_text(config(), ["messages", "text"], "f") == {"messages": "messages"}
     assert described({"text": "id"}, config(text_column="id")) == "text = 'id'"
+
+
+@pytest.mark.parametrize("sign", [";", "\t"])
+def test_a_wrong_separator_is_said(sign):
+    hint = "fields are separated by commas, in .tsv files by tabs"
+    for options in ({}, {"text_column": "text"}, {"prompt_template": "{text}"}):
+        with pytest.raises(dt.AdapterError, match=re.escape(hint)):
+            roles_of_text(config(**options), [f"text{sign}label"], "f.csv:2")
+    with pytest.raises(dt.AdapterError, match="no column looks like the label") as caught:
+        choose(config(), [f"text{sign}label"], ["text", "label"], "f.csv:2")
+    assert str(caught.value).count(hint) == 2
+    with pytest.raises(dt.AdapterError) as caught:
+        roles_of_text(config(), ["a;b", "c"], "f.csv:2")
+    assert hint not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
+import os
+
 import datasets
 import pytest
 
 import doratune as dt
 from doratune.train import sources as module
+from doratune.train.images import problem_of as image_problem_of
 
 
 def write(path, content):
@@ -70,6 +73,12 @@ def test_rows_that_cannot_be_read_have_a_line_and_a_reason(tmp_path):
 def test_files_that_cannot_be_read(tmp_path, name, content, said):
     with pytest.raises(dt.AdapterError, match=said):
         values(write(tmp_path / name, content))
+
+
+@pytest.mark.parametrize("problem_of", [module.problem_of, image_problem_of])
+def test_a_pipe_is_not_called_empty(tmp_path, problem_of):
+    os.mkfifo(tmp_path / "pipe")
+    assert "is a pipe or a device: data are read twice" in problem_of(str(tmp_path / "pipe"))
 
 
 def test_a_file_that_vanished(tmp_path):

@@ -122,7 +122,7 @@ def _image_problem(name: str) -> str | None:
 
 def _texts(name: str, config: TrainConfig) -> Iterator[Row]:
     columns: dict[str, str] = {}
-    known: dict[str, Any] = {}
+    known = dict.fromkeys(sources.columns_of([name], SPLIT)[0])
     for row in lines_of(name, SPLIT):
         if not row.problem and "label" not in columns:  # the first rows may have none
             known.update(row.values)
@@ -138,8 +138,8 @@ def _with_columns(config: TrainConfig, name: str, trained: Mapping[str, str]) ->
     path = path_of(name)
     if (path.is_dir() and not is_dataset_folder(path)) or (path.is_file() and path.suffix.lower() not in TABLES):
         return config
-    first = next((row.values for row in sources.read(name, SPLIT) if not row.problem), {})
-    flags: dict[str, Any] = {f"{role}_column": column for role, column in trained.items() if column in first}
+    found, _ = sources.columns_of([name], SPLIT)
+    flags: dict[str, Any] = {f"{role}_column": column for role, column in trained.items() if column in found}
     return dataclasses.replace(config, **{flag: v for flag, v in flags.items() if getattr(config, flag) is None})
 
 

@@ -108,7 +108,7 @@ def read_prompts(
     line; empty lines are passed over.
 
     Args:
-        path: the file.
+        path: the file, or a pipe of text.
         as_chat: take each plain prompt as a user's message.
         system: system message of those chats.
         columns: which columns of a table make up its prompts.
@@ -116,8 +116,10 @@ def read_prompts(
     Raises:
         AdapterError: if the file cannot be read, or listing every line that cannot be used.
     """
-    if not path.is_file():
+    if not path.exists():
         raise AdapterError(f"{path}: no such file")
+    if path.is_dir():
+        raise AdapterError(f"{path} is a folder; expected a file of prompts")
     columns = columns or PromptColumns()
     prompts: list[Prompt] = []
     problems: list[str] = []

@@ -41,11 +41,11 @@ def choose(
         given = getattr(config, flag)
         guess = next((name for name in GUESSES[role] if name in names), None)
         if given is not None and given not in names:
-            problems.append(f"{flag} {given!r} is not among the columns ({', '.join(names)})")
+            problems.append(f"{flag} {given!r} is not among the columns ({listed(names)})")
         elif given is None and guess is None and role in optional:
             continue
         elif given is None and guess is None:
-            problems.append(f"no column looks like the {role} among {', '.join(names)}; name it with {as_flag(flag)}")
+            problems.append(f"no column looks like the {role} among {listed(names)}; name it with {as_flag(flag)}")
         else:
             found[role] = given or str(guess)
     if problems:
@@ -60,8 +60,8 @@ def roles_of_text(config: TrainConfig, names: Collection[str], where: str) -> di
         AdapterError: if the names do not tell, or tell half of a prompt.
     """
     found = _roles_of_text(config, names, where)
-    if "prompt" in found and not config.prompt_column:
-        _refuse_half_a_prompt(found, names, where)
+    if problem := half_of(found, names, config):
+        raise AdapterError(f"{where}: {problem}")
     return found
 
 
@@ -79,15 +79,17 @@ def _roles_of_text(config: TrainConfig, names: Collection[str], where: str) -> d
         if all(any(name in names for name in GUESSES[role]) for role in roles):
             return choose(config, names, roles, where)
     raise AdapterError(
-        f"{where}: no column looks like a text, a prompt with completion, or a chat among {', '.join(names)}; name "
+        f"{where}: no column looks like a text, a prompt with completion, or a chat among {listed(names)}; name "
         "them with --text-column, with --prompt-column and --completion-column, or with --messages-column"
     )
 
 
-def _refuse_half_a_prompt(found: dict[str, str], names: Collection[str], where: str) -> None:
+def half_of(found: dict[str, str], names: Collection[str], config: TrainConfig) -> str | None:
+    """What to say where a guessed prompt may be half of what these columns hold; None: it is whole."""
+    if "prompt" not in found or config.prompt_column:
+        return None
     parts = [name for name in PARTS_OF_PROMPTS if name in names and name != found["completion"]]
-    if len(parts) > 1:
-        raise AdapterError(f"{where}: {half_a_prompt(found['prompt'], parts)}")
+    return half_a_prompt(found["prompt"], parts) if len(parts) > 1 else None
 
 
 def half_a_prompt(column: str, parts: Collection[str]) -> str:
@@ -108,8 +110,16 @@ def _check_template(template: str, names: Collection[str], where: str) -> None:
     absent = [field for field in fields if field not in names]
     if absent:
         raise AdapterError(
-            f"{where}: prompt_template asks for {', '.join(map(repr, absent))}; the columns are {', '.join(names)}"
+            f"{where}: prompt_template asks for {', '.join(map(repr, absent))}; the columns are {listed(names)}"
         )
+
+
+def listed(names: Collection[str]) -> str:
+    """Names of columns in words; a single one that looks like a whole header line gets a word about separators."""
+    said = ", ".join(names)
+    if len(names) == 1 and (found := next((sign for sign in ";\t" if sign in said), None)):
+        said = f"{said!r} (one name with {found!r} in it: fields are separated by commas, in .tsv files by tabs)"
+    return said
 
 
 def as_flag(name: str) -> str:

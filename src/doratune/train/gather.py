@@ -87,7 +87,7 @@ def set_aside(
     Args:
         found: the examples.
         fraction: to set aside; at least one where there are two, none for 0.
-        group: class of an example: every class is split in the same proportion.
+        group: class of an example: every class is split in the same proportion, and none set aside whole.
     """
     if not fraction:
         return list(found), []
@@ -101,7 +101,8 @@ def hold_out(count: int, fraction: float, groups: Iterable[int] | None = None) -
     Args:
         count: of all examples.
         fraction: to hold out; at least one where there are two.
-        groups: class of each example: every class is split in the same proportion, and none held out whole.
+        groups: class of each example: every class is split in the same proportion, and none held out whole: where each
+            has one example only, none is held out.
     """
     order = np.random.default_rng(SPLIT_SEED).permutation(count)
     if groups is None:
@@ -111,5 +112,6 @@ def hold_out(count: int, fraction: float, groups: Iterable[int] | None = None) -
     members = [order[classes == one] for one in np.unique(classes)]
     held = np.concatenate([own[: min(len(own) - 1, round(len(own) * fraction))] for own in members])
     if not len(held):
-        held = order[: min(1, count - 1)]
+        _, which, sizes = np.unique(classes, return_inverse=True, return_counts=True)
+        held = order[sizes[which] > 1][:1]
     return order[~np.isin(order, held)].tolist(), held.tolist()

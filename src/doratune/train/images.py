@@ -6,7 +6,7 @@ import contextlib
 import io
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,9 @@ from doratune.errors import AdapterError
 from doratune.extras import require
 from doratune.train.columns import choose
 from doratune.train.config import TrainConfig
-from doratune.train.gather import BadRow, lacks
+from doratune.train.gather import BadRow, Say, lacks
 from doratune.train.labels import name_of
-from doratune.train.sources import TABLES, Row, is_dataset_folder, is_hub_name, path_of, read
+from doratune.train.sources import PIPE, TABLES, Row, columns_of, is_dataset_folder, is_hub_name, path_of, read
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -74,13 +74,15 @@ def problem_of(name: str) -> str | None:
             return "has no subfolders; expected one for each class, with its images"
         if {folder.name.lower() for folder in folders} <= set(SPLITS):
             return f"has a subfolder for each split; name {folders[0]} as data, and another as eval_data"
+    if not path.is_dir() and not path.is_file():
+        return PIPE
     if path.is_file() and path.suffix.lower() not in (".npz", *TABLES):
         return f"is not a folder, an .npz archive or a table ({', '.join(TABLES)}) of images"
     return None
 
 
 def pictures(
-    name: str, config: TrainConfig, split: str, part: str, labelled: bool = True
+    name: str, config: TrainConfig, split: str, part: str, labelled: bool = True, say: Say | None = None
 ) -> tuple[Iterator[Row], dict[str, str]]:
     """Find the images of a source.
 
@@ -91,6 +93,7 @@ def pictures(
         part: "train" or "test": which arrays of a NumPy archive.
         labelled: whether every image must have a label; if not, an image file and any folder of images will do, and
             of a NumPy archive any arrays, those to measure on first.
+        say: told of files in a folder of classes that are passed over.
 
     Returns:
         Rows with ``image`` and ``label``, and the columns they come from.
@@ -104,13 +107,13 @@ def pictures(
     if path.is_file() and path.suffix.lower() in SUFFIXES and not labelled:
         return iter([Row(name, {"image": path, "label": None})]), {}
     if path.is_dir() and not is_dataset_folder(path):
-        return (_folder(path) if labelled else _anywhere(path)), {}
-    first = next((row for row in read(name, split) if not row.problem), None)
-    if first is None:
+        return (_folder(path, say) if labelled else _anywhere(path)), {}
+    found, where = columns_of([name], split)
+    if not found:
         raise AdapterError(f"{name}: no row can be read")
     roles, optional = (["image", "label"], []) if labelled else (["image"], ["label"])
-    columns = choose(config, list(first.values), roles, first.where, optional)
-    return _table(name, split, columns, path.parent if path.is_file() else None), columns
+    columns = choose(config, found, roles, where, optional)
+    return _table(name, split, columns, roles, path.parent if path.is_file() else None), columns
 
 
 def picture(row: Row) -> Picture:
@@ -133,19 +136,39 @@ def has_test_part(name: str) -> bool:
     return any(set(pair) <= keys for pair in KEYS["test"][:2]) and any(set(pair) <= keys for pair in KEYS["train"][:2])
 
 
-def _folder(path: Path) -> Iterator[Row]:
-    for folder in sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")):
-        for file in sorted(folder.rglob("*")):
+def _folder(path: Path, say: Say | None) -> Iterator[Row]:
+    """All images of the folders of classes; a class without any is a problem, what else there is is said."""
+    children = sorted(child for child in path.iterdir() if not child.name.startswith("."))
+    passed = [child for child in children if child.is_file()]
+    for folder in filter(Path.is_dir, children):
+        empty = True
+        for file in _shown(folder):
             if file.suffix.lower() in SUFFIXES:
+                empty = False
                 yield Row(str(file), {"image": file, "label": folder.name})
+            elif file.is_file():
+                passed.append(file)
+        if empty:
+            yield Row(str(folder), problem=f"holds no image ({', '.join(SUFFIXES)})")
+    if passed and say:
+        say(
+            f"{path}: {len(passed)} files are passed over, such as {passed[0]}; images lie in a folder for each class "
+            f"and end in {', '.join(SUFFIXES)}"
+        )
 
 
 def _anywhere(path: Path) -> Iterator[Row]:
     """All images of a folder; those in a subfolder have its name as their label."""
-    for file in sorted(path.rglob("*")):
+    for file in _shown(path):
         inner = file.relative_to(path).parts
-        if file.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in inner):
+        if file.suffix.lower() in SUFFIXES:
             yield Row(str(file), {"image": file, "label": inner[0] if len(inner) > 1 else None})
+
+
+def _shown(folder: Path) -> list[Path]:
+    """All that is in a folder, at any depth, but for what is hidden."""
+    found = sorted(folder.rglob("*"))
+    return [one for one in found if not any(part.startswith(".") for part in one.relative_to(folder).parts)]
 
 
 @contextlib.contextmanager
@@ -190,9 +213,12 @@ def _archive(path: Path, part: str, labelled: bool) -> Iterator[Row]:
             yield Row(where, problem=f"label is {label!r}, label_names has names for 0 to {len(names) - 1}")
 
 
-def _table(name: str, split: str, columns: Mapping[str, str], folder: Path | None) -> Iterator[Row]:
+def _table(
+    name: str, split: str, columns: Mapping[str, str], needed: Collection[str], folder: Path | None
+) -> Iterator[Row]:
+    """Rows of a table; those without a column of a needed role have a problem."""
     for row in read(name, split):
-        if problem := row.problem or lacks(row, columns.values()):
+        if problem := row.problem or lacks(row, [columns[role] for role in needed]):
             yield Row(row.where, problem=problem)
             continue
         value = row.values[columns["image"]]

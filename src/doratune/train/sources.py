@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,13 @@ from doratune.train.config import TrainConfig
 
 TEXT = (".txt", ".text", ".md")
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+OBJECTS = (".jsonl", ".ndjson", ".json")
+"""Formats in which each row may have columns of its own."""
 FORMATS = ", ".join((*TABLES, *TEXT))
 LARGEST_FIELD = 2**31 - 1
+PIPE = "is a pipe or a device: data are read twice, which it cannot be; write them to a file and name that"
+NAMED = 1000
+"""Rows of a source that are looked at for the names of its columns, where rows differ."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,8 @@ def problem_of(name: str) -> str | None:
         if is_dataset_folder(path):
             return None
         return f"is a folder, but not one of datasets' save_to_disk; name files ({FORMATS})"
+    if not path.is_file():
+        return PIPE
     if path.stat().st_size == 0:
         return "is empty"
     if path.suffix.lower() not in TABLES:
@@ -103,6 +111,29 @@ def read(name: str, split: str, streaming: bool = False) -> Iterator[Row]:
         raise AdapterError(f"{name} is not UTF-8 text (byte {error.start}: {error.reason})") from error
     except OSError as error:
         raise AdapterError(f"{name} cannot be read: {error.strerror or error}") from error
+
+
+def columns_of(names: Iterable[str], split: str, streaming: bool = False) -> tuple[list[str], str]:
+    """Columns of several sources in order of appearance, and what row or rows have them; none if no row can be read.
+
+    Raises:
+        AdapterError: if a source as a whole cannot be read.
+    """
+    found: dict[str, None] = {}
+    first: Row | None = None
+    for name in names:
+        path = path_of(name)
+        if path.is_file() and path.suffix.lower() not in TABLES:
+            rows = iter([Row(name, {"text": None})])  # not read twice: it may be large
+        else:
+            rows = (row for row in read(name, split, streaming) if not row.problem)
+        for row in islice(rows, NAMED if path.suffix.lower() in OBJECTS else 1):
+            first = first or row
+            found.update(dict.fromkeys(row.values))
+    if first is None:
+        return [], ", ".join(names)
+    alike = len(first.values) == len(found)
+    return list(found), first.where if alike else f"{first.where} and the rows after it"
 
 
 def _jsonl(path: Path) -> Iterator[Row]:

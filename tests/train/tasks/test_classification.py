@@ -136,6 +136,18 @@ def test_wrong_rows(tmp_path, model, rows, said):
         module.prepare(config(tmp_path, model, rows), lambda _: None)
 
 
+@pytest.mark.parametrize("absent", ["review", "label"])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_first_row_without_a_column_is_a_bad_row(tmp_path, model, absent, named):
+    rows = reviews(20)
+    del rows[0][absent]
+    options = {"text_column": "review", "label_column": "label"} if named else {}
+    with pytest.raises(dt.AdapterError, match=rf"1 of 20 rows cannot be used.*\n.*jsonl:1: has no column '{absent}'"):
+        module.prepare(config(tmp_path, model, rows, **options), lambda _: None)
+    found = module.prepare(config(tmp_path, model, rows, skip_bad=True, **options), lambda _: None)
+    assert len(found.train) + len(found.held_out) == 19
+
+
 def test_classes_of_eval_data_have_to_be_known(tmp_path, model):
     other = save_rows(tmp_path / "other.jsonl", [{"review": "x", "label": "ugly"}])
     with pytest.raises(

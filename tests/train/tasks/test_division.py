@@ -29,9 +29,16 @@ def test_parts_with_data_of_their_own_stay_whole():
     [
         (FOUND[:1], None, "at least two classes"),
         (FOUND, [Example(0, "c")], "eval_data has classes that the data to train on lack: c"),
-        (FOUND, [], "one example is too little"),
+        ([FOUND[0], FOUND[1]], None, "no class has an example to spare.*--eval-data"),
+        (FOUND, [], "no class has an example to spare"),
     ],
 )
 def test_what_cannot_be_divided_is_said(found, others, message):
     with pytest.raises(dt.AdapterError, match=message):
         divided(found, others, None, TrainConfig("m", ("d",)))
+
+
+def test_a_class_with_one_example_is_not_held_out_to_test_on():
+    one_each = [Example(0, "a"), Example(1, "b")]
+    with pytest.raises(dt.AdapterError, match="no class has an example to spare"):
+        divided(one_each, [Example(2, "a")], None, TrainConfig("m", ("d",), test_fraction=0.5))

@@ -211,6 +211,18 @@ def test_images_named_in_a_table_have_to_be_there(assets, tmp_path):
         prepare(config(assets, tmp_path, data=table))
 
 
+@pytest.mark.parametrize("absent", ["image", "label"])
+def test_a_first_row_without_a_column_is_a_bad_row(assets, tmp_path, absent):
+    files = sorted((assets / "images").rglob("*.png"))
+    rows = [{"image": str(file), "label": file.parent.name} for file in files]
+    del rows[0][absent]
+    table = save_rows(tmp_path / "t.jsonl", rows)
+    with pytest.raises(dt.AdapterError, match=rf"1 of 24 rows cannot be used.*\n.*t.jsonl:1: has no column '{absent}'"):
+        prepare(config(assets, tmp_path, data=table))
+    found = prepare(config(assets, tmp_path, data=table, skip_bad=True))
+    assert len(found.train) + len(found.held_out) == 23
+
+
 def test_an_image_that_vanished_while_training(assets, tmp_path):
     folder = tmp_path / "images"
     shutil.copytree(assets / "images", folder)
@@ -220,10 +232,30 @@ def test_an_image_that_vanished_while_training(assets, tmp_path):
         _ = found.train[0]
 
 
+def test_what_is_no_image_in_a_folder_of_classes_is_said(assets, tmp_path):
+    folder = tmp_path / "images"
+    shutil.copytree(assets / "images", folder)
+    shutil.copytree(folder / "blue", folder / "blue" / ".ipynb_checkpoints")
+    shutil.copy(folder / "blue" / "0.png", folder / "red" / ".hidden.png")
+    for name in ("red/a.heic", "red/inner/b.jfif", "notes.png", ".DS_Store"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    said = []
+    found = prepare(config(assets, tmp_path, data=folder), said)
+    assert len(found.train) + len(found.held_out) == 24
+    assert f"{folder}: 3 files are passed over, such as {folder / 'notes.png'}" in said[0]
+    (folder / "green").mkdir()
+    (folder / "green" / "c.avif").touch()
+    with pytest.raises(dt.AdapterError, match=r"1 of 25 rows cannot be used.*\n.*green: holds no image \("):
+        prepare(config(assets, tmp_path, data=folder))
+    found = prepare(config(assets, tmp_path, data=folder, skip_bad=True), said)
+    assert found.labels == ("blue", "red")
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda p: (p / "x").mkdir(), "no images"),
+        (lambda p: (p / "x").mkdir(), r"x: holds no image \("),
         (lambda p: None, "has no subfolders; expected one for each class"),
         (lambda p: [(p / n).mkdir() for n in ("train", "test")], "name test as data|has a subfolder for each split"),
         (lambda p: (p / "only").mkdir() or Image.new("RGB", (4, 4)).save(p / "only" / "x.png"), "at least two classes"),

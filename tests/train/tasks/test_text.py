@@ -6,7 +6,7 @@ import torch
 import transformers
 
 import doratune as dt
-from doratune.train import TrainConfig
+from doratune.train import TrainConfig, sources
 from doratune.train.tasks import text as module
 from train.tiny import llama, save_chat_model, save_model, save_rows, tokenizer, words
 
@@ -111,6 +111,37 @@ def test_prompts_and_completions(tmp_path, model, said):
 def test_loss_on_all(tmp_path, model, said):
     found = module.prepare(rows(tmp_path, model, PAIRS, loss_on="all"), said.append)
     assert all(whole == learnt for whole, learnt in decoded(found.train))
+
+
+ALPACA = {"instruction": "ask", "output": "tell"}
+
+
+def test_columns_that_the_first_row_lacks_are_not_dropped(tmp_path, model, said):
+    values = [ALPACA, *[{**ALPACA, "input": "words"}] * 19]
+    with pytest.raises(dt.AdapterError, match=r"rows.jsonl:1 and the rows after it: the prompt could be 'instruction'"):
+        module.prepare(rows(tmp_path, model, values), said.append)
+    template = rows(tmp_path, model, values, prompt_template="{instruction} {input}")
+    with pytest.raises(dt.AdapterError, match=r"1 of 20 rows cannot be used.*\n.*rows.jsonl:1: .*KeyError: 'input'"):
+        module.prepare(template, said.append)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_of_rows_that_were_not_looked_at_are_not_dropped(tmp_path, model, said, monkeypatch, streaming):
+    monkeypatch.setattr(sources, "NAMED", 5)
+    options = {"streaming": True, "steps": 1} if streaming else {}
+    values = [*[ALPACA] * 9, {**ALPACA, "input": "words"}]
+    with pytest.raises(dt.AdapterError, match=r"rows.jsonl:10: the prompt could be 'instruction' alone or together"):
+        module.prepare(rows(tmp_path, model, values, **options), said.append)
+
+
+def test_a_first_row_without_text_is_a_bad_row(tmp_path, model, said):
+    values = [{"note": "x"}, *[{"text": "once upon a time"}] * 19]
+    with pytest.raises(dt.AdapterError, match=r"rows.jsonl:1: has no column 'text'; it has note"):
+        module.prepare(rows(tmp_path, model, values), said.append)
+    for options in ({}, {"text_column": "text"}):
+        module.prepare(rows(tmp_path, model, values, max_length=8, skip_bad=True, **options), said.append)
+        assert any(line.startswith("1 of 20 rows left out (--skip-bad)") for line in said)
+        said.clear()
 
 
 def test_a_prompt_template_takes_any_columns(tmp_path, model, said):

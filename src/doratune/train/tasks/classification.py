@@ -49,10 +49,10 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
         AdapterError: listing every row that cannot be used, or if there are fewer than two classes.
     """
     tokenizer = load_tokenizer(config.model)
-    first = next((row for row in rows(config.data, config.split) if not row.problem), None)
-    if first is None:
-        raise AdapterError(f"{', '.join(config.data)}: no row can be read")
-    columns = choose(config, list(first.values), ["text", "label"], first.where)
+    found, where = sources.columns_of(config.data, config.split)
+    if not found:
+        raise AdapterError(f"{where}: no row can be read")
+    columns = choose(config, found, ["text", "label"], where)
     say(f"columns: {described(columns, config)}")
     reader = _Reader(columns)
     examples = gather(rows(config.data, config.split), reader.use, config, say)

@@ -25,6 +25,9 @@ def divided(
         found, others = set_aside(found, config.eval_fraction, lambda one: names.index(one.label))
     for option, part in (("eval_data", others), ("test_data", test)):
         refuse_unknown({one.label for one in part}, names, option)
-    if not others:
-        raise AdapterError("one example is too little: at least one to train on and one to measure on are needed")
+    if not others or (config.test_fraction and not test):
+        raise AdapterError(
+            "no class has an example to spare: at least one to train on and one to measure on are needed; give more "
+            "examples, or others to measure on with --eval-data (--test-data)"
+        )
     return names, found, others, test

@@ -132,7 +132,7 @@ def _gathered(
 ) -> list[Picture]:
     rows: list[Row] = []
     for name in names:
-        found, own = pictures(name, config, split, part)
+        found, own = pictures(name, config, split, part, say=say)
         rows += found
         columns.update(own)
     if not rows:

@@ -6,24 +6,22 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from doratune.train import tokens
-from doratune.train.columns import described, roles_of_text
+from doratune.train.columns import described, half_of, roles_of_text
 from doratune.train.config import TrainConfig
 from doratune.train.gather import BadRow, Say, lacks, rows
 from doratune.train.prompt_template import filled
-from doratune.train.sources import Row
+from doratune.train.sources import Row, columns_of
 from doratune.train.tokens import Tokens
 
 
 class Reader:
-    """Makes tokens of rows, once the first row has shown what kind of rows they are."""
+    """Makes tokens of rows, once the names of their columns have shown what kind of rows they are."""
 
     def __init__(self, config: TrainConfig, tokenizer: Any, say: Say) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.marked: str | None = None
         """Chat template that marks what the assistant says."""
-        first = next((row for row in rows(config.data, config.split, config.streaming) if not row.problem), None)
-        names = list(first.values) if first else []
-        where = first.where if first else ", ".join(config.data)
+        names, where = columns_of(config.data, config.split, config.streaming)
         self.columns = roles_of_text(config, names or ["text"], where)
         if "messages" in self.columns or config.as_chat:
             tokens.require_template(tokenizer, config.model)
@@ -48,6 +46,8 @@ class Reader:
         """
         config, tokenizer = self.config, self.tokenizer
         if problem := lacks(row, self.columns.values()):
+            raise BadRow(problem)
+        if problem := half_of(self.columns, row.values, config):  # its names may not have been looked at
             raise BadRow(problem)
         values = {role: row.values[name] for role, name in self.columns.items()}
         learn_all = config.loss_on == "all"
