@@ -122,7 +122,7 @@ def make_trainer(config: TrainConfig, model: Any, prepared: Prepared, dtype: tor
     )
     # Trainer would run the model on all GPUs in threads (nn.DataParallel), with a batch each; processes are the way.
     arguments._n_gpu = min(1, arguments.n_gpu)
-    callbacks = [MetricsFile(config.output / METRICS, prepared.unit, writes=is_first_asked())]
+    callbacks = [MetricsFile(config.output / METRICS, prepared.unit, prepared.examples, writes=is_first_asked())]
     if config.augment:
         callbacks.append(NewEpoch(prepared.train))
     trainer = AdapterTrainer(

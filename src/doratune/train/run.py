@@ -203,7 +203,8 @@ def _fit(
     from doratune.train.callbacks import OnceBegun, Progress
     from doratune.train.interruption import Interruption
 
-    progress, interruption = Progress(console, prepared.unit, before), Interruption(console)
+    progress = Progress(console, prepared.unit, prepared.examples, before)
+    interruption = Interruption(console)
     trainer.add_callback(progress)
     trainer.add_callback(interruption)
     if config.resume and is_first():

@@ -9,6 +9,7 @@ import doratune as dt
 from doratune.train import AdapterOptions, TrainConfig, train
 from doratune.train.information import Information
 from doratune.train.models import load_base, load_tokenizer
+from doratune.train.results import read_metrics
 from doratune.train.tasks import classification as module
 from train.tiny import reviews, save_encoder, save_model, save_model_with_other_ends, save_rows
 
@@ -47,6 +48,13 @@ def test_a_classifier_learns_and_comes_back(tmp_path, model, method):
     with torch.no_grad():
         losses = [again(**found.collate([row])).loss for row in found.held_out]
     assert float(sum(losses) / len(losses)) == pytest.approx(result.loss_after, abs=1e-4)
+
+
+def test_texts_are_counted_that_exist(tmp_path, model):
+    options = config(tmp_path, model, reviews(40), steps=None, epochs=2, batch_size=16, log_every=1)
+    train(options, Console(quiet=True))
+    records = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
+    assert [r["texts"] for r in records] == [16, 32, 36, 52, 68, 72]
 
 
 def test_padding_is_known_at_the_measurement_before_training(tmp_path):
