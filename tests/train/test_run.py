@@ -331,6 +331,17 @@ def test_a_run_that_is_over_is_not_begun_again(assets, tmp_path):
         train(config(assets, tmp_path / "without", save_every=None, resume=True))
 
 
+@pytest.mark.parametrize("asked", [{"steps": 3}, {"steps": None, "epochs": 0.03}], ids=["steps", "epochs"])
+def test_fewer_steps_than_the_checkpoint_has_are_refused(assets, tmp_path, asked):
+    begun(assets, tmp_path / "run")
+    before = (tmp_path / "run" / "recipe.toml").read_text()
+    said = r"nothing is left to train: the last checkpoint is at step 4, and [23] steps are asked for; ask for more"
+    with pytest.raises(dt.AdapterError, match=said):
+        train(config(assets, tmp_path / "run", resume=True, **asked))
+    assert (tmp_path / "run" / "recipe.toml").read_text() == before
+    assert train(config(assets, tmp_path / "run", resume=True, steps=4)).steps == 4
+
+
 def test_results_of_an_earlier_end_do_not_keep_a_run_from_its_own(assets, tmp_path):
     train(config(assets, tmp_path / "run"))
     earlier = (tmp_path / "run" / "results.json").read_text()

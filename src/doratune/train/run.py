@@ -137,8 +137,8 @@ def problems(config: TrainConfig) -> list[str]:
         found.append(f"output {output} is a file; name a folder")
     elif config.resume and not begun:
         found.append(f"output {output} holds no checkpoint to resume from")
-    elif config.resume and (step := _finished(config)):
-        found.append(f"nothing is left to train: output {output} holds the results of {step} steps; ask for more")
+    elif config.resume and (why := _finished(config)):
+        found.append(f"nothing is left to train: {why}")
     elif config.resume and (was := _other_optimizer(config)):
         found.append(
             f"optimizer was {was} when the run began, is {config.optimizer}: it cannot go on with the other's state; "
@@ -158,18 +158,27 @@ def _other_optimizer(config: TrainConfig) -> str | None:
     return was if was != config.optimizer else None
 
 
-def _finished(config: TrainConfig) -> int:
-    """The step at which a run has come to its end and left its results; 0 if it has more to do."""
-    last = last_checkpoint(config.output / CHECKPOINTS)
+def _finished(config: TrainConfig) -> str | None:
+    """Why a run has no more to do: it has left its results, or is past the steps asked for; None if it has."""
+    output, last = config.output, last_checkpoint(config.output / CHECKPOINTS)
     try:
-        told = TrainResult.load(config.output).steps
+        told = TrainResult.load(output).steps
     except (OSError, ValueError, KeyError, TypeError):  # there are none, or not whole
-        return 0
+        told = 0
     if last is None:
-        return told if config.steps and told >= config.steps else 0
+        over = config.steps and told >= config.steps
+        return f"output {output} holds the results of {told} steps; ask for more" if over else None
     state = require("transformers").TrainerState.load_from_json(str(last / "trainer_state.json"))
     done = state.global_step >= config.steps if config.steps else (state.epoch or 0) >= config.epochs
-    return told if done and told == state.global_step else 0  # else the results are of an earlier end
+    if done and told == state.global_step:  # else the results are of an earlier end
+        return f"output {output} holds the results of {told} steps; ask for more"
+    if config.steps and state.global_step > config.steps:
+        return _past(state, config.steps)
+    return None
+
+
+def _past(state: Any, steps: int) -> str:
+    return f"the last checkpoint is at step {state.global_step}, and {steps} steps are asked for; ask for more"
 
 
 def _make_folder(output: Path) -> None:
@@ -207,8 +216,8 @@ def _fit(
     interruption = Interruption(console)
     trainer.add_callback(progress)
     trainer.add_callback(interruption)
-    if config.resume and is_first():
-        trainer.add_callback(OnceBegun(lambda: recipe.save_recipe(config.output / RECIPE, config)))
+    if config.resume:
+        trainer.add_callback(OnceBegun(lambda: _resumed(config, trainer.state)))
     start = time.perf_counter()
     folder = config.output / CHECKPOINTS
     try:
@@ -226,6 +235,18 @@ def _fit(
         progress.close()
         interruption.close()
     return time.perf_counter() - start, speed
+
+
+def _resumed(config: TrainConfig, state: Any) -> None:
+    """Keep the options of a resumed run, once it is known that it goes on.
+
+    Raises:
+        AdapterError: if the epochs asked for, which only now are a number of steps, are over.
+    """
+    if state.global_step > state.max_steps:
+        raise AdapterError(f"nothing is left to train: {_past(state, state.max_steps)}")
+    if is_first():
+        recipe.save_recipe(config.output / RECIPE, config)
 
 
 def _last_measured(trainer: Any) -> dict[str, float]:
