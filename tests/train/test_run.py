@@ -327,8 +327,11 @@ def test_a_run_that_is_over_is_not_begun_again(assets, tmp_path):
     assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()} == before
     assert train(config(assets, tmp_path / "run", resume=True, steps=8)).steps == 8 > result.steps
     train(config(assets, tmp_path / "without", save_every=None))
-    with pytest.raises(dt.AdapterError, match="nothing is left to train"):
-        train(config(assets, tmp_path / "without", save_every=None, resume=True))
+    before = (tmp_path / "without" / "results.json").read_text()
+    for asked in ({}, {"steps": 8}, {"steps": None, "epochs": 0.05}):
+        with pytest.raises(dt.AdapterError, match=r"left to train: .* 6 steps, and no checkpoint to go on from"):
+            train(config(assets, tmp_path / "without", save_every=None, resume=True, **asked))
+    assert (tmp_path / "without" / "results.json").read_text() == before
 
 
 @pytest.mark.parametrize("asked", [{"steps": 3}, {"steps": None, "epochs": 0.03}], ids=["steps", "epochs"])

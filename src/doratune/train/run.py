@@ -166,8 +166,8 @@ def _finished(config: TrainConfig) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):  # there are none, or not whole
         told = 0
     if last is None:
-        over = config.steps and told >= config.steps
-        return f"output {output} holds the results of {told} steps; ask for more" if over else None
+        found = f"output {output} holds the results of {told} steps, and no checkpoint to go on from"
+        return f"{found}; begin in another output" if told else None
     state = require("transformers").TrainerState.load_from_json(str(last / "trainer_state.json"))
     done = state.global_step >= config.steps if config.steps else (state.epoch or 0) >= config.epochs
     if done and told == state.global_step:  # else the results are of an earlier end
