@@ -238,7 +238,7 @@ class TrainConfig:
 
 def _numbers(c: TrainConfig) -> Iterator[str]:
     positive = ("max_length", "batch_size", "gradient_accumulation", "log_every", "keep", "epochs", "learning_rate")
-    for name in (*positive, "lora_plus_ratio"):
+    for name in (*positive, "lora_plus_ratio", "sample_tokens"):
         value = getattr(c, name)
         if not 0 < value < math.inf:
             yield f"{name} must be above 0; found {value!r}"
@@ -246,7 +246,7 @@ def _numbers(c: TrainConfig) -> Iterator[str]:
         value = getattr(c, name)
         if value is not None and not 0 < value < math.inf:
             yield f"{name} must be above 0, or absent; found {value!r}"
-    not_negative = ("weight_decay", "magnitude_weight_decay", "warmup", "max_grad_norm", "sample_tokens", "seed")
+    not_negative = ("weight_decay", "magnitude_weight_decay", "warmup", "max_grad_norm", "seed")
     for name in (*not_negative, "workers"):
         value = getattr(c, name)
         if not 0 <= value < math.inf:
@@ -268,6 +268,8 @@ def _combinations(c: TrainConfig) -> Iterator[str]:
         yield from _fsdp(c)
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         yield "accelerate launch --use_fsdp shards too late to measure a model before training; use --fsdp instead"
+    if c.prompt == "":
+        yield "prompt is empty"
     if c.prompt is not None and c.task != "text-generation":
         yield f"prompt asks for a sample of generated text, but the task is {c.task}"
     if c.as_chat and c.messages_column:
