@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from doratune.checkpoint import save_adapter
 from doratune.distributed import is_first, is_spread, processes
-from doratune.errors import AdapterError, Interrupted
+from doratune.errors import AdapterError
 from doratune.extras import require
 from doratune.summary import Summary
 from doratune.train import recipe
@@ -16,7 +16,7 @@ from doratune.train.assemble import autocast, make_model, make_trainer, precisio
 from doratune.train.checkpoints import checkpoints, last_checkpoint, remove_incomplete
 from doratune.train.config import TrainConfig
 from doratune.train.curves import draw_curves
-from doratune.train.failures import explained, kept
+from doratune.train.failures import explained
 from doratune.train.information import Information
 from doratune.train.models import choose_dtype, model_problem
 from doratune.train.output import CHECKPOINTS, CURVES, METRICS, RECIPE
@@ -40,14 +40,22 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
     Raises:
         AdapterError: listing every problem with options, files and data before a model is loaded; later, if the model
             cannot be loaded or adapted, or training fails for a reason that is understood.
-        KeyboardInterrupt: on Ctrl-C; after a step was finished its checkpoint has been written.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM; in the loop the step is finished, and its checkpoint written.
     """
     check(config)
-    transformers = require("transformers")
+    require("transformers")
     from rich.console import Console
+
+    from doratune.train.interruption import told
 
     if console is None or not is_first_asked():
         console = Console(quiet=True)
+    with told(config, console):
+        return _train(config, console)
+
+
+def _train(config: TrainConfig, console: Console) -> TrainResult:
+    import transformers
 
     def say(line: str) -> None:
         console.print(line, emoji=False, markup=False, highlight=False, soft_wrap=True)
@@ -219,18 +227,12 @@ def _fit(
     if config.resume:
         trainer.add_callback(OnceBegun(lambda: _resumed(config, trainer.state)))
     start = time.perf_counter()
-    folder = config.output / CHECKPOINTS
+    last = last_checkpoint(config.output / CHECKPOINTS)
     try:
-        trainer.train(resume_from_checkpoint=config.resume and last_checkpoint(folder) is not None)
+        trainer.train(resume_from_checkpoint=config.resume and last is not None)
         speed = progress.speed(trainer.args, trainer.state)
         if interruption.asked and trainer.state.global_step < trainer.state.max_steps:
-            raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        progress.close()
-        if is_first():
-            told = f"Interrupted. {kept(config, folder)}"
-            console.print(told, emoji=False, markup=False, highlight=False, soft_wrap=True)
-        raise Interrupted from None
+            raise interruption.asked
     finally:
         progress.close()
         interruption.close()
