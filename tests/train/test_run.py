@@ -162,6 +162,13 @@ def test_another_optimizer_than_the_checkpoint_s_is_refused(assets, tmp_path):
         train(config(assets, tmp_path / "a", resume=True, optimizer="sgd"))
 
 
+@pytest.mark.parametrize(("was", "now"), [("dora", "full"), ("full", "dora"), ("dora", "lora")])
+def test_another_method_than_the_checkpoint_s_is_refused(assets, tmp_path, was, now):
+    begun(assets, tmp_path / "a", method=was)
+    with pytest.raises(dt.AdapterError, match=rf"method was {was} when the run began, is {now}: .* in another output"):
+        train(config(assets, tmp_path / "a", method=now, resume=True))
+
+
 def test_a_resumed_run_has_the_intervals_that_are_asked_for_now(assets, tmp_path):
     begun(assets, tmp_path / "a", eval_every=4)
     asked = {"log_every": 3, "eval_every": 5, "save_every": 1, "keep": 9}

@@ -147,7 +147,12 @@ def problems(config: TrainConfig) -> list[str]:
         found.append(f"output {output} holds no checkpoint to resume from")
     elif config.resume and (why := _finished(config)):
         found.append(f"nothing is left to train: {why}")
-    elif config.resume and (was := _other_optimizer(config)):
+    elif config.resume and (was := _other(config, "method")):
+        found.append(
+            f"method was {was} when the run began, is {config.method}: it cannot go on with what the other trained; "
+            "leave it as it was, or begin in another output"
+        )
+    elif config.resume and (was := _other(config, "optimizer")):
         found.append(
             f"optimizer was {was} when the run began, is {config.optimizer}: it cannot go on with the other's state; "
             "leave it as it was, or begin in another output"
@@ -157,13 +162,13 @@ def problems(config: TrainConfig) -> list[str]:
     return found
 
 
-def _other_optimizer(config: TrainConfig) -> str | None:
-    """The optimiser that the checkpoint to resume is of, if it is not this run's."""
+def _other(config: TrainConfig, option: str) -> str | None:
+    """What the checkpoint to resume was made with, if it is not what this run is to have."""
     path = config.output / RECIPE
     if last_checkpoint(config.output / CHECKPOINTS) is None or not path.is_file():
         return None
-    was: str = recipe.load_recipe(path).get("optimizer", TrainConfig.optimizer)
-    return was if was != config.optimizer else None
+    was: str = recipe.load_recipe(path).get(option, getattr(TrainConfig, option))
+    return was if was != getattr(config, option) else None
 
 
 def _finished(config: TrainConfig) -> str | None:
