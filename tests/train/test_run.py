@@ -185,6 +185,21 @@ def test_checkpoints_are_limited(assets, tmp_path):
     assert [p.name for p in checkpoints(tmp_path / "a" / "checkpoints")] == ["checkpoint-5", "checkpoint-6"]
 
 
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"steps": 1}, [1e-2]),
+        ({"steps": None, "epochs": 0.01}, [1e-2]),
+        ({"steps": 2, "warmup": 0.9}, [0, 1e-2]),
+        ({"steps": 2}, [0, 1e-2]),
+    ],
+    ids=str,
+)
+def test_warm_up_leaves_a_step_to_learn_in(assets, tmp_path, asked, expected):
+    train(config(assets, tmp_path / "a", schedule="constant", **asked))
+    assert list(rates(tmp_path / "a").values()) == pytest.approx(expected)
+
+
 def test_epochs_count_where_steps_are_absent(assets, tmp_path):
     result = train(config(assets, tmp_path / "a", steps=None, epochs=0.25, save_every=None))
     assert result.steps == pytest.approx(result.examples / 2 / 4, abs=1)

@@ -141,7 +141,7 @@ class TrainConfig:
     magnitude_weight_decay: float = 0.0
     """Weight decay of the magnitudes; it pulls them to 0, not to where they started."""
     warmup: float = 0.03
-    """Warm-up: a number of steps, or below 1 the share of all steps."""
+    """Warm-up: a number of steps, or below 1 the share of all steps, of which it leaves one at least."""
     schedule: Schedule = "linear"
     """Learning rate after the warm-up."""
     max_grad_norm: float = 1.0
