@@ -155,7 +155,7 @@ class TrainConfig:
     """Load the base in 4 or 8 bits (QDoRA): nf4 and int8 by bitsandbytes, torchao-int8 and torchao-int4 by torchao.
     Arithmetic is in dtype."""
     double_quant: bool = True
-    """nf4: quantise its scales, too, which saves 0.4 bits a weight."""
+    """nf4: whether its scales are quantised, too (saves 0.4 bits a weight)."""
     fsdp: bool = False
     """Spread the base over the processes that torchrun started (FSDP2), for models too large for one device; else every
     process has a copy (DDP)."""
