@@ -74,7 +74,7 @@ class TrainConfig:
     eval_data: tuple[str, ...] = ()
     """What to measure on; none: a part of the data is held out."""
     eval_fraction: float = 0.1
-    """Share of the data held out if there is no eval data; always the same, whatever the seed."""
+    """Share held out if there is no eval data, of what test_fraction leaves; always the same, whatever the seed."""
     split: str = "train"
     """Which split to train on, of data sets that have several (hub, save_to_disk)."""
     eval_split: str = "test"
