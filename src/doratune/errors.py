@@ -39,8 +39,17 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where it is heard: ends what Ctrl-C ends."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C after the user was told what is kept and how to resume: print nothing more."""
+
+    def __init__(self, code: int = 130) -> None:
+        super().__init__()
+        self.code = code
+        """Of the program's exit."""
 
 
 class DivergedError(AdapterError):

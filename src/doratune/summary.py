@@ -10,6 +10,7 @@ from doratune.layers import kind_of
 from doratune.layers.adapted import AdaptedLayer
 from doratune.layers.bypass import reader
 from doratune.layers.kind import outputs_are_overwritten
+from doratune.layers.quantised import unpacked_sizes
 from doratune.model import active_adapter, adapter_names, trainable_parameters
 from doratune.targets import adapted_layers, plain_modules, refusal, saved_modules, unwrap
 
@@ -110,7 +111,8 @@ def summary(model: nn.Module) -> Summary:
             own.update(id(p) for p in saved.adapter_parameters(name))
         if saved.active is not None:
             result.saved[path] = sum(p.numel() for p in saved.adapter_parameters(saved.active))
-    result.base = sum(p.numel() for p in root.parameters() if id(p) not in own)
+    unpacked = unpacked_sizes(root)
+    result.base = sum(unpacked.get(id(p), p.numel()) for p in root.parameters() if id(p) not in own)
     result.trained = sum(p.numel() for p in trainable_parameters(root).values())
     result.left_alone = _left_alone(root, {layer.path for layer in result.layers} | set(result.saved))
     return result

@@ -126,13 +126,14 @@ def test_version(capsys):
 def test_ctrl_c_is_said_once_wherever_it_comes(monkeypatch, capsys):
     import doratune.cli as cli
 
-    for error, said in ((KeyboardInterrupt, "interrupted\n"), (Interrupted, "")):
+    ends = ((KeyboardInterrupt, "interrupted\n", 130), (Interrupted, "", 130), (Interrupted(143), "", 143))
+    for error, said, code in ends:
 
         def interrupt(_, error=error):
             raise error
 
         monkeypatch.setattr(cli, "_parse", interrupt)
-        assert main(["inspect", "a"]) == 130
+        assert main(["inspect", "a"]) == code
         assert capsys.readouterr().err == said
 
 

@@ -112,6 +112,15 @@ def numbers_of(base):
     return tile.double()
 
 
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_weights_are_counted_and_not_the_bytes_they_are_packed_into(make):
+    model = nn.Sequential(make())
+    size = OUT * IN + (OUT if make is not hqq else 0)  # whose bias is a tensor that is no parameter
+    assert dt.summary(model).base == size
+    dt.attach(model, dt.AdapterConfig(rank=2, targets=["0"]))
+    assert dt.summary(model).base == size
+
+
 @pytest.mark.parametrize("make", [m for n, m in LAYERS.items() if n != "hqq"], ids=[n for n in LAYERS if n != "hqq"])
 def test_tiles_of_any_size_make_up_the_weight(make, monkeypatch):
     base = made(make)[0].base_layer

@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from doratune.train import callbacks
-from doratune.train.callbacks import Progress
+from doratune.train.callbacks import Progress, seen
 
 
 def test_speed_leaves_out_the_time_that_held_out_data_took(monkeypatch):
@@ -14,11 +14,11 @@ def test_speed_leaves_out_the_time_that_held_out_data_took(monkeypatch):
     args = SimpleNamespace(
         train_batch_size=4, gradient_accumulation_steps=2, world_size=1, device=SimpleNamespace(type="cpu")
     )
-    state = SimpleNamespace(global_step=10, max_steps=20)  # a resumed run
+    state = SimpleNamespace(global_step=10, max_steps=20, epoch=1.0)  # a resumed run
     screen = io.StringIO()
-    bar = Progress(Console(file=screen, width=200), "images", {"eval_loss": 2.0, "eval_accuracy": 0.25})
+    bar = Progress(Console(file=screen, width=200), "images", 80, {"eval_loss": 2.0, "eval_accuracy": 0.25})
     bar.on_train_begin(args, state, None)
-    clock[0], state.global_step = 5.0, 15
+    clock[0], state.global_step, state.epoch = 5.0, 15, 1.5
     bar.on_log(args, state, None, {"loss": 1.5})
     assert "loss 1.500  held-out 2.000  accuracy 25.0%  8.0 images/s" in screen.getvalue()
     assert "5 s left" in screen.getvalue()
@@ -27,3 +27,17 @@ def test_speed_leaves_out_the_time_that_held_out_data_took(monkeypatch):
     assert bar.speed(args, state) == pytest.approx(8.0)
     assert bar.held_out == ["held-out 1.000"]
     bar.on_train_end(args, state, None)
+
+
+@pytest.mark.parametrize(
+    ("processes", "accumulation", "found"),
+    # 36 texts: batches of 16, 16 and 4, in two epochs
+    [(1, 1, [16, 32, 36, 52, 68, 72]), (1, 2, [32, 36, 68, 72]), (2, 1, [32, 36, 68, 72]), (2, 2, [36, 72])],
+)
+def test_no_text_is_counted_that_does_not_exist(processes, accumulation, found):
+    args = SimpleNamespace(train_batch_size=16, gradient_accumulation_steps=accumulation, world_size=processes)
+    in_epoch = {1: 3, 2: 2}[processes]
+    ends = [min(step * accumulation, in_epoch) / in_epoch for step in range(1, len(found) // 2 + 1)]
+    epochs = [0, *ends, *(1 + end for end in ends)]
+    states = [SimpleNamespace(global_step=step, epoch=epoch) for step, epoch in enumerate(epochs)]
+    assert [seen("texts", 36, args, state) for state in states] == [0, *found]

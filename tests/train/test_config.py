@@ -110,6 +110,11 @@ def test_every_problem_is_found_at_once():
     assert list(config().problems()) == []
 
 
+def test_a_sample_needs_a_prompt_and_a_length():
+    assert list(config(prompt="").problems()) == ["prompt is empty"]
+    assert list(config(prompt="a", sample_tokens=0).problems()) == ["sample_tokens must be above 0; found 0"]
+
+
 def test_streams_and_chats_need_what_they_need():
     assert list(config(streaming=True).problems()) == [
         "streaming needs steps: the length of the data is not known beforehand"

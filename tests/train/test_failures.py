@@ -190,8 +190,9 @@ def interrupted(assets, output, number, monkeypatch, **values):
 
     monkeypatch.setattr(module, "MetricsFile", Signal)
     screen = Console(file=io.StringIO(), width=300)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
         train(config(assets, output, **values), screen)
+    assert caught.value.code == 128 + number
     monkeypatch.undo()
     return screen.file.getvalue()
 
@@ -208,6 +209,40 @@ def test_ctrl_c_saves_and_says_how_to_go_on(assets, tmp_path, number, monkeypatc
     resumed = train(config(assets, output, save_every=None, resume=True), Console(quiet=True))
     whole = train(config(assets, tmp_path / "whole", save_every=None), Console(quiet=True))
     assert resumed.loss_after == whole.loss_after
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("measurement", ["first", "last"])
+def test_a_measurement_that_is_interrupted_says_how_to_go_on(assets, tmp_path, number, code, measurement, monkeypatch):
+    from doratune.train.trainer import AdapterTrainer
+
+    original = AdapterTrainer.evaluate
+
+    def interrupt(self, *args, **kwargs):
+        if (self.state.global_step == 0) == (measurement == "first"):
+            os.kill(os.getpid(), number)
+        return original(self, *args, **kwargs)
+
+    before = signal.getsignal(signal.SIGTERM)
+    # not the default, which would end the tests
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    monkeypatch.setattr(AdapterTrainer, "evaluate", interrupt)
+    screen = Console(file=io.StringIO(), width=300)
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            train(config(assets, tmp_path / "run", save_every=200), screen)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert caught.value.code == code
+    printed = screen.file.getvalue()
+    if measurement == "first":
+        assert "Interrupted. No checkpoint had been written yet." in printed
+        return
+    assert "checkpoint-6 is the last good checkpoint; to go on from it: doratune train --recipe" in printed
+    assert not (tmp_path / "run" / "results.json").exists()
+    monkeypatch.undo()
+    assert train(config(assets, tmp_path / "run", save_every=200, resume=True), Console(quiet=True)).steps == 6
 
 
 def test_the_command_that_is_named_goes_on(assets, tmp_path, monkeypatch, capsys):

@@ -162,6 +162,13 @@ def test_another_optimizer_than_the_checkpoint_s_is_refused(assets, tmp_path):
         train(config(assets, tmp_path / "a", resume=True, optimizer="sgd"))
 
 
+@pytest.mark.parametrize(("was", "now"), [("dora", "full"), ("full", "dora"), ("dora", "lora")])
+def test_another_method_than_the_checkpoint_s_is_refused(assets, tmp_path, was, now):
+    begun(assets, tmp_path / "a", method=was)
+    with pytest.raises(dt.AdapterError, match=rf"method was {was} when the run began, is {now}: .* in another output"):
+        train(config(assets, tmp_path / "a", method=now, resume=True))
+
+
 def test_a_resumed_run_has_the_intervals_that_are_asked_for_now(assets, tmp_path):
     begun(assets, tmp_path / "a", eval_every=4)
     asked = {"log_every": 3, "eval_every": 5, "save_every": 1, "keep": 9}
@@ -176,6 +183,21 @@ def test_a_resumed_run_has_the_intervals_that_are_asked_for_now(assets, tmp_path
 def test_checkpoints_are_limited(assets, tmp_path):
     train(config(assets, tmp_path / "a", save_every=1, keep=2))
     assert [p.name for p in checkpoints(tmp_path / "a" / "checkpoints")] == ["checkpoint-5", "checkpoint-6"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"steps": 1}, [1e-2]),
+        ({"steps": None, "epochs": 0.01}, [1e-2]),
+        ({"steps": 2, "warmup": 0.9}, [0, 1e-2]),
+        ({"steps": 2}, [0, 1e-2]),
+    ],
+    ids=str,
+)
+def test_warm_up_leaves_a_step_to_learn_in(assets, tmp_path, asked, expected):
+    train(config(assets, tmp_path / "a", schedule="constant", **asked))
+    assert list(rates(tmp_path / "a").values()) == pytest.approx(expected)
 
 
 def test_epochs_count_where_steps_are_absent(assets, tmp_path):
@@ -327,8 +349,22 @@ def test_a_run_that_is_over_is_not_begun_again(assets, tmp_path):
     assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()} == before
     assert train(config(assets, tmp_path / "run", resume=True, steps=8)).steps == 8 > result.steps
     train(config(assets, tmp_path / "without", save_every=None))
-    with pytest.raises(dt.AdapterError, match="nothing is left to train"):
-        train(config(assets, tmp_path / "without", save_every=None, resume=True))
+    before = (tmp_path / "without" / "results.json").read_text()
+    for asked in ({}, {"steps": 8}, {"steps": None, "epochs": 0.05}):
+        with pytest.raises(dt.AdapterError, match=r"left to train: .* 6 steps, and no checkpoint to go on from"):
+            train(config(assets, tmp_path / "without", save_every=None, resume=True, **asked))
+    assert (tmp_path / "without" / "results.json").read_text() == before
+
+
+@pytest.mark.parametrize("asked", [{"steps": 3}, {"steps": None, "epochs": 0.03}], ids=["steps", "epochs"])
+def test_fewer_steps_than_the_checkpoint_has_are_refused(assets, tmp_path, asked):
+    begun(assets, tmp_path / "run")
+    before = (tmp_path / "run" / "recipe.toml").read_text()
+    said = r"nothing is left to train: the last checkpoint is at step 4, and [23] steps are asked for; ask for more"
+    with pytest.raises(dt.AdapterError, match=said):
+        train(config(assets, tmp_path / "run", resume=True, **asked))
+    assert (tmp_path / "run" / "recipe.toml").read_text() == before
+    assert train(config(assets, tmp_path / "run", resume=True, steps=4)).steps == 4
 
 
 def test_results_of_an_earlier_end_do_not_keep_a_run_from_its_own(assets, tmp_path):

@@ -1,6 +1,7 @@
 """The ``doratune`` command: one file per command, flags from dataclasses.
 
-Exit codes: 0, 1 for failures, 2 for wrong usage, 130 after Ctrl-C, 141 if nobody reads the output any more.
+Exit codes: 0, 1 for failures, 2 for wrong usage, 130 after Ctrl-C, 143 after SIGTERM where that is heard,
+141 if nobody reads the output any more.
 transformers is imported only by the command that needs it.
 """
 
@@ -76,8 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _write_nowhere()
         return _fail(f"the output cannot be written: {error.strerror or error}")
-    except Interrupted:
-        return 130
+    except Interrupted as stop:
+        return stop.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -45,6 +45,19 @@ def library_of(base: nn.Module) -> str | None:
     return None
 
 
+def unpacked_sizes(root: nn.Module) -> dict[int, int]:
+    """How many weights there are in parameters that pack several into an element, by the parameter's id."""
+    sizes = {}
+    for module in root.modules():
+        if library_of(module) == "HQQ":
+            layer: Any = module
+            sizes[id(layer.W_q)] = layer.out_features * layer.in_features
+    for parameter in root.parameters():
+        if state := getattr(parameter, "quant_state", None):  # bitsandbytes'
+            sizes[id(parameter)] = state.shape.numel()
+    return sizes
+
+
 def _bnb_4bit(base: Any) -> RowTiles:
     from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ def make_trainer(config: TrainConfig, model: Any, prepared: Prepared, dtype: tor
         optim=OPTIMIZERS[config.optimizer],
         learning_rate=config.learning_rate,
         lr_scheduler_type=SCHEDULES.get(config.schedule, config.schedule),
-        warmup_steps=config.warmup,
+        warmup_steps=_warmup(config, prepared),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
@@ -122,7 +123,7 @@ def make_trainer(config: TrainConfig, model: Any, prepared: Prepared, dtype: tor
     )
     # Trainer would run the model on all GPUs in threads (nn.DataParallel), with a batch each; processes are the way.
     arguments._n_gpu = min(1, arguments.n_gpu)
-    callbacks = [MetricsFile(config.output / METRICS, prepared.unit, writes=is_first_asked())]
+    callbacks = [MetricsFile(config.output / METRICS, prepared.unit, prepared.examples, writes=is_first_asked())]
     if config.augment:
         callbacks.append(NewEpoch(prepared.train))
     trainer = AdapterTrainer(
@@ -147,6 +148,20 @@ def make_trainer(config: TrainConfig, model: Any, prepared: Prepared, dtype: tor
         if isinstance(callback, TensorBoardCallback):  # the measurement before training would go to another folder
             callback.logging_dir = str(config.output / TENSORBOARD)
     return trainer
+
+
+def _warmup(config: TrainConfig, prepared: Prepared) -> float:
+    """As asked, but a share of so few steps that transformers would round it up to all of them is rounded down.
+
+    The first step of a warm-up has a learning rate of 0: a run of one step would learn nothing.
+    """
+    if not 0 < config.warmup < 1:
+        return config.warmup
+    steps = config.steps
+    if steps is None:
+        batches = math.ceil(math.ceil((prepared.examples or 0) / config.batch_size) / processes_asked())
+        steps = math.ceil(config.epochs * math.ceil(batches / config.gradient_accumulation))
+    return int(steps * config.warmup) if math.ceil(steps * config.warmup) >= steps else config.warmup
 
 
 def _checkpointing(model: Any) -> str:

@@ -32,8 +32,8 @@ EXPLODED = 10.0
 class MetricsFile(TrainerCallback):
     """One JSON object a line: ``step``, ``epoch`` and what was measured; lines after a resumed step are dropped."""
 
-    def __init__(self, path: Path, unit: str, writes: bool = True) -> None:
-        self.path, self.unit, self.writes = path, unit, writes
+    def __init__(self, path: Path, unit: str, examples: int | None, writes: bool = True) -> None:
+        self.path, self.unit, self.examples, self.writes = path, unit, examples, writes
         self.before: float | None = None
         self._keep(read_metrics(path))
 
@@ -67,7 +67,7 @@ class MetricsFile(TrainerCallback):
         if not self.writes or key in self.written:  # measured again, before a resumed run or at its end
             return
         self.written.add(key)
-        record = {"step": state.global_step, self.unit: seen(self.unit, args, state), **values}
+        record = {"step": state.global_step, self.unit: seen(self.unit, self.examples, args, state), **values}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -82,10 +82,10 @@ class MetricsFile(TrainerCallback):
 class Progress(TrainerCallback):
     """A progress bar with loss, speed, memory and time left; where there is no terminal, ten lines of text."""
 
-    def __init__(self, console: Console, unit: str, before: dict[str, float]) -> None:
+    def __init__(self, console: Console, unit: str, examples: int | None, before: dict[str, float]) -> None:
         from rich import progress
 
-        self.console, self.unit = console, unit
+        self.console, self.unit, self.examples = console, unit, examples
         self.bar = progress.Progress(
             progress.TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             progress.BarColumn(bar_width=None),
@@ -103,7 +103,8 @@ class Progress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the bar, at the step a resumed run goes on from."""
-        self.start, self.before, self.first = time.monotonic(), seen(self.unit, args, state), state.global_step
+        self.start, self.first = time.monotonic(), state.global_step
+        self.before = seen(self.unit, self.examples, args, state)
         self.measuring = 0.0
         self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step, told="")
         self.bar.start()
@@ -115,7 +116,7 @@ class Progress(TrainerCallback):
     def speed(self, args: Any, state: Any) -> float:
         """Units a second; the time that held-out data took does not count."""
         elapsed = time.monotonic() - self.start - self.measuring
-        return (seen(self.unit, args, state) - self.before) / max(elapsed, 1e-9)
+        return (seen(self.unit, self.examples, args, state) - self.before) / max(elapsed, 1e-9)
 
     def _told(self, args: Any, state: Any) -> str:
         speed = self.speed(args, state)
@@ -171,11 +172,22 @@ class OnceBegun(TrainerCallback):
         self.what()
 
 
-def seen(unit: str, args: Any, state: Any) -> int:
-    """Tokens, or texts or images, that the run has trained on so far."""
+def seen(unit: str, examples: int | None, args: Any, state: Any) -> int:
+    """Tokens, or texts or images, that the run has trained on so far, of so many examples; None: of a stream."""
     if unit == "tokens":
         return int(state.num_input_tokens_seen)
-    return int(state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
+    batch = args.train_batch_size * args.world_size
+    if not examples:
+        return int(state.global_step * batch * args.gradient_accumulation_steps)
+    # The last batch of an epoch is what is left, and so is the last step: batches are counted, not steps.
+    in_epoch = batches(examples, args)
+    epochs, more = divmod(round((state.epoch or 0) * in_epoch), in_epoch)
+    return epochs * examples + min(more * batch, examples)
+
+
+def batches(examples: int, args: Any) -> int:
+    """Batches that each process takes from the data in an epoch."""
+    return math.ceil(math.ceil(examples / args.train_batch_size) / args.world_size)
 
 
 def _held_out(values: dict[str, float]) -> list[str]:

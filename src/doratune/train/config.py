@@ -74,7 +74,7 @@ class TrainConfig:
     eval_data: tuple[str, ...] = ()
     """What to measure on; none: a part of the data is held out."""
     eval_fraction: float = 0.1
-    """Share of the data held out if there is no eval data; always the same, whatever the seed."""
+    """Share held out if there is no eval data, of what test_fraction leaves; always the same, whatever the seed."""
     split: str = "train"
     """Which split to train on, of data sets that have several (hub, save_to_disk)."""
     eval_split: str = "test"
@@ -141,7 +141,7 @@ class TrainConfig:
     magnitude_weight_decay: float = 0.0
     """Weight decay of the magnitudes; it pulls them to 0, not to where they started."""
     warmup: float = 0.03
-    """Warm-up: a number of steps, or below 1 the share of all steps."""
+    """Warm-up: a number of steps, or below 1 the share of all steps, of which it leaves one at least."""
     schedule: Schedule = "linear"
     """Learning rate after the warm-up."""
     max_grad_norm: float = 1.0
@@ -155,7 +155,7 @@ class TrainConfig:
     """Load the base in 4 or 8 bits (QDoRA): nf4 and int8 by bitsandbytes, torchao-int8 and torchao-int4 by torchao.
     Arithmetic is in dtype."""
     double_quant: bool = True
-    """nf4: quantise its scales, too, which saves 0.4 bits a weight."""
+    """nf4: whether its scales are quantised, too (saves 0.4 bits a weight)."""
     fsdp: bool = False
     """Spread the base over the processes that torchrun started (FSDP2), for models too large for one device; else every
     process has a copy (DDP)."""
@@ -238,7 +238,7 @@ class TrainConfig:
 
 def _numbers(c: TrainConfig) -> Iterator[str]:
     positive = ("max_length", "batch_size", "gradient_accumulation", "log_every", "keep", "epochs", "learning_rate")
-    for name in (*positive, "lora_plus_ratio"):
+    for name in (*positive, "lora_plus_ratio", "sample_tokens"):
         value = getattr(c, name)
         if not 0 < value < math.inf:
             yield f"{name} must be above 0; found {value!r}"
@@ -246,7 +246,7 @@ def _numbers(c: TrainConfig) -> Iterator[str]:
         value = getattr(c, name)
         if value is not None and not 0 < value < math.inf:
             yield f"{name} must be above 0, or absent; found {value!r}"
-    not_negative = ("weight_decay", "magnitude_weight_decay", "warmup", "max_grad_norm", "sample_tokens", "seed")
+    not_negative = ("weight_decay", "magnitude_weight_decay", "warmup", "max_grad_norm", "seed")
     for name in (*not_negative, "workers"):
         value = getattr(c, name)
         if not 0 <= value < math.inf:
@@ -268,6 +268,8 @@ def _combinations(c: TrainConfig) -> Iterator[str]:
         yield from _fsdp(c)
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         yield "accelerate launch --use_fsdp shards too late to measure a model before training; use --fsdp instead"
+    if c.prompt == "":
+        yield "prompt is empty"
     if c.prompt is not None and c.task != "text-generation":
         yield f"prompt asks for a sample of generated text, but the task is {c.task}"
     if c.as_chat and c.messages_column:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step, write a checkpoint, stop.
+"""Ctrl-C and SIGTERM: finish the step, write a checkpoint, stop; outside the training loop, stop and say what is kept.
 
 Of several processes each hears a signal at a time of its own, and the launcher ends them soon: they stop at once, with
 the last good checkpoint to go on from.
@@ -6,12 +6,19 @@ the last good checkpoint to go on from.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from doratune.errors import Interrupted, Terminated
 from doratune.extras import require
+from doratune.train.config import TrainConfig
+from doratune.train.failures import kept
+from doratune.train.output import CHECKPOINTS
+from doratune.train.processes import processes_asked
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,7 +26,33 @@ if TYPE_CHECKING:
 else:
     TrainerCallback = require("transformers").TrainerCallback
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ENDS: dict[int, type[KeyboardInterrupt]] = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+"""What each signal that is heard raises."""
+
+
+def _end(number: int, frame: Any) -> None:
+    raise ENDS[number]
+
+
+@contextlib.contextmanager
+def told(config: TrainConfig, console: Console) -> Iterator[None]:
+    """Within this context a run that is interrupted ends with what is kept and how to go on; SIGTERM is heard, too.
+
+    Raises:
+        Interrupted: instead of a KeyboardInterrupt.
+    """
+    # Several processes are ended by their launcher: one that waits for another in a collective would not hear it.
+    hears = threading.current_thread() is threading.main_thread() and processes_asked() == 1
+    before = signal.signal(signal.SIGTERM, _end) if hears else None
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        line = f"Interrupted. {kept(config, config.output / CHECKPOINTS)}"
+        console.print(line, emoji=False, markup=False, highlight=False, soft_wrap=True)
+        raise Interrupted(143 if isinstance(stop, Terminated) else 130) from None
+    finally:
+        if hears:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 class Interruption(TrainerCallback):
@@ -27,19 +60,19 @@ class Interruption(TrainerCallback):
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.asked = False
-        self._before: dict[signal.Signals, Any] = {}
+        self.asked: type[KeyboardInterrupt] | None = None
+        self._before: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Listen; only the main thread can."""
         self.alone, self.process = args.world_size == 1, os.getpid()
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._ask) for number in ENDS}
 
     def _ask(self, number: int, frame: Any) -> None:
         if self.asked or not self.alone:
-            raise KeyboardInterrupt
-        self.asked = True
+            raise ENDS[number]
+        self.asked = ENDS[number]
         if os.getpid() == self.process:  # workers that load data inherit this, and go on until the run has ended
             self.console.print("Stopping after this step, with a checkpoint; once more to stop at once.")
 

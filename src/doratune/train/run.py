@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from doratune.checkpoint import save_adapter
 from doratune.distributed import is_first, is_spread, processes
-from doratune.errors import AdapterError, Interrupted
+from doratune.errors import AdapterError
 from doratune.extras import require
 from doratune.summary import Summary
 from doratune.train import recipe
@@ -16,7 +16,7 @@ from doratune.train.assemble import autocast, make_model, make_trainer, precisio
 from doratune.train.checkpoints import checkpoints, last_checkpoint, remove_incomplete
 from doratune.train.config import TrainConfig
 from doratune.train.curves import draw_curves
-from doratune.train.failures import explained, kept
+from doratune.train.failures import explained
 from doratune.train.information import Information
 from doratune.train.models import choose_dtype, model_problem
 from doratune.train.output import CHECKPOINTS, CURVES, METRICS, RECIPE
@@ -40,14 +40,22 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
     Raises:
         AdapterError: listing every problem with options, files and data before a model is loaded; later, if the model
             cannot be loaded or adapted, or training fails for a reason that is understood.
-        KeyboardInterrupt: on Ctrl-C; after a step was finished its checkpoint has been written.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM; in the loop the step is finished, and its checkpoint written.
     """
     check(config)
-    transformers = require("transformers")
+    require("transformers")
     from rich.console import Console
+
+    from doratune.train.interruption import told
 
     if console is None or not is_first_asked():
         console = Console(quiet=True)
+    with told(config, console):
+        return _train(config, console)
+
+
+def _train(config: TrainConfig, console: Console) -> TrainResult:
+    import transformers
 
     def say(line: str) -> None:
         console.print(line, emoji=False, markup=False, highlight=False, soft_wrap=True)
@@ -137,9 +145,14 @@ def problems(config: TrainConfig) -> list[str]:
         found.append(f"output {output} is a file; name a folder")
     elif config.resume and not begun:
         found.append(f"output {output} holds no checkpoint to resume from")
-    elif config.resume and (step := _finished(config)):
-        found.append(f"nothing is left to train: output {output} holds the results of {step} steps; ask for more")
-    elif config.resume and (was := _other_optimizer(config)):
+    elif config.resume and (why := _finished(config)):
+        found.append(f"nothing is left to train: {why}")
+    elif config.resume and (was := _other(config, "method")):
+        found.append(
+            f"method was {was} when the run began, is {config.method}: it cannot go on with what the other trained; "
+            "leave it as it was, or begin in another output"
+        )
+    elif config.resume and (was := _other(config, "optimizer")):
         found.append(
             f"optimizer was {was} when the run began, is {config.optimizer}: it cannot go on with the other's state; "
             "leave it as it was, or begin in another output"
@@ -149,27 +162,36 @@ def problems(config: TrainConfig) -> list[str]:
     return found
 
 
-def _other_optimizer(config: TrainConfig) -> str | None:
-    """The optimiser that the checkpoint to resume is of, if it is not this run's."""
+def _other(config: TrainConfig, option: str) -> str | None:
+    """What the checkpoint to resume was made with, if it is not what this run is to have."""
     path = config.output / RECIPE
     if last_checkpoint(config.output / CHECKPOINTS) is None or not path.is_file():
         return None
-    was: str = recipe.load_recipe(path).get("optimizer", TrainConfig.optimizer)
-    return was if was != config.optimizer else None
+    was: str = recipe.load_recipe(path).get(option, getattr(TrainConfig, option))
+    return was if was != getattr(config, option) else None
 
 
-def _finished(config: TrainConfig) -> int:
-    """The step at which a run has come to its end and left its results; 0 if it has more to do."""
-    last = last_checkpoint(config.output / CHECKPOINTS)
+def _finished(config: TrainConfig) -> str | None:
+    """Why a run has no more to do: it has left its results, or is past the steps asked for; None if it has."""
+    output, last = config.output, last_checkpoint(config.output / CHECKPOINTS)
     try:
-        told = TrainResult.load(config.output).steps
+        told = TrainResult.load(output).steps
     except (OSError, ValueError, KeyError, TypeError):  # there are none, or not whole
-        return 0
+        told = 0
     if last is None:
-        return told if config.steps and told >= config.steps else 0
+        found = f"output {output} holds the results of {told} steps, and no checkpoint to go on from"
+        return f"{found}; begin in another output" if told else None
     state = require("transformers").TrainerState.load_from_json(str(last / "trainer_state.json"))
     done = state.global_step >= config.steps if config.steps else (state.epoch or 0) >= config.epochs
-    return told if done and told == state.global_step else 0  # else the results are of an earlier end
+    if done and told == state.global_step:  # else the results are of an earlier end
+        return f"output {output} holds the results of {told} steps; ask for more"
+    if config.steps and state.global_step > config.steps:
+        return _past(state, config.steps)
+    return None
+
+
+def _past(state: Any, steps: int) -> str:
+    return f"the last checkpoint is at step {state.global_step}, and {steps} steps are asked for; ask for more"
 
 
 def _make_folder(output: Path) -> None:
@@ -203,28 +225,35 @@ def _fit(
     from doratune.train.callbacks import OnceBegun, Progress
     from doratune.train.interruption import Interruption
 
-    progress, interruption = Progress(console, prepared.unit, before), Interruption(console)
+    progress = Progress(console, prepared.unit, prepared.examples, before)
+    interruption = Interruption(console)
     trainer.add_callback(progress)
     trainer.add_callback(interruption)
-    if config.resume and is_first():
-        trainer.add_callback(OnceBegun(lambda: recipe.save_recipe(config.output / RECIPE, config)))
+    if config.resume:
+        trainer.add_callback(OnceBegun(lambda: _resumed(config, trainer.state)))
     start = time.perf_counter()
-    folder = config.output / CHECKPOINTS
+    last = last_checkpoint(config.output / CHECKPOINTS)
     try:
-        trainer.train(resume_from_checkpoint=config.resume and last_checkpoint(folder) is not None)
+        trainer.train(resume_from_checkpoint=config.resume and last is not None)
         speed = progress.speed(trainer.args, trainer.state)
         if interruption.asked and trainer.state.global_step < trainer.state.max_steps:
-            raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        progress.close()
-        if is_first():
-            told = f"Interrupted. {kept(config, folder)}"
-            console.print(told, emoji=False, markup=False, highlight=False, soft_wrap=True)
-        raise Interrupted from None
+            raise interruption.asked
     finally:
         progress.close()
         interruption.close()
     return time.perf_counter() - start, speed
+
+
+def _resumed(config: TrainConfig, state: Any) -> None:
+    """Keep the options of a resumed run, once it is known that it goes on.
+
+    Raises:
+        AdapterError: if the epochs asked for, which only now are a number of steps, are over.
+    """
+    if state.global_step > state.max_steps:
+        raise AdapterError(f"nothing is left to train: {_past(state, state.max_steps)}")
+    if is_first():
+        recipe.save_recipe(config.output / RECIPE, config)
 
 
 def _last_measured(trainer: Any) -> dict[str, float]:

@@ -65,6 +65,13 @@ def test_accumulated_batches_are_one_batch(tmp_path, model):
         assert three == pytest.approx(one, rel=0.5), "but for the dropout of an encoder"
 
 
+def test_texts_are_counted_that_exist(tmp_path, model):
+    options = config(tmp_path, model, reviews(40), steps=None, epochs=2, batch_size=16, log_every=1)
+    train(options, Console(quiet=True))
+    records = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
+    assert [r["texts"] for r in records] == [16, 32, 36, 52, 68, 72]
+
+
 def test_padding_is_known_at_the_measurement_before_training(tmp_path):
     """With a rate that changes nothing, what is measured before and after is the same."""
     base = str(save_model_with_other_ends(tmp_path / "model"))
