@@ -3,6 +3,7 @@ import json
 import pytest
 
 import doratune as dt
+from doratune.cli import main
 from doratune.inference.sources import find_sources
 from inference.small import save_moved, save_writer
 
@@ -57,6 +58,24 @@ def test_a_base_that_moved_away(base, tmp_path):
     adapter = save_moved(tmp_path / "one", tmp_path / "gone")
     with pytest.raises(dt.AdapterError, match=r"gone: no such folder \(named by the adapter.*--base"):
         find_sources([str(adapter)])
+
+
+@pytest.mark.parametrize("command", ["generate", "predict", "merge"])
+@pytest.mark.parametrize("gone", ["absent-model", "/absent/place/model"])
+def test_every_command_says_how_to_name_another_place(command, gone, tmp_path, monkeypatch, capsys):
+    """A relative path seen from another folder looks like a name on the hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    adapter = str(save_moved(tmp_path / "one", gone))
+    if command == "predict":
+        config = tmp_path / "one" / "adapter_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "task_type": "SEQ_CLS"}))
+    more = {"generate": ["--prompt", "a"], "predict": [__file__], "merge": ["--output", str(tmp_path / "out")]}
+    assert main([command, adapter, *more[command]]) == 1
+    said = capsys.readouterr().err
+    assert gone in said
+    assert "(named by the adapter; another place can be given with --base)" in said
+    assert main([command, adapter, *more[command], "--base", gone]) == 1
+    assert "named by the adapter" not in capsys.readouterr().err
 
 
 def test_nothing_named():

@@ -47,6 +47,7 @@ def run(options: Merge) -> int:
     from rich.console import Console
     from rich.text import Text
 
+    from doratune.inference.sources import loading_base
     from doratune.train.models import NAMELESS, align_padding, base_name, load_base
     from doratune.train.quiet import quiet_libraries
 
@@ -59,8 +60,9 @@ def run(options: Merge) -> int:
     quiet_libraries()
     status = Console(stderr=True, emoji=False).status
     with status(Text(f"Loading {base}")):
-        model = load_base(options.adapter, base, options.dtype)
-        tokenizer = _tokenizer(model, options.adapter, base)
+        with loading_base(base, named=options.base is None):
+            model = load_base(options.adapter, base, options.dtype)
+            tokenizer = _tokenizer(model, options.adapter, base)
         if tokenizer is not None:
             align_padding(model, tokenizer)
         load_adapter(model, options.adapter)

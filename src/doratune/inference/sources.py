@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from doratune.train.models import CLASSIFIERS, NAMELESS, base_name, model_proble
 
 BASE = "base"
 """What the model without any adapter is called."""
+NAMED = "named by the adapter; another place can be given with --base"
+"""Said of a base model that cannot be loaded, unless it was given."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class Sources:
 
     base: str
     adapters: dict[str, Path]
+    named: bool = False
+    """Whether the adapters name the base, as none was given."""
 
 
 def find_sources(folders: Sequence[str], base: str | None = None) -> Sources:
@@ -62,12 +67,21 @@ def find_sources(folders: Sequence[str], base: str | None = None) -> Sources:
     chosen = base or next(iter(named.values()), "")
     problem = model_problem(chosen) if chosen else None
     if problem:
-        problems.append(
-            problem if base else f"{problem} (named by the adapter; another place can be given with --base)"
-        )
+        problems.append(problem if base else f"{problem} ({NAMED})")
     if problems:
         raise AdapterError.of("cannot be used", problems)
-    return Sources(chosen, adapters)
+    return Sources(chosen, adapters, named=base is None)
+
+
+@contextlib.contextmanager
+def loading_base(base: str, named: bool) -> Iterator[None]:
+    """An error about a base model that an adapter names, and that cannot be loaded, says how to name another place."""
+    try:
+        yield
+    except AdapterError as error:
+        if named and (model_problem(base) or f" {base} could not be loaded" in str(error)):
+            raise AdapterError(f"{error} ({NAMED})") from error
+        raise
 
 
 def is_model(folder: Path) -> bool:
