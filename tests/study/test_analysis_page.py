@@ -59,6 +59,7 @@ def test_the_page_in_a_browser(report, opened, width, theme):  # noqa: F811
     assert plots.count() == 1 + 2 * 2 + 2 * 3 + 2 * 3
     for box in (plot.bounding_box() for plot in plots.all()):
         assert box["height"] > 150
+        assert 0 <= box["x"] < box["x"] + box["width"] <= width, "a part of the picture is out of sight"
     for name in ("scatter-0-0", "scatter-1-1"):
         assert page.locator(f'[data-plot="{name}"] [data-tip]').count() == LAYERS * STEPS
     assert len(set(found.column("correlations", 0))) == 2
