@@ -78,6 +78,14 @@ def test_every_command_says_how_to_name_another_place(command, gone, tmp_path, m
     assert "named by the adapter" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["inspect RUN", "merge RUN --output OUT", "bench absent --adapter RUN"])
+def test_a_run_instead_of_its_adapter(command, base, tmp_path, capsys):
+    run = save_moved(tmp_path / "run" / "adapter", base).parent
+    assert main(command.replace("RUN", str(run)).replace("OUT", str(tmp_path / "out")).split()) == 1
+    said = capsys.readouterr().err
+    assert f"has no adapter_config.json; it is not an adapter's folder (did you mean {run / 'adapter'}?)" in said
+
+
 def test_nothing_named():
     with pytest.raises(dt.AdapterError, match="name an adapter's folder, or a model with --base"):
         find_sources([])

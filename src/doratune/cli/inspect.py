@@ -12,6 +12,7 @@ import tyro
 from rich.markup import escape
 
 from doratune.cli.common import say
+from doratune.inference.sources import reading_adapter
 from doratune.study.adapter_file import FileReport, inspect_adapter
 from doratune.study.analysis import analyze
 from doratune.study.decompose import Decomposition
@@ -40,7 +41,8 @@ def run(options: Inspect) -> int:
     """Read the folder, with a base model load that too, and print."""
     from rich.console import Console
 
-    report = inspect_adapter(options.adapter)
+    with reading_adapter(options.adapter):
+        report = inspect_adapter(options.adapter)
     moved: dict[str, Decomposition] = {}
     unfit: dict[str, str] = {}
     if options.base and not report.broken:

@@ -47,11 +47,12 @@ def run(options: Merge) -> int:
     from rich.console import Console
     from rich.text import Text
 
-    from doratune.inference.sources import loading_base
+    from doratune.inference.sources import loading_base, reading_adapter
     from doratune.train.models import NAMELESS, align_padding, base_name, load_base
     from doratune.train.quiet import quiet_libraries
 
-    base = base_name(options.adapter, options.base)
+    with reading_adapter(options.adapter):
+        base = base_name(options.adapter, options.base)
     read_weights(options.adapter)  # a broken file is found before a large model is loaded
     if base is None:
         raise AdapterError(NAMELESS.format(options.adapter))

@@ -112,6 +112,17 @@ def inner_folder(folder: Path) -> str:
     return f" (did you mean {found[0].parent}?)" if found else ""
 
 
+@contextlib.contextmanager
+def reading_adapter(folder: Path) -> Iterator[None]:
+    """An error about a run's folder names the adapter's folder in it."""
+    try:
+        yield
+    except AdapterError as error:
+        if (folder / CONFIG).is_file() or not (folder / "adapter" / CONFIG).is_file():
+            raise
+        raise AdapterError(f"{error}{inner_folder(folder)}") from error
+
+
 def _name(folder: Path, taken: dict[str, Path]) -> str:
     """The folder's name, or that of its run; a number is added where that is taken."""
     path = folder.resolve()
