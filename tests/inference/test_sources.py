@@ -54,6 +54,12 @@ def test_adapters_of_different_models_need_a_base(base, tmp_path):
     assert len(find_sources([str(one), str(two)], str(base)).adapters) == 2
 
 
+def test_one_base_under_two_names(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(base.parent)
+    folders = [str(save_moved(tmp_path / name, named)) for name, named in (("one", "model"), ("two", base))]
+    assert find_sources(folders).base == "model"
+
+
 def test_a_base_that_moved_away(base, tmp_path):
     adapter = save_moved(tmp_path / "one", tmp_path / "gone")
     with pytest.raises(dt.AdapterError, match=r"gone: no such folder \(named by the adapter.*--base"):

@@ -61,7 +61,7 @@ def find_sources(folders: Sequence[str], base: str | None = None) -> Sources:
             named[name] = found
     if base is None and not folders:
         problems.append("name an adapter's folder, or a model with --base")
-    if len(set(named.values())) > 1:
+    if len({_place(model) for model in named.values()}) > 1:
         listed = ", ".join(f"{name} of {model}" for name, model in named.items())
         problems.append(f"the adapters name different base models ({listed}); give the one to use with --base")
     chosen = base or next(iter(named.values()), "")
@@ -104,6 +104,12 @@ def _refuse_classifier(folder: Path) -> None:
     about = Information.load(folder)
     if about and about.task in CLASSIFIERS:
         raise AdapterError(f"{folder} was trained for {about.task}; use doratune predict {folder} FILES...")
+
+
+def _place(model: str) -> str:
+    """Where a base is: one folder may have several names."""
+    folder = Path(model).expanduser()
+    return str(folder.resolve()) if folder.exists() else model
 
 
 def inner_folder(folder: Path) -> str:
