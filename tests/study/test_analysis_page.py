@@ -85,7 +85,7 @@ def test_weights_sort_and_marks_tell(report, opened):  # noqa: F811
 
 
 def test_sentences_say_no_more_than_the_interval():
-    run = type("Run", (), {"label": "x"})
+    run = type("Run", (), {"label": "x", "is_unchanged": False})
     told = {
         sentence(run, Correlation(value, low, high, 1.0, 0.0, 24, 6))
         for value, low, high in [(0.5, 0.2, 0.8), (-0.5, -0.8, -0.2), (0.1, -0.3, 0.5), (0.9, None, None), (None,) * 3]
@@ -103,7 +103,7 @@ def test_a_page_of_a_single_checkpoint_that_changed_nothing(tmp_path):
     write(tmp_path / "base", base_weights())
     same = analyze(tmp_path / "base", {"same": tmp_path / "base"})
     page_of(same).write(tmp_path / "report", same.as_json())
-    assert "no correlation" in (tmp_path / "report" / "report.html").read_text()
+    assert "same: nothing changed, " in (tmp_path / "report" / "report.html").read_text()
 
 
 def test_shapes_of_few_and_of_many_layers():
