@@ -116,14 +116,16 @@ def _common_beginning(paths: list[str]) -> str:
     return "".join(f"{parts[0]}." for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, columns))
 
 
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} KB"
+
+
 def _print(out: Console, report: FileReport, moved: dict[str, Decomposition], unfit: list[str]) -> None:
     config = report.config
     say(out, f"{report.folder}: {report.method}, rank {config.rank}, alpha {config.alpha:g}")
     say(out, f"base model: {report.base_model or 'not named'}; task: {report.task or 'not named'}")
     saved = f" and {len(report.saved)} tensors trained whole" if report.saved else ""
-    out.print(
-        f"{len(report.layers)} adapted layers{saved}, {report.parameters:,} parameters, {report.bytes / 1e6:.1f} MB"
-    )
+    out.print(f"{len(report.layers)} adapted layers{saved}, {report.parameters:,} parameters, {_size(report.bytes)}")
     if report.layers:
         out.print(_table(report, moved))
     found = (("broken", report.broken), ("suspicious", report.suspicious), ("not compared with the base", unfit))
