@@ -26,6 +26,15 @@ def test_a_report_and_what_is_printed(folder, capsys):
     assert main(arguments) == 0, "an earlier report is replaced"
 
 
+def test_equal_models_are_called_equal(folder, capsys):
+    base = str(folder / "base")
+    assert main(["analyze", base, base, "--output", str(folder / "report")]) == 0
+    printed = capsys.readouterr().out
+    assert f"base: nothing changed, {2 * LAYERS} weights are as in the base." in printed
+    assert "correlation" not in printed
+    assert "nothing changed" in (folder / "report" / "report.html").read_text()
+
+
 def test_json_writes_nothing(folder, capsys):
     before = sorted(folder.iterdir())
     assert main(["analyze", str(folder / "base"), str(folder / "run"), "--spectra", "none", "--json"]) == 0

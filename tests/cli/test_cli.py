@@ -245,6 +245,13 @@ def test_inspect_json(adapter, assets, capsys):
     assert found["config"]["rank"] == 4
 
 
+def test_inspect_of_a_small_file(adapter, capsys):
+    size = (adapter / "adapter_model.safetensors").stat().st_size
+    assert main(["inspect", str(adapter)]) == 0
+    assert f" parameters, {size / 1e3:.1f} KB" in capsys.readouterr().out
+    assert size < 1e5
+
+
 def test_inspect_of_a_broken_adapter(adapter, capsys):
     file = adapter / "adapter_model.safetensors"
     state = load_file(file)

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from transformers import GPT2Config, GPTNeoConfig, ViTConfig
+from transformers import BartConfig, BertConfig, GPT2Config, GPTNeoConfig, ViTConfig
 
 from doratune.cli import main
 from study.test_estimate import LLAMA
@@ -19,6 +19,8 @@ def test_from_a_config_alone(folder, capsys):
     parts = ("weights", "gathered", "adapters", "gradients", "optimizer", "activations")
     assert found["total"] == sum(found[name] for name in parts)
     assert found["assumptions"]
+    assert found["tokens"] == 128
+    assert "json" not in found
     assert main(["estimate", folder, "--tokens", "128", "--quantize", "nf4"]) == 0
     told = capsys.readouterr().out
     assert "assumed:" in told
@@ -38,7 +40,9 @@ def test_a_step_is_no_longer_than_the_models_context(tmp_path, capsys):
     assert f"tokens is 4096, but {tmp_path} takes sequences of 1024 at most" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("config", [ViTConfig(), GPTNeoConfig(attention_types=[[["global"], 24]])])
+@pytest.mark.parametrize(
+    "config", [ViTConfig(), BertConfig(), BartConfig(), GPTNeoConfig(attention_types=[[["global"], 24]])]
+)
 def test_another_kind_of_model_is_one_message(config, tmp_path, capsys):
     config.save_pretrained(tmp_path)
     assert main(["estimate", str(tmp_path), "--tokens", "64"]) == 1
@@ -47,3 +51,8 @@ def test_another_kind_of_model_is_one_message(config, tmp_path, capsys):
     assert "served are causal language models" in told
     assert len(told) < 600
     assert "GPT2Config, " not in told, "the list of every configuration class"
+
+
+def test_an_encoder_that_was_made_to_write_is_served(tmp_path):
+    BertConfig(num_hidden_layers=1, is_decoder=True).save_pretrained(tmp_path)
+    assert main(["estimate", str(tmp_path), "--tokens", "64"]) == 0

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from doratune.cli import main
@@ -74,3 +75,29 @@ def test_images_are_scaled_as_the_base_says(tmp_path, capsys):
         assert main(["predict", str(folder), str(photos), "--json"]) == 0
         found.append([json.loads(line)["probability"] for line in capsys.readouterr().out.splitlines()])
     assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), OSError(28, "full")],
+)
+def test_a_full_disk_is_one_message(tmp_path, monkeypatch, capsys, error):
+    llama().save_pretrained(tmp_path / "base")
+    adapter = save_moved(tmp_path / "adapter", tmp_path / "base")
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", fail)
+    assert merge(adapter, tmp_path / "merged") == 1
+    said = capsys.readouterr().err
+    assert f"cannot write the merged model to {tmp_path / 'merged'}: " in said
+    assert ". Make room, or name an output on another disk" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}, "nothing is left behind"
+
+
+def test_an_output_that_is_a_file(tmp_path, capsys):
+    adapter = save_moved(tmp_path / "adapter", save_writer(tmp_path / "base"))
+    (tmp_path / "merged").touch()
+    assert merge(adapter, tmp_path / "merged") == 1
+    assert f"output {tmp_path / 'merged'} is a file; name a new folder" in capsys.readouterr().err

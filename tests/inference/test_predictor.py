@@ -205,7 +205,7 @@ def test_an_adapter_whose_base_has_gone(tmp_path, texts):
     for name, key in (("adapter_config.json", "base_model_name_or_path"), ("doratune.json", "base")):
         raw = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps({**raw, key: str(tmp_path / "gone")}))
-    with pytest.raises(dt.AdapterError, match=r"gone: no such folder .*another place with --base"):
+    with pytest.raises(dt.AdapterError, match=r"gone: no such folder .*another place can be given with --base"):
         Classifier.find(folder)
     found = Classifier.find(folder, str(texts[0] / "model"))
     assert Predictor.load(found).labels == ("bad", "good")

@@ -3,6 +3,7 @@ import json
 import pytest
 
 import doratune as dt
+from doratune.cli import main
 from doratune.inference.sources import find_sources
 from inference.small import save_moved, save_writer
 
@@ -53,10 +54,42 @@ def test_adapters_of_different_models_need_a_base(base, tmp_path):
     assert len(find_sources([str(one), str(two)], str(base)).adapters) == 2
 
 
+def test_one_base_under_two_names(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(base.parent)
+    folders = [str(save_moved(tmp_path / name, named)) for name, named in (("one", "model"), ("two", base))]
+    assert find_sources(folders).base == "model"
+
+
 def test_a_base_that_moved_away(base, tmp_path):
     adapter = save_moved(tmp_path / "one", tmp_path / "gone")
     with pytest.raises(dt.AdapterError, match=r"gone: no such folder \(named by the adapter.*--base"):
         find_sources([str(adapter)])
+
+
+@pytest.mark.parametrize("command", ["generate", "predict", "merge"])
+@pytest.mark.parametrize("gone", ["absent-model", "/absent/place/model"])
+def test_every_command_says_how_to_name_another_place(command, gone, tmp_path, monkeypatch, capsys):
+    """A relative path seen from another folder looks like a name on the hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    adapter = str(save_moved(tmp_path / "one", gone))
+    if command == "predict":
+        config = tmp_path / "one" / "adapter_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "task_type": "SEQ_CLS"}))
+    more = {"generate": ["--prompt", "a"], "predict": [__file__], "merge": ["--output", str(tmp_path / "out")]}
+    assert main([command, adapter, *more[command]]) == 1
+    said = capsys.readouterr().err
+    assert gone in said
+    assert "(named by the adapter; another place can be given with --base)" in said
+    assert main([command, adapter, *more[command], "--base", gone]) == 1
+    assert "named by the adapter" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["inspect RUN", "merge RUN --output OUT", "bench absent --adapter RUN"])
+def test_a_run_instead_of_its_adapter(command, base, tmp_path, capsys):
+    run = save_moved(tmp_path / "run" / "adapter", base).parent
+    assert main(command.replace("RUN", str(run)).replace("OUT", str(tmp_path / "out")).split()) == 1
+    said = capsys.readouterr().err
+    assert f"has no adapter_config.json; it is not an adapter's folder (did you mean {run / 'adapter'}?)" in said
 
 
 def test_nothing_named():

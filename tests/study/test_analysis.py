@@ -256,6 +256,16 @@ def test_whatever_is_not_compared_is_named(tmp_path):
     assert json.loads(json.dumps(run.as_json()))["left_out"] == said
 
 
+@pytest.mark.parametrize(
+    ("kind", "there"),
+    [("BertModel", False), ("XLMRobertaModel", False), ("GPT2LMHeadModel", True), ("BertForMaskedLM", True)],
+)
+def test_a_head_is_named_only_where_the_model_has_one(tmp_path, kind, there):
+    write(tmp_path / "base", base_weights(), {"tie_word_embeddings": True, "architectures": [kind]})
+    run = analyze(tmp_path / "base", {"x": tmp_path / "base"}).runs[0]
+    assert ("(output head)" in run.left_out) == there
+
+
 def test_a_head_left_out_of_the_file_is_named(tmp_path):
     write(tmp_path / "base", base_weights(), {"text_config": {"tie_word_embeddings": True}})
     run = analyze(tmp_path / "base", {"x": tmp_path / "base"}).runs[0]

@@ -59,6 +59,7 @@ def test_the_page_in_a_browser(report, opened, width, theme):  # noqa: F811
     assert plots.count() == 1 + 2 * 2 + 2 * 3 + 2 * 3
     for box in (plot.bounding_box() for plot in plots.all()):
         assert box["height"] > 150
+        assert 0 <= box["x"] < box["x"] + box["width"] <= width, "a part of the picture is out of sight"
     for name in ("scatter-0-0", "scatter-1-1"):
         assert page.locator(f'[data-plot="{name}"] [data-tip]').count() == LAYERS * STEPS
     assert len(set(found.column("correlations", 0))) == 2
@@ -84,7 +85,7 @@ def test_weights_sort_and_marks_tell(report, opened):  # noqa: F811
 
 
 def test_sentences_say_no_more_than_the_interval():
-    run = type("Run", (), {"label": "x"})
+    run = type("Run", (), {"label": "x", "is_unchanged": False})
     told = {
         sentence(run, Correlation(value, low, high, 1.0, 0.0, 24, 6))
         for value, low, high in [(0.5, 0.2, 0.8), (-0.5, -0.8, -0.2), (0.1, -0.3, 0.5), (0.9, None, None), (None,) * 3]
@@ -102,7 +103,7 @@ def test_a_page_of_a_single_checkpoint_that_changed_nothing(tmp_path):
     write(tmp_path / "base", base_weights())
     same = analyze(tmp_path / "base", {"same": tmp_path / "base"})
     page_of(same).write(tmp_path / "report", same.as_json())
-    assert "no correlation" in (tmp_path / "report" / "report.html").read_text()
+    assert "same: nothing changed, " in (tmp_path / "report" / "report.html").read_text()
 
 
 def test_shapes_of_few_and_of_many_layers():

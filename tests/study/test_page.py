@@ -49,6 +49,22 @@ def test_files_and_their_numbers(tmp_path):
     assert (folder / "report.html").read_text() == first, "the same content gives the same page"
 
 
+def test_files_of_an_earlier_report_go_and_others_stay(tmp_path, monkeypatch):
+    example().write(tmp_path, {})
+    for name in ("mine.png", "plot-7.svg", "notes.csv"):
+        (tmp_path / name).touch()
+    smaller = example()
+    del smaller.sections[1:]
+    with monkeypatch.context() as patch:
+        patch.setattr("doratune.files._publish", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        with pytest.raises(dt.AdapterError, match="cannot write the report"):
+            smaller.write(tmp_path, {})
+    assert (tmp_path / "plot-1.png").is_file(), "the earlier report is whole as long as there is no new one"
+    smaller.write(tmp_path, {})
+    expected = {"report.html", "numbers.json", "plot-0.png", "plot-0.svg", "mine.png", "plot-7.svg", "notes.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == expected
+
+
 def test_a_folder_that_holds_something_else(tmp_path):
     (tmp_path / "thesis.txt").touch()
     with pytest.raises(dt.AdapterError, match="is not empty and holds no report"):

@@ -93,13 +93,18 @@ def run(options: Analyze) -> int:
 
         print(json.dumps(without_nan(analysis.as_json())))
         return 0
-    from doratune.study.analysis_page import page_of
+    from doratune.study.analysis_page import page_of, sentence
+    from doratune.study.correlation import Correlation
 
     command = " ".join(["doratune analyze", options.base, *map(str, options.tuned)])
     with status.status("Drawing"):
         page = page_of(analysis, command).write(options.output, analysis.as_json())
     out = Console(emoji=False)
-    out.print(_table(analysis))
+    if any(run.kinds for run in analysis.runs):
+        out.print(_table(analysis))
+    for run in analysis.runs:
+        if not run.kinds:  # it has no row
+            say(out, sentence(run, Correlation(None, None, None, None, None, 0, 0)))
     for line in _left_out(analysis):
         say(out, line)
     say(out, f"Report: {page}")

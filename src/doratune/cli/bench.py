@@ -13,6 +13,7 @@ import tyro
 
 from doratune.cli.common import check
 from doratune.config import AdapterConfig
+from doratune.files import read_config
 from doratune.train.config import Dtype
 
 if TYPE_CHECKING:
@@ -69,10 +70,14 @@ def run(options: Bench) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
+    from doratune.inference.sources import reading_adapter
     from doratune.study.speed import measure_speed
     from doratune.train.models import check_context, choose_dtype, load_model
     from doratune.train.quiet import quiet_libraries
 
+    if options.adapter is not None:
+        with reading_adapter(options.adapter):
+            read_config(options.adapter)  # before a large model is loaded
     quiet_libraries()
     model = load_model(options.model, choose_dtype(options.dtype))
     model.to("cuda" if torch.cuda.is_available() else "cpu")

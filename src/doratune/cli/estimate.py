@@ -95,7 +95,8 @@ def run(options: EstimateOptions) -> int:
         checkpointing=options.checkpointing,
     )
     if options.json:
-        print(json.dumps({**asdict(options), **asdict(result), "total": result.total, "assumptions": ASSUMPTIONS}))
+        asked = {name: value for name, value in asdict(options).items() if name != "json"}
+        print(json.dumps({**asked, **asdict(result), "total": result.total, "assumptions": ASSUMPTIONS}))
         return 0
     console = Console(emoji=False)
     console.print(_table(options, result))

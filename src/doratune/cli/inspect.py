@@ -12,6 +12,7 @@ import tyro
 from rich.markup import escape
 
 from doratune.cli.common import say
+from doratune.inference.sources import reading_adapter
 from doratune.study.adapter_file import FileReport, inspect_adapter
 from doratune.study.analysis import analyze
 from doratune.study.decompose import Decomposition
@@ -40,7 +41,8 @@ def run(options: Inspect) -> int:
     """Read the folder, with a base model load that too, and print."""
     from rich.console import Console
 
-    report = inspect_adapter(options.adapter)
+    with reading_adapter(options.adapter):
+        report = inspect_adapter(options.adapter)
     moved: dict[str, Decomposition] = {}
     unfit: dict[str, str] = {}
     if options.base and not report.broken:
@@ -114,14 +116,16 @@ def _common_beginning(paths: list[str]) -> str:
     return "".join(f"{parts[0]}." for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, columns))
 
 
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} KB"
+
+
 def _print(out: Console, report: FileReport, moved: dict[str, Decomposition], unfit: list[str]) -> None:
     config = report.config
     say(out, f"{report.folder}: {report.method}, rank {config.rank}, alpha {config.alpha:g}")
     say(out, f"base model: {report.base_model or 'not named'}; task: {report.task or 'not named'}")
     saved = f" and {len(report.saved)} tensors trained whole" if report.saved else ""
-    out.print(
-        f"{len(report.layers)} adapted layers{saved}, {report.parameters:,} parameters, {report.bytes / 1e6:.1f} MB"
-    )
+    out.print(f"{len(report.layers)} adapted layers{saved}, {report.parameters:,} parameters, {_size(report.bytes)}")
     if report.layers:
         out.print(_table(report, moved))
     found = (("broken", report.broken), ("suspicious", report.suspicious), ("not compared with the base", unfit))

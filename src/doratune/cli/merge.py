@@ -15,7 +15,7 @@ import tyro
 
 from doratune.checkpoint import load_adapter
 from doratune.cli.common import say
-from doratune.errors import AdapterError
+from doratune.errors import AdapterError, first_line
 from doratune.files import read_weights
 from doratune.merge import MergeCheck, merge, verify_merge
 from doratune.train.config import Dtype
@@ -47,20 +47,25 @@ def run(options: Merge) -> int:
     from rich.console import Console
     from rich.text import Text
 
+    from doratune.inference.sources import loading_base, reading_adapter
     from doratune.train.models import NAMELESS, align_padding, base_name, load_base
     from doratune.train.quiet import quiet_libraries
 
-    base = base_name(options.adapter, options.base)
+    with reading_adapter(options.adapter):
+        base = base_name(options.adapter, options.base)
     read_weights(options.adapter)  # a broken file is found before a large model is loaded
     if base is None:
         raise AdapterError(NAMELESS.format(options.adapter))
-    if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
+    if options.output.exists() and not options.output.is_dir():
+        raise AdapterError(f"output {options.output} is a file; name a new folder")
+    if options.output.exists() and any(options.output.iterdir()):
         raise AdapterError(f"output {options.output} exists and is not empty; name a new folder")
     quiet_libraries()
     status = Console(stderr=True, emoji=False).status
     with status(Text(f"Loading {base}")):
-        model = load_base(options.adapter, base, options.dtype)
-        tokenizer = _tokenizer(model, options.adapter, base)
+        with loading_base(base, named=options.base is None):
+            model = load_base(options.adapter, base, options.dtype)
+            tokenizer = _tokenizer(model, options.adapter, base)
         if tokenizer is not None:
             align_padding(model, tokenizer)
         load_adapter(model, options.adapter)
@@ -151,6 +156,9 @@ def _image_settings(model: Any, adapter: Path, base: str) -> Path | None:
 
 def _write(model: Any, tokenizer: Any, adapter: Path, base: str, output: Path) -> None:
     """Write beside the output folder and rename, so that a broken attempt leaves nothing behind."""
+    from safetensors import SafetensorError
+
+    from doratune.train.failures import NO_ROOM, NO_ROOM_SIGNS
     from doratune.train.information import FILE
 
     images = _image_settings(model, adapter, base)
@@ -164,8 +172,12 @@ def _write(model: Any, tokenizer: Any, adapter: Path, base: str, output: Path) -
             if path and path.is_file():
                 shutil.copyfile(path, partial / path.name)
         partial.replace(output)
-    except OSError as error:
-        raise AdapterError(f"cannot write the merged model to {output}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        number, reason = (error.errno, error.strerror) if isinstance(error, OSError) else (None, None)
+        said = f"cannot write the merged model to {output}: {reason or first_line(error)}"
+        if number in NO_ROOM or any(sign in str(error).lower() for sign in NO_ROOM_SIGNS):
+            said += ". Make room, or name an output on another disk"
+        raise AdapterError(said) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

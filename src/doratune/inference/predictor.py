@@ -14,7 +14,7 @@ from doratune.errors import AdapterError
 from doratune.extras import require
 from doratune.files import CONFIG, read_config, read_weights
 from doratune.inference.inputs import Input
-from doratune.inference.sources import inner_folder, is_model, tokenizer_source
+from doratune.inference.sources import NAMED, inner_folder, is_model, loading_base, tokenizer_source
 from doratune.targets import HEAD_NAMES
 from doratune.train.device import explaining_memory, to_device
 from doratune.train.information import Information
@@ -60,6 +60,8 @@ class Classifier:
     base: str
     """Where the base model is; of a whole model its own folder."""
     about: Information
+    named: bool = False
+    """Whether the adapter names the base, as none was given."""
 
     @classmethod
     def find(cls, folder: Path, base: str | None = None) -> Classifier:
@@ -73,6 +75,7 @@ class Classifier:
             AdapterError: if the folder holds no classifier that can be used, or the base is not known.
         """
         whole = is_model(folder)
+        named = not whole and base is None
         name: str | None = str(folder)
         if not whole:
             try:
@@ -87,12 +90,13 @@ class Classifier:
             raise AdapterError(NAMELESS.format(folder))
         problem = model_problem(name)
         if problem:
-            raise AdapterError(problem if base else f"{problem} (named by {folder}; give another place with --base)")
+            raise AdapterError(f"{problem} ({NAMED})" if named else problem)
         if about is None:
-            about = Information(_task(name, None if whole else peft_task(read_config(folder))), name, "")
+            with loading_base(name, named):
+                about = Information(_task(name, None if whole else peft_task(read_config(folder))), name, "")
         if about.task not in CLASSIFIERS:
             raise AdapterError(f"{folder} was trained for {about.task}; use doratune generate {folder}")
-        return cls(folder, name, about)
+        return cls(folder, name, about, named)
 
     @property
     def takes_images(self) -> bool:
@@ -141,7 +145,8 @@ class Predictor:
             AdapterError: if something cannot be loaded, or the model is no classifier.
         """
         about, folder = found.about, found.folder
-        model = load_base(folder, found.base, choose_dtype(dtype))
+        with loading_base(found.base, found.named):
+            model = load_base(folder, found.base, choose_dtype(dtype))
         keep_float32(model, [name for name, _ in model.named_children() if name in HEAD_NAMES])  # as in training
         model = to_device(model)
         if (folder / CONFIG).is_file():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from doratune.train.models import CLASSIFIERS, NAMELESS, base_name, model_proble
 
 BASE = "base"
 """What the model without any adapter is called."""
+NAMED = "named by the adapter; another place can be given with --base"
+"""Said of a base model that cannot be loaded, unless it was given."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class Sources:
 
     base: str
     adapters: dict[str, Path]
+    named: bool = False
+    """Whether the adapters name the base, as none was given."""
 
 
 def find_sources(folders: Sequence[str], base: str | None = None) -> Sources:
@@ -56,18 +61,27 @@ def find_sources(folders: Sequence[str], base: str | None = None) -> Sources:
             named[name] = found
     if base is None and not folders:
         problems.append("name an adapter's folder, or a model with --base")
-    if len(set(named.values())) > 1:
+    if len({_place(model) for model in named.values()}) > 1:
         listed = ", ".join(f"{name} of {model}" for name, model in named.items())
         problems.append(f"the adapters name different base models ({listed}); give the one to use with --base")
     chosen = base or next(iter(named.values()), "")
     problem = model_problem(chosen) if chosen else None
     if problem:
-        problems.append(
-            problem if base else f"{problem} (named by the adapter; another place can be given with --base)"
-        )
+        problems.append(problem if base else f"{problem} ({NAMED})")
     if problems:
         raise AdapterError.of("cannot be used", problems)
-    return Sources(chosen, adapters)
+    return Sources(chosen, adapters, named=base is None)
+
+
+@contextlib.contextmanager
+def loading_base(base: str, named: bool) -> Iterator[None]:
+    """An error about a base model that an adapter names, and that cannot be loaded, says how to name another place."""
+    try:
+        yield
+    except AdapterError as error:
+        if named and (model_problem(base) or f" {base} could not be loaded" in str(error)):
+            raise AdapterError(f"{error} ({NAMED})") from error
+        raise
 
 
 def is_model(folder: Path) -> bool:
@@ -92,10 +106,27 @@ def _refuse_classifier(folder: Path) -> None:
         raise AdapterError(f"{folder} was trained for {about.task}; use doratune predict {folder} FILES...")
 
 
+def _place(model: str) -> str:
+    """Where a base is: one folder may have several names."""
+    folder = Path(model).expanduser()
+    return str(folder.resolve()) if folder.exists() else model
+
+
 def inner_folder(folder: Path) -> str:
     """Runs keep what they trained one folder further down: a hint that names it."""
     found = [path for path in (folder / "adapter" / CONFIG, folder / "model" / "config.json") if path.is_file()]
     return f" (did you mean {found[0].parent}?)" if found else ""
+
+
+@contextlib.contextmanager
+def reading_adapter(folder: Path) -> Iterator[None]:
+    """An error about a run's folder names the adapter's folder in it."""
+    try:
+        yield
+    except AdapterError as error:
+        if (folder / CONFIG).is_file() or not (folder / "adapter" / CONFIG).is_file():
+            raise
+        raise AdapterError(f"{error}{inner_folder(folder)}") from error
 
 
 def _name(folder: Path, taken: dict[str, Path]) -> str:

@@ -15,7 +15,7 @@ from doratune.errors import AdapterError
 from doratune.extras import require
 from doratune.inference.prompts import Prompt
 from doratune.inference.sampling import Sampling
-from doratune.inference.sources import BASE, Sources, tokenizer_source
+from doratune.inference.sources import BASE, Sources, loading_base, tokenizer_source
 from doratune.merge import merge
 from doratune.model import adapter_names, disabled, set_adapter
 from doratune.train.device import explaining_memory, to_device
@@ -73,8 +73,9 @@ class Writer:
         """
         if merged and len(sources.adapters) != 1:
             raise AdapterError(f"merging takes one adapter; found {len(sources.adapters)}")
-        tokenizer = load_tokenizer(tokenizer_source(sources.adapters.values(), sources.base))
-        model = load_model(sources.base, choose_dtype(dtype))
+        with loading_base(sources.base, sources.named):
+            tokenizer = load_tokenizer(tokenizer_source(sources.adapters.values(), sources.base))
+            model = load_model(sources.base, choose_dtype(dtype))
         if not hasattr(model, "generate"):
             raise AdapterError(f"model {sources.base} is a {type(model).__name__}, which does not write text")
         if not sources.adapters:  # an adapter may bring a head

@@ -73,6 +73,11 @@ class Run:
         return [point for point in self.points if point.layer is not None and point.change.size > 0]
 
     @property
+    def is_unchanged(self) -> bool:
+        """Whether every weight that was compared is as it was."""
+        return not any(point.change.size > 0 for point in self.points)
+
+    @property
     def kinds(self) -> list[str]:
         """Kinds of weights among them, in the model's order."""
         return list(dict.fromkeys(point.kind for point in self.changed))

@@ -55,6 +55,8 @@ def page_of(analysis: Analysis, command: str = "") -> Page:
 
 def sentence(run: Run, c: Correlation) -> str:
     """What one run's overall correlation lets one say, honestly."""
+    if c.value is None and run.is_unchanged:
+        return f"{run.label}: nothing changed, {len(run.last())} weights are as in the base."
     if c.value is None:
         return f"{run.label}: no correlation, as there are too few weights that changed."
     told = {

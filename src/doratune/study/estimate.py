@@ -122,6 +122,7 @@ def estimate(
     Raises:
         AdapterError: if the configuration is not one of a causal language model whose step can be counted.
     """
+    _refuse_encoder(config)
     run = _extrapolated(config, adapter, (batch_size, tokens), dtype, checkpointing)
     lora = replace(adapter, method="lora") if adapter.method == "dora" and not _without_rank(adapter) else None
     plain = _extrapolated(config, lora, (batch_size, tokens), dtype, checkpointing)
@@ -153,6 +154,18 @@ def estimate(
         communication=moved,
         norm_communication=2 * 4 * run.magnitudes * (devices - 1) // devices if several else 0,
     )
+
+
+def _refuse_encoder(config: Any) -> None:
+    """transformers builds a causal language model of encoders, too: one that nobody trains."""
+    auto = require("transformers.models.auto.modeling_auto")
+    if any("CausalLM" in name or "LMHead" in name for name in config.architectures or ()):
+        return
+    kind = "an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else None
+    if config.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        kind = kind or "an encoder"
+    if kind:
+        raise AdapterError(f"a step of a {config.model_type} cannot be estimated: it is {kind}; {SERVED}")
 
 
 def _without_rank(adapter: AdapterConfig) -> bool:

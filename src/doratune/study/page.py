@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 NAME = "report.html"
 NUMBERS = "numbers.json"
+NAMED = re.compile(r' data-(plot|table)="([\w-]+)"')
+"""A plot or table in a page, with the name of its files."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +203,7 @@ class Page:
         """Write ``report.html``, a PNG and an SVG of each plot, a CSV of each table and ``numbers.json``.
 
         Args:
-            folder: what an earlier report left there is replaced.
+            folder: an earlier report there is replaced; files of its plots and tables that this one lacks are removed.
             numbers: everything the page is made of, as JSON has it; NaN becomes null.
 
         Returns:
@@ -212,6 +216,7 @@ class Page:
         if problem:
             raise AdapterError(problem)
         html = self.html()
+        earlier = _files_of(folder / NAME)
         with writing(folder, "the report") as staging:
             for plot in self._plots():
                 save_png(plot.figure, staging / f"{plot.name}.png")
@@ -221,6 +226,9 @@ class Page:
                     item.write_csv(staging)
             (staging / NUMBERS).write_text(json.dumps(without_nan(numbers), indent=1) + "\n", encoding="utf-8")
             (staging / NAME).write_text(html, encoding="utf-8")
+        for name in earlier - _files_of(folder / NAME):
+            with contextlib.suppress(OSError):  # the report is whole without
+                (folder / name).unlink()
         return folder / NAME
 
     def _plots(self) -> Iterable[Plot]:
@@ -228,6 +236,16 @@ class Page:
 
     def _items(self) -> Iterable[Item]:
         return (item for section in self.sections for item in section.items)
+
+
+def _files_of(page: Path) -> set[str]:
+    """Names of the files that a report wrote for its plots and tables; nothing else in its folder is its own."""
+    try:
+        found = NAMED.findall(page.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # there is none, or it is no report
+        return set()
+    ends = {"plot": ("png", "svg"), "table": ("csv",)}
+    return {f"{name}.{end}" for kind, name in found for end in ends[kind]}
 
 
 def folder_problem(folder: Path) -> str | None:

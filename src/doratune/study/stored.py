@@ -33,6 +33,8 @@ CONV1D = {
 """By model type, paths of layers that store ``[in, out]``."""
 PACKED = "in_proj_weight"
 HEADS = ("lm_head", "embed_out")
+WRITES = re.compile(r"For\w*LM|LMHead|ForConditionalGeneration|ForPreTraining|MTModel|DoubleHeads|Decoder|2Text")
+"""In names of model classes with an output head: configs of encoders are tied, too, and have none."""
 
 
 class Weights(Protocol):
@@ -81,7 +83,7 @@ class StoredWeights:
                     self.left_out[key] = reason
                 else:
                     self._place(file, key, shape)
-        if tied and not any(reason.startswith("tied") for reason in self.left_out.values()):
+        if tied and _has_head(config) and not any(reason.startswith("tied") for reason in self.left_out.values()):
             self.left_out["(output head)"] = "tied to the input embedding by config.json: looked at once, there"
 
     def _place(self, file: Path, key: str, shape: list[int]) -> None:
@@ -146,6 +148,12 @@ def _model_config(source: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}
+
+
+def _has_head(config: dict[str, Any]) -> bool:
+    """Whether the model is one that writes, as far as its config tells."""
+    names = config.get("architectures")
+    return not names or any(WRITES.search(str(name)) for name in names)
 
 
 def _is_tied(config: dict[str, Any]) -> bool:

@@ -21,7 +21,7 @@ def write(tmp_path, compare="", run=RUN):
 def test_methods_at_ranks_each_once():
     names = [one.key for one in contestants(("lora r", "dora r", "dora r/2", "magnitude", "full"), (8, 4))]
     assert names == ["lora-8", "lora-4", "dora-8", "dora-4", "dora-2", "magnitude", "full"]
-    assert contestants(("dora r/4", "lora 3"), (2,)) == [Contestant("dora", 1), Contestant("lora", 3)]
+    assert contestants(("dora r/4", "lora 3"), (4,)) == [Contestant("dora", 1), Contestant("lora", 3)]
 
 
 def test_everybody_is_compared_with_the_first_at_its_rank():
@@ -80,6 +80,22 @@ def test_every_problem_is_listed(tmp_path):
         "test_data or test_fraction is needed",
     ):
         assert part in said
+
+
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [
+        ('"lora r", "lora r"', "at least two are needed to compare; found lora r"),
+        ('"lora r", "lora 8"', "at least two are needed to compare; lora r, lora 8 are all LoRA rank 8"),
+        ('"lora r", "dora r/3", "dora r/2"', r"'dora r/3' needs ranks that can be divided by 3; found \[8\]"),
+        ('"lora r", "dora r/0"', "expected 'lora r'.*found 'dora r/0'"),
+    ],
+)
+def test_methods_that_are_no_comparison(tmp_path, methods, said):
+    with pytest.raises(dt.AdapterError, match=said):
+        load(write(tmp_path, f"methods = [{methods}]"))
+    with pytest.raises(dt.AdapterError, match=r"'dora r/2' needs .* by 2; found \[3, 1\]"):
+        load(write(tmp_path, "ranks = [4, 3, 1]"))
 
 
 @pytest.mark.parametrize(

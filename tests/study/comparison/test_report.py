@@ -148,6 +148,8 @@ def test_in_a_browser(tmp_path, opened, width, task):  # noqa: F811
     shown = found.page.locator("figure svg")
     assert shown.count() == (4 if ranks else 3)
     assert found.page.evaluate("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
+    for box in (plot.bounding_box() for plot in shown.all()):
+        assert 0 <= box["x"] < box["x"] + box["width"] <= width, "a part of the picture is out of sight"
     found.page.locator('[data-plot="differences"] [data-tip]').first.hover()
     assert ("rank 2" if ranks else "rank 8") in found.page.locator("#tip").inner_text()
     found.sort("runs", 3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -11,7 +11,7 @@ from doratune.train.config import TrainMethod
 
 RANKED = {"lora": "LoRA", "dora": "DoRA"}
 UNRANKED = {"magnitude": "magnitudes only", "full": "full fine-tuning", "head": "head only"}
-PATTERN = re.compile(r"(lora|dora) (?:(\d+)|r(?:/(\d+))?)")
+PATTERN = re.compile(r"(lora|dora) (?:(\d+)|r(?:/([1-9]\d*))?)")
 FORMS = "'lora r', 'dora r', 'dora r/2', 'dora 8', " + ", ".join(map(repr, UNRANKED))
 
 
@@ -58,13 +58,23 @@ def problem_of(method: str) -> str | None:
     return f"methods: expected {FORMS}; found {method!r}"
 
 
+def uneven(methods: Iterable[str], ranks: Sequence[int]) -> Iterator[str]:
+    """Parts of a rank that are no whole numbers, as of ``r/2`` at rank 3: another rank would be compared."""
+    for method in dict.fromkeys(methods):
+        found = PATTERN.fullmatch(method)
+        divisor = int(found[3] or 1) if found else 1
+        wrong = [rank for rank in ranks if rank % divisor]
+        if wrong:
+            yield f"methods: {method!r} needs ranks that can be divided by {divisor}; found {wrong}"
+
+
 def contestant(method: str, rank: int) -> Contestant:
-    """The method of a recipe at one of its ranks; ``r/2`` is at least 1."""
+    """The method of a recipe at one of its ranks, which ``uneven`` finds no fault with."""
     found = PATTERN.fullmatch(method)
     if found is None:
         return Contestant(cast(TrainMethod, method))
     name, fixed, divisor = found.groups()
-    return Contestant(cast(TrainMethod, name), int(fixed) if fixed else max(1, rank // int(divisor or 1)))
+    return Contestant(cast(TrainMethod, name), int(fixed) if fixed else rank // int(divisor or 1))
 
 
 def contestants(methods: Iterable[str], ranks: Sequence[int]) -> list[Contestant]:

@@ -29,7 +29,7 @@ def scores(findings: Findings) -> Drawn:
     shown = [one for one in findings.standings if one.score is not None]
     tips: dict[str, list[Tip]] = {}
     with style():
-        figure, axes = new_figure(8.2, 0.9 + 0.42 * len(shown))
+        figure, axes = new_figure(6.2, 0.9 + 0.42 * len(shown))
         for row, one in enumerate(shown):
             colour, marker = looks(findings.standings)[one.contestant.key]
             seeds = list(one.scores)
@@ -54,7 +54,7 @@ def differences(findings: Findings) -> Drawn:
     """Paired differences with their intervals, and what could have been seen."""
     tips: dict[str, list[Tip]] = {}
     with style():
-        figure, axes = new_figure(8.2, 1.05 + 0.42 * len(findings.gaps))
+        figure, axes = new_figure(6.2, 1.05 + 0.42 * len(findings.gaps))
         axes.axvline(0, color=INK, linewidth=0.9)
         for row, gap in enumerate(findings.gaps):
             d = gap.difference

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from doratune.errors import AdapterError
-from doratune.study.comparison.contestants import Contestant, Pair, contestants, pairs, problem_of
+from doratune.study.comparison.contestants import Contestant, Pair, contestants, pairs, problem_of, uneven
 from doratune.train.config import AdapterOptions, TrainConfig
 from doratune.train.recipe import converted, describe, entries, find_recipe, fits, from_toml, read_toml
 from doratune.train.sources import path_of
@@ -47,8 +47,9 @@ class Grid:
     def problems(self) -> Iterator[str]:
         """Everything that cannot work."""
         yield from filter(None, map(problem_of, self.methods))
-        if len(self.methods) < 2:
-            yield f"methods: at least two are needed to compare; found {len(self.methods)}"
+        if len(set(self.methods)) < 2:
+            found = ", ".join(dict.fromkeys(self.methods)) or "none"
+            yield f"methods: at least two are needed to compare; found {found}"
         if any(rank < 1 for rank in self.ranks):
             yield f"ranks must be at least 1; found {list(self.ranks)}"
         for name, rates in {"learning_rates": self.learning_rates, **self.learning_rates_of}.items():
@@ -152,7 +153,10 @@ def load(name: str, seeds: int | None = None) -> Comparison:
     if seeds is not None:
         grid["seeds"] = seeds
     comparison = Comparison(train, Grid(**grid))
-    found = [*comparison.grid.problems(), *_of_the_run(train)]
+    found = [*comparison.grid.problems(), *uneven(comparison.grid.methods, comparison.ranks), *_of_the_run(train)]
+    if not found and not comparison.pairs:
+        methods = ", ".join(comparison.grid.methods)
+        found.append(f"methods: at least two are needed to compare; {methods} are all {comparison.contestants[0].name}")
     if found:
         raise AdapterError.of(f"recipe {path}", found)
     return comparison
