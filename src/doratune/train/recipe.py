@@ -101,9 +101,7 @@ def from_toml(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
         if inside and name in run_types:
             problems.append(f"{key} is no option of the adapter: move it above the table [adapter]")
         elif name == "compare" and isinstance(value, dict):
-            problems.append(
-                "compare: this recipe is for doratune compare; to train with it leave the table out"
-            )
+            problems.append("compare: this recipe is for doratune compare; to train with it leave the table out")
         elif name not in hints:
             close = difflib.get_close_matches(name, [*run_types, *adapter_types], n=1)
             problems.append(f"unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
