@@ -223,9 +223,9 @@ def test_a_measurement_that_is_interrupted_says_how_to_go_on(assets, tmp_path, n
             os.kill(os.getpid(), number)
         return original(self, *args, **kwargs)
 
-    before = signal.getsignal(signal.SIGTERM)
-    # not the default, which would end the tests
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have it ignored in the background
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # not the default, which would end the tests
     monkeypatch.setattr(AdapterTrainer, "evaluate", interrupt)
     screen = Console(file=io.StringIO(), width=300)
     try:
@@ -233,7 +233,8 @@ def test_a_measurement_that_is_interrupted_says_how_to_go_on(assets, tmp_path, n
             train(config(assets, tmp_path / "run", save_every=200), screen)
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
     assert caught.value.code == code
     printed = screen.file.getvalue()
     if measurement == "first":
