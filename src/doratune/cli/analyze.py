@@ -94,7 +94,6 @@ def run(options: Analyze) -> int:
         print(json.dumps(without_nan(analysis.as_json())))
         return 0
     from doratune.study.analysis_page import page_of, sentence
-    from doratune.study.correlation import Correlation
 
     command = " ".join(["doratune analyze", options.base, *map(str, options.tuned)])
     with status.status("Drawing"):
@@ -104,7 +103,7 @@ def run(options: Analyze) -> int:
         out.print(_table(analysis))
     for run in analysis.runs:
         if not run.kinds:  # it has no row
-            say(out, sentence(run, Correlation(None, None, None, None, None, 0, 0)))
+            say(out, sentence(run, None))
     for line in _left_out(analysis):
         say(out, line)
     say(out, f"Report: {page}")

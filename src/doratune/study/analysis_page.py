@@ -53,11 +53,11 @@ def page_of(analysis: Analysis, command: str = "") -> Page:
     return page
 
 
-def sentence(run: Run, c: Correlation) -> str:
-    """What one run's overall correlation lets one say, honestly."""
-    if c.value is None and run.is_unchanged:
+def sentence(run: Run, c: Correlation | None) -> str:
+    """What one run's overall correlation lets one say, honestly; None: there is none."""
+    if run.is_unchanged:
         return f"{run.label}: nothing changed, {len(run.last())} weights are as in the base."
-    if c.value is None:
+    if c is None or c.value is None:
         return f"{run.label}: no correlation, as there are too few weights that changed."
     told = {
         "positive": "weights that turn more change length more",
