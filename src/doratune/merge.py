@@ -51,7 +51,7 @@ def merged_weight(layer: AdaptedLayer, name: str) -> Tensor:
     rows = layer.kind.rows(layer.base_layer)
     A, B, _ = layer.whole_parts(name)
     parts = []
-    with without_autocast(rows.device):
+    with without_autocast(rows.stored.device):
         g = _exact_scale(layer, name)
         if g is not None and rows.part is not None:
             g = g[rows.part[0]]

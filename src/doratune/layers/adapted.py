@@ -97,7 +97,7 @@ class AdaptedLayer(AdapterHolder):
         def new(what: str, *shape: int) -> nn.Parameter:
             if self.tensor_parallel:
                 return sharded.new_parameter(rows.stored, what, *shape)
-            return nn.Parameter(torch.empty(shape, dtype=torch.float32, device=rows.device))
+            return nn.Parameter(torch.empty(shape, dtype=torch.float32, device=rows.stored.device))
 
         if rank:
             self.lora_A[name] = new("A", rank, columns)

@@ -230,7 +230,8 @@ class AttentionHost(StandIn):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return base_attribute(self, name, next((layer.path for _, layer in self.active_layers()), None))
+            paths = [layer.path for _, layer in self.active_layers()]
+            return base_attribute(self, name, paths[0] if paths else None)
 
 
 def _copy_attention(attention: nn.MultiheadAttention) -> nn.MultiheadAttention:

@@ -168,7 +168,7 @@ class ScaleCache:
         """``n^2``, float32 ``[out]``, computed now, for whole A and B, without TF32; it keeps no graph."""
         base, _, _ = self._base_squared(rows)
         A, B = rows.own(A, B)
-        with torch.no_grad(), without_autocast(rows.device):
+        with torch.no_grad(), without_autocast(rows.stored.device):
             if dense:
                 return rows.collected(row_norm.dense_squared_norm(rows.tiles, A, B, scale))
             return rows.collected(row_norm.squared_row_norm(base, rows.tiles, A, B, scale))
@@ -181,7 +181,7 @@ class ScaleCache:
             return squared, rows.collected(squared), True
         if self._base is not None and self._base[0].fits(rows.stored):
             return self._base[1:]
-        with torch.inference_mode(False), torch.no_grad(), without_autocast(rows.device):
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(rows.stored.device):
             squared = row_norm.base_squared_norm(rows.tiles)
             everywhere = rows.collected(squared)
         if not _can_stamp(rows.stored):
@@ -206,13 +206,13 @@ class ScaleCache:
         Between calls g is remembered with ``reuse`` (evaluation), n with ``reuse_norm`` (until A, B or W change).
         """
         if self.frozen is not None:
-            return self.frozen.to(rows.device)  # another one in replicas
+            return self.frozen.to(rows.stored.device)  # another one in replicas
         made_from = [rows.stored, magnitude] if A is None or B is None else [rows.stored, magnitude, A, B]
         reuse = reuse and not torch.compiler.is_compiling()
         if reuse and _remembered(self._scale, scale, made_from):
             return self._scale[2]  # type: ignore[index]
         base, everywhere, may_be_zero = self._base_squared(rows)
-        with without_autocast(rows.device):
+        with without_autocast(rows.stored.device):
             squared = everywhere
             if A is not None and B is not None:
                 squared = self._squared_norm(base, rows, A, B, scale, norm_gradient, dense_norm, reuse_norm)

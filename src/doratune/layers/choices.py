@@ -24,7 +24,7 @@ def choices(
     bias: Tensor | None,
 ) -> tuple[bool, bool]:
     """``dense_norm`` and ``keep_output`` of ``Options``, as the adapter's values ask for; it waits for the device."""
-    with torch.no_grad(), without_autocast(rows.device):
+    with torch.no_grad(), without_autocast(rows.stored.device):
         base, m = cache.base_squared(rows), m.detach().float()
         squared = base
         if A is not None and B is not None:

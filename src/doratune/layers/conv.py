@@ -58,7 +58,7 @@ def forward(
         g = options.row_scale(conv_rows(base), A, B, magnitude, scale)
     guard = _guard(base, x, low, A, B, scale) if options.guards_output(g) else None
     channels = -1 - len(base.kernel_size)
-    return scale_rows(u, g, bias, outer, dim=channels, guard=guard, keep=options.keep, fresh=A is not None)
+    return scale_rows(u, g, bias, outer, dim=channels, guard=guard, keep=options.keep(), fresh=A is not None)
 
 
 def low_rank(base: Conv, x: Tensor, A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

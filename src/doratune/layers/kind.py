@@ -44,9 +44,8 @@ class Options(NamedTuple):
     rows: WeightRows | None = None
     """W, where the base itself does not tell: this process's part of it."""
 
-    @property
     def keep(self) -> str:
-        """What ``scale_rows`` is to keep."""
+        """What ``scale_rows`` is to keep; no property: torch.compile before 2.9 does not know those of named tuples."""
         if self.eight_bit:
             return "8-bit"
         # Compiled code knows what a kernel writes.
@@ -62,7 +61,7 @@ class Options(NamedTuple):
     def guards_output(self, g: Tensor) -> bool:
         """Whether y is kept for g's gradient and may be overwritten in place before; compiled code keeps a copy."""
         return (
-            self.keep == "output" and g.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            self.keep() == "output" and g.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         )
 
 

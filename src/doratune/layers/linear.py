@@ -98,7 +98,7 @@ def forward(
     if options.reuse_scale and A is not None and B is not None and not torch.compiler.is_compiling():
         return _evaluate(base, x, A, B, magnitude, scale, options, inner, outer)
     dense = slow_reason(base) is None
-    if dense and magnitude is not None and options.keep != "output":
+    if dense and magnitude is not None and options.keep() != "output":
         inner = None  # added last: it would drown z
     change = None if A is None or B is None else LowRankChange.of(x, A, B, scale, options)
     u = _dense(base, _autocast(x), inner, change) if dense else _over_output(base(x), x, change)
@@ -108,7 +108,7 @@ def forward(
         g = options.row_scale(options.rows or rows_of(base), A, B, magnitude, scale)
     guard = _guard(base, x, change) if options.guards_output(g) else None
     fresh = dense or change is not None  # and not the base's own tensor
-    return scale_rows(u, g, inner, outer, guard=guard, keep=options.keep, fresh=fresh)
+    return scale_rows(u, g, inner, outer, guard=guard, keep=options.keep(), fresh=fresh)
 
 
 def _evaluate(
@@ -247,7 +247,7 @@ class Linear(Kind):
             return super().probe(base, generator)
         rows = self.rows(base)
         dtype = next(iter(rows.tiles()))[1].dtype
-        return torch.randn(8, rows.shape[1], generator=generator, device="cpu").to(rows.device, dtype)
+        return torch.randn(8, rows.shape[1], generator=generator, device="cpu").to(rows.stored.device, dtype)
 
     def merged_layer(self, base: nn.Module, merged: Tensor, bias: Tensor | None) -> nn.Module:
         own_way = has_own_forward(base) or hasattr(base, "parametrizations")

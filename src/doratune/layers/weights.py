@@ -38,10 +38,6 @@ class WeightRows(NamedTuple):
         """What of A ``[r, in]`` and B ``[out, r]`` belongs to the tiles' columns and rows."""
         return (A, B) if self.part is None else (A[:, self.part[1]], B[self.part[0]])
 
-    @property
-    def device(self) -> torch.device:
-        return self.stored.device
-
     @classmethod
     def of_matrix(cls, matrix: Tensor, stored: Tensor) -> WeightRows:
         """A dense ``[out, in]`` matrix, one tile and no copy; a DTensor is gathered for the occasion."""

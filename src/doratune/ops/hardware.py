@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -44,23 +45,29 @@ def full_precision() -> Iterator[None]:
     """
     with _TURNS:
         switches = _switches()
-        before = [getattr(owner, name) for owner, name, _ in switches]
+        before = [read() for read, _, _ in switches]
         try:
-            for owner, name, exact in switches:
-                setattr(owner, name, exact)
+            for _, write, exact in switches:
+                write(exact)
             yield
         finally:
-            for (owner, name, _), value in zip(switches, before, strict=True):
-                setattr(owner, name, value)
+            for (_, write, _), value in zip(switches, before, strict=True):
+                write(value)
 
 
 _TURNS = threading.RLock()
 
 
-def _switches() -> list[tuple[Any, str, Any]]:
+def _switches() -> list[tuple[Callable[[], Any], Callable[[Any], Any], Any]]:
+    """How each is read and written, and what makes it exact."""
+
+    def attribute(owner: Any, name: str, exact: Any) -> tuple[Callable[[], Any], Callable[[Any], Any], Any]:
+        return functools.partial(getattr, owner, name), functools.partial(setattr, owner, name), exact
+
     backends: Any = torch.backends
     cuda, cudnn, mkldnn = backends.cuda, backends.cudnn, backends.mkldnn
     if not hasattr(cuda.matmul, "fp32_precision"):  # torch before 2.9
-        return [(cuda.matmul, "allow_tf32", False), (cudnn, "allow_tf32", False)]
+        products = (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest")
+        return [products, attribute(cudnn, "allow_tf32", False)]
     kinds = [cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv]
-    return [(kind, "fp32_precision", "ieee") for kind in kinds]
+    return [attribute(kind, "fp32_precision", "ieee") for kind in kinds]
