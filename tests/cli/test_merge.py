@@ -100,4 +100,4 @@ def test_an_output_that_is_a_file(tmp_path, capsys):
     adapter = save_moved(tmp_path / "adapter", save_writer(tmp_path / "base"))
     (tmp_path / "merged").touch()
     assert merge(adapter, tmp_path / "merged") == 1
-    assert f"output {tmp_path / 'merged'} is a file; name a new folder" in capsys.readouterr().err
+    assert f"output {tmp_path / 'merged'} is a file; name a folder" in capsys.readouterr().err

@@ -22,7 +22,7 @@ from doratune.train.models import (
     load_tokenizer,
     model_problem,
 )
-from train.tiny import llama, save_model, tokenizer
+from train.tiny import llama, save_model, save_vision_model, tokenizer
 
 
 def test_problems_seen_without_loading(tmp_path):
@@ -58,6 +58,11 @@ def test_a_relative_base_is_looked_for_here_and_beside_the_adapter(tmp_path, mon
     assert base_name(adapter) == str(adapter / "../model")
     (tmp_path / "model").mkdir()
     assert base_name(adapter) == "../model", "the working directory comes first, as in PEFT"
+
+
+def test_a_model_of_another_kind_is_not_called_incomplete(tmp_path):
+    with pytest.raises(dt.AdapterError, match=r"ViTConfig.*\(a model of another kind than is needed here\)"):
+        load_model(str(save_vision_model(tmp_path)))
 
 
 def test_what_is_looked_for_on_the_hub_is_no_folder_here(tmp_path, monkeypatch):

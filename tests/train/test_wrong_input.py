@@ -98,7 +98,12 @@ CASES = {
     "nothing to resume": ("lm", GOOD, ["--resume"], "holds no checkpoint to resume from"),
     "no such recipe": ("lm", GOOD, ["--recipe", "doral"], "recipe 'doral' is no file, and no shipped recipe"),
     "streaming without an end": ("lm", GOOD, ["--streaming", "--epochs", "2"], "streaming needs steps"),
-    "output that cannot be made": ("lm", GOOD, ["--output", "/dev/null/run"], "output /dev/null/run cannot be made"),
+    "output that cannot be made": (
+        "lm",
+        GOOD,
+        ["--output", "/dev/null/run"],
+        "run: /dev/null is a file; name a folder",
+    ),
     "output is a file": ("lm", GOOD, ["--output", __file__], "is a file; name a folder"),
     "held-out file missing": ("lm", GOOD, ["--eval-data", "none.txt"], "eval_data none.txt: no such file"),
     "blocks longer than the text": ("lm", GOOD, ["--max-length", "100000"], "the text is too short"),

@@ -300,7 +300,9 @@ def _loading(what: str, name: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
         raise
     except Exception as error:  # whatever a broken folder, an absent file or an absent network makes it raise
         advice = "the folder may be incomplete"
-        if not local:
+        if "Unrecognized configuration class" in str(error):
+            advice = "a model of another kind than is needed here"
+        elif not local:
             advice = f"there is no folder {folder.absolute()}, so it was looked for on the model hub; without a "
             advice += "network, name the folder of a downloaded model"
         raise AdapterError(f"{what} {name} could not be loaded: {first_line(error)} ({advice})") from error

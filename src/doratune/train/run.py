@@ -10,6 +10,7 @@ from doratune.checkpoint import save_adapter
 from doratune.distributed import is_first, is_spread, processes
 from doratune.errors import AdapterError
 from doratune.extras import require
+from doratune.files import output_problem
 from doratune.summary import Summary
 from doratune.train import recipe
 from doratune.train.assemble import autocast, make_model, make_trainer, precision
@@ -141,8 +142,8 @@ def problems(config: TrainConfig) -> list[str]:
     begun = bool(checkpoints(output / CHECKPOINTS)) or (output / RECIPE).is_file()
     if not is_first_asked():
         begun = True  # the first process looks, and writes there while others are still on their way
-    elif output.exists() and not output.is_dir():
-        found.append(f"output {output} is a file; name a folder")
+    elif why := output_problem(output):
+        found.append(why)
     elif config.resume and not begun:
         found.append(f"output {output} holds no checkpoint to resume from")
     elif config.resume and (why := _finished(config)):
