@@ -153,6 +153,7 @@ def test_nothing_is_left_of_a_failure(texts, tmp_path, monkeypatch, capsys):
         (["TEST", "--base", "./nowhere"], ["nowhere: no such folder"]),
         (["absent.csv"], ["error: nothing to classify: absent.csv: no such file or folder\n"]),
         (["TEST", "--label-column", "grade"], ["label_column 'grade' is not among the columns"]),
+        (["TEST", "--image-column", "photo"], ["adapter classifies texts; leave image_column out"]),
     ],
 )
 def test_what_cannot_work_is_one_message(texts, arguments, complaints, capsys):

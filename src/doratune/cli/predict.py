@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from doratune.cli.common import check, say
+from doratune.errors import AdapterError
 from doratune.train.config import Dtype, TrainConfig
 
 if TYPE_CHECKING:
@@ -86,6 +87,9 @@ def run(options: Predict) -> int:
     quiet_libraries()
     status = Console(stderr=True, emoji=False)
     found = Classifier.find(options.adapter, options.base)
+    what, column = ("images", "text_column") if found.takes_images else ("texts", "image_column")
+    if getattr(options, column) is not None:
+        raise AdapterError(f"{options.adapter} classifies {what}; leave {column} out")
     reading = TrainConfig(
         model=found.base,
         data=options.files,

@@ -43,7 +43,8 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
             cannot be loaded or adapted, or training fails for a reason that is understood.
         KeyboardInterrupt: on Ctrl-C or SIGTERM; in the loop the step is finished, and its checkpoint written.
     """
-    check(config)
+    if found := problems(config):
+        raise AdapterError.of("these options cannot work", found)
     require("transformers")
     from rich.console import Console
 
@@ -119,17 +120,6 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
         if is_first():
             result.save(config.output)
     return result
-
-
-def check(config: TrainConfig) -> None:
-    """Find what can be found before anything large is loaded.
-
-    Raises:
-        AdapterError: listing every problem.
-    """
-    found = problems(config)
-    if found:
-        raise AdapterError.of("these options cannot work", found)
 
 
 def problems(config: TrainConfig) -> list[str]:
