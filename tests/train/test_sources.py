@@ -68,6 +68,7 @@ def test_rows_that_cannot_be_read_have_a_line_and_a_reason(tmp_path):
         ("x.json", "3", "expected a list of objects, found int"),
         ("x.parquet", "nothing", "is not Parquet"),
         ("x.csv", b"a,b\n\xff,1\n", "is not UTF-8 text"),
+        ("x.csv", b"a,b,a,,\n1,2,3,,\n", "several columns are called 'a'; rename them"),
         ("x.json", b"\xff\xfe", "is not UTF-8 text"),
     ],
 )

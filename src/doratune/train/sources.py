@@ -186,6 +186,8 @@ def _csv(path: Path) -> Iterator[Row]:
             names = next(reader, None)
             if not names:
                 raise AdapterError(f"{path} has no header line with the names of its columns")
+            if twice := [name for name in dict.fromkeys(names) if name and names.count(name) > 1]:
+                raise AdapterError(f"{path}: several columns are called {', '.join(map(repr, twice))}; rename them")
             for fields in filter(None, reader):
                 first = reader.line_num - sum(field.count("\n") for field in fields)
                 where = f"{path}:{first}"
