@@ -39,6 +39,21 @@ def test_by_task_and_other_options():
     others = {"epochs", "eval_fraction", "test_fraction", "sample_tokens", "double_quant"}
     assert found(others, steps=2, eval_data=("e",), test_data=("t",)) == others
     assert found(others) == {"sample_tokens", "double_quant"}
+    assert found(others, streaming=True, steps=2, prompt="a", quantize="nf4") == {"epochs", "eval_fraction"}
+
+
+@pytest.mark.parametrize(
+    ("given", "vain"),
+    [
+        ({"messages_column": "m"}, {"prompt_template", "prompt_column", "completion_column", "text_column"}),
+        ({"prompt_template": "{a}"}, {"prompt_column", "text_column"}),
+        ({"completion_column": "c"}, {"text_column"}),
+        ({"text_column": "t"}, set()),
+    ],
+)
+def test_of_columns_that_exclude_each_other_some_are_not_read(given, vain):
+    columns = {"messages_column", "prompt_template", "prompt_column", "completion_column", "text_column"}
+    assert found(columns, **given) == vain
 
 
 def test_flags_are_refused_in_one_message_and_values_of_a_recipe_are_not(tmp_path, capsys):

@@ -38,10 +38,18 @@ def _reasons(c: TrainConfig) -> Iterator[tuple[str, Collection[str]]]:
     elif c.method == "lora":
         yield "method lora has no magnitudes", MAGNITUDE
     yield f"the task is {c.task}", OF_TASKS[c.task]
+    if c.messages_column:
+        yield "messages_column is given", ("prompt_column", "completion_column", "prompt_template", "text_column")
+    elif c.prompt_template:
+        yield "prompt_template is given", ("prompt_column", "text_column")
+    elif c.prompt_column or c.completion_column:
+        yield "columns of prompt or completion are given", ("text_column",)
     if c.steps is not None:
         yield f"steps is {c.steps}, which wins", ("epochs",)
     if c.eval_data:
         yield "there is eval_data", ("eval_fraction",)
+    elif c.streaming:
+        yield "the first examples of a stream are held out", ("eval_fraction",)
     if c.test_data:
         yield "there is test_data", ("test_fraction",)
     if c.prompt is None:
