@@ -63,6 +63,6 @@ def test_flags_are_refused_in_one_message_and_values_of_a_recipe_are_not(tmp_pat
     assert main(["train", "--recipe", str(recipe), *flags]) == 1
     told = capsys.readouterr().err
     assert "  - alpha: without effect, because method full trains no adapter; leave it out\n" in told
-    assert "  - epochs: without effect, because steps is 5, which wins; leave it out\n" in told
+    assert "  - epochs: without effect, because steps is 5, which wins unless it is none; leave it out\n" in told
     assert "absent.txt" in told
     assert "rank" not in told

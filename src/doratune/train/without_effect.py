@@ -45,7 +45,7 @@ def _reasons(c: TrainConfig) -> Iterator[tuple[str, Collection[str]]]:
     elif c.prompt_column or c.completion_column:
         yield "columns of prompt or completion are given", ("text_column",)
     if c.steps is not None:
-        yield f"steps is {c.steps}, which wins", ("epochs",)
+        yield f"steps is {c.steps}, which wins unless it is none", ("epochs",)
     if c.eval_data:
         yield "there is eval_data", ("eval_fraction",)
     elif c.streaming:
