@@ -290,10 +290,11 @@ def multiplies_bfloat16() -> bool:
 def _loading(what: str, name: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
     """transformers, where it finds a model, and its options for that; whatever goes wrong then is an AdapterError."""
     transformers = require("transformers")
-    if problem := model_problem(name):
-        raise AdapterError(problem)
     folder = Path(name).expanduser()
     local = folder.is_dir()
+    beside_adapter = local and what == "tokenizer"  # which has no config.json of a model
+    if not beside_adapter and (problem := model_problem(name)):
+        raise AdapterError(problem)
     try:
         yield (transformers, str(folder), {"local_files_only": True}) if local else (transformers, name, {})
     except AdapterError:
