@@ -10,7 +10,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from doratune.layers.weights import WeightRows, is_dtensor
 from doratune.ops import row_norm
 from doratune.ops.hardware import full_precision
+
+Value = TypeVar("Value")
 
 
 class _Stamp:
@@ -150,7 +152,7 @@ class ScaleCache:
 
     def freeze(self, g: Tensor | None) -> None:
         """Use this g from now on, as ``frozen_scales`` asks; None: compute it again."""
-        self._evaluation = None
+        self.forget_evaluations()
         self.frozen = g
 
     def __getstate__(self) -> dict[str, Any]:
@@ -179,15 +181,17 @@ class ScaleCache:
             # Compiled code cannot look at stamps; the graph sums W anew, one pass over it.
             squared = row_norm.base_squared_norm(rows.tiles)
             return squared, rows.collected(squared), True
-        if self._base is not None and self._base[0].fits(rows.stored):
-            return self._base[1:]
+        known = self._base  # read once: another thread may clear it meanwhile
+        if known is not None and known[0].fits(rows.stored):
+            return known[1:]
         with torch.inference_mode(False), torch.no_grad(), without_autocast(rows.device):
             squared = row_norm.base_squared_norm(rows.tiles)
             everywhere = rows.collected(squared)
         if not _can_stamp(rows.stored):
             return squared, everywhere, True
-        self._base = _Stamp(rows.stored), squared, everywhere, bool((everywhere == 0).any())
-        return self._base[1:]
+        may_be_zero = bool((everywhere == 0).any())
+        self._base = _Stamp(rows.stored), squared, everywhere, may_be_zero
+        return squared, everywhere, may_be_zero
 
     def row_scale(
         self,
@@ -209,8 +213,8 @@ class ScaleCache:
             return self.frozen.to(rows.device)  # another one in replicas
         made_from = [rows.stored, magnitude] if A is None or B is None else [rows.stored, magnitude, A, B]
         reuse = reuse and not torch.compiler.is_compiling()
-        if reuse and _remembered(self._scale, scale, made_from):
-            return self._scale[2]  # type: ignore[index]
+        if reuse and (g := _remembered(self._scale, scale, made_from)) is not None:
+            return g
         base, everywhere, may_be_zero = self._base_squared(rows)
         with without_autocast(rows.device):
             squared = everywhere
@@ -234,8 +238,8 @@ class ScaleCache:
     ) -> Tensor:
         made_from = [rows.stored, A, B]
         reuse = reuse and norm_gradient == "detached" and not torch.compiler.is_compiling()
-        if reuse and _remembered(self._norm, scale, made_from) and not _begins_a_step(A, B):
-            return self._norm[2]  # type: ignore[index]
+        if reuse and not _begins_a_step(A, B) and (n2 := _remembered(self._norm, scale, made_from)) is not None:
+            return n2
         exact = torch.is_grad_enabled() and norm_gradient == "exact"
         with torch.set_grad_enabled(exact):
             squared = row_norm.squared_row_norm(base, rows.tiles, A, B, scale)
@@ -262,8 +266,8 @@ class ScaleCache:
     ) -> Evaluation:
         """What a forward without gradients multiplies with; remembered until something it was made from changes."""
         made_from = [rows.stored, A, B] if magnitude is None else [rows.stored, A, B, magnitude]
-        if _remembered(self._evaluation, scale, made_from):
-            return self._evaluation[2]  # type: ignore[index]
+        if (ready := _remembered(self._evaluation, scale, made_from)) is not None:
+            return ready
         g = None
         if magnitude is not None:
             g = self.row_scale(rows, A, B, magnitude, scale, dense_norm=dense_norm, reuse=True)
@@ -282,6 +286,8 @@ def _begins_a_step(*parameters: Tensor) -> bool:
     return torch.is_grad_enabled() and any(p.requires_grad and p.grad is None for p in parameters if p.is_leaf)
 
 
-def _remembered(memory: Any, scale: float, made_from: Sequence[Tensor]) -> bool:
-    """Whether what was remembered, ``(stamp, scale, ...)``, still holds."""
-    return memory is not None and memory[1] == scale and memory[0].fits(*made_from)
+def _remembered(memory: tuple[_Stamp, float, Value] | None, scale: float, made_from: Sequence[Tensor]) -> Value | None:
+    """The value of a memory that still holds, else None. The memory is an argument: other threads may clear it."""
+    if memory is not None and memory[1] == scale and memory[0].fits(*made_from):
+        return memory[2]
+    return None
