@@ -198,6 +198,7 @@ def merge(model: nn.Module, verify: bool = False) -> nn.Module:
             base._parameters = new._parameters  # the same object: its hooks and whoever refers to it see the merge
         else:
             layer.base_layer = new
+        unhold(root, layer)  # at once: after an interruption a layer is merged or adapted, never both
     for holder in holders(root):
         if isinstance(holder, SavedModule) and holder.active is not None:
             untied |= any(id(p) in shared for _, p in plain_parameters(holder.base_layer))
