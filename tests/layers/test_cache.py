@@ -318,7 +318,9 @@ def test_frozen_scales_do_not_leak_into_another_adapter():
     move(s.model, seed=7, name="other")
     s.model.eval()
     with torch.no_grad(), dt.frozen_scales(s.model):
-        dt.set_adapter(s.model, "default")
+        with dt.frozen_scales(s.model):
+            dt.set_adapter(s.model, "default")
+            assert error(s.run(), s.reference().y) < 1e-5
         assert error(s.run(), s.reference().y) < 1e-5
     right(s)
 
