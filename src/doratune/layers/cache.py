@@ -42,7 +42,7 @@ def _state(t: Tensor) -> tuple[Any, ...]:
 
 
 def _can_stamp(*tensors: Tensor) -> bool:
-    """Inference tensors have no version; fake and meta tensors have no data, DTensors none that could be looked at."""
+    """Inference tensors have no version, fake and meta tensors no data, DTensors no data pointer of their own."""
     return not any(t.is_inference() or t.is_meta or _is_fake(t) or is_dtensor(t) for t in tensors)
 
 
@@ -63,7 +63,7 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 
 
 def autocast_of_now(device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """Makes contexts with autocast as it is now, for what is computed again in a backward pass, where it is off."""
+    """Makes contexts with autocast as it is now. In a backward pass, which computes some things again, it is off."""
     if not is_autocast(device):
         return functools.partial(without_autocast, device)
     return functools.partial(torch.autocast, device.type, torch.get_autocast_dtype(device.type))
@@ -83,8 +83,8 @@ class Evaluation(NamedTuple):
 class AdapterParameters(nn.ParameterDict):
     """A, B, m or bias of a layer's adapters by name.
 
-    FSDP puts whole parameters in their places for each forward, always the same objects, under the same version and
-    perhaps in the same memory, and nothing that a stamp could tell from those of the step before. So every exchange
+    For each forward FSDP puts whole parameters in place of its parts: the same objects as in the step before, with the
+    same version and perhaps in the same memory, so that a stamp cannot tell the two apart. Therefore every exchange
     clears what was computed.
     """
 
@@ -92,7 +92,7 @@ class AdapterParameters(nn.ParameterDict):
         super().__init__()
         self.cache = cache
         self.gathered = False
-        """FSDP has put whole parameters here: what is written to them now would be lost."""
+        """FSDP has put whole parameters here for a forward; whatever is written to them is lost afterwards."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Parameter):
@@ -138,8 +138,9 @@ class ScaleCache:
             self._of_part.clear_scale()
 
     def forget_evaluations(self) -> None:
-        """Forget what evaluation remembers: a step may follow. Some optimisers' own kernels (bitsandbytes' among them)
-        write parameters without a new version.
+        """Forget what evaluation remembers, because an optimiser's step may follow.
+
+        Some optimisers' kernels (bitsandbytes' among them) write parameters without giving them a new version.
         """
         self._scale = self._evaluation = None
         if self._of_part is not None:
@@ -176,9 +177,9 @@ class ScaleCache:
             return rows.collected(row_norm.squared_row_norm(base, rows.tiles, A, B, scale))
 
     def _base_squared(self, rows: WeightRows) -> tuple[Tensor, Tensor, bool]:
-        """``|W|^2`` over the columns that are here, over all columns, and whether it may be 0 somewhere."""
+        """``|W|^2`` over this process's columns and over all columns, and whether the latter may be 0 in some row."""
         if torch.compiler.is_compiling():
-            # Compiled code cannot look at stamps; the graph sums W anew, one pass over it.
+            # Compiled code cannot look at stamps: it sums W again in each forward, in one pass.
             squared = row_norm.base_squared_norm(rows.tiles)
             return squared, rows.collected(squared), True
         known = self._base  # read once: another thread may clear it meanwhile
@@ -210,7 +211,7 @@ class ScaleCache:
         Between calls g is remembered with ``reuse`` (evaluation), n with ``reuse_norm`` (until A, B or W change).
         """
         if self.frozen is not None:
-            return self.frozen.to(rows.device)  # another one in replicas
+            return self.frozen.to(rows.device)  # nn.DataParallel's replicas are on other devices
         made_from = [rows.stored, magnitude] if A is None or B is None else [rows.stored, magnitude, A, B]
         reuse = reuse and not torch.compiler.is_compiling()
         if reuse and (g := _remembered(self._scale, scale, made_from)) is not None:
@@ -280,8 +281,9 @@ class ScaleCache:
 
 
 def _begins_a_step(*parameters: Tensor) -> bool:
-    """Whether gradients are wanted and none has come yet: an optimiser may have moved the parameters, and not all give
-    them a new version.
+    """Whether gradients are wanted and none has arrived yet, as in the first forward after ``zero_grad``.
+
+    An optimiser may have moved the parameters just before, and not every optimiser gives them a new version.
     """
     return torch.is_grad_enabled() and any(p.requires_grad and p.grad is None for p in parameters if p.is_leaf)
 

@@ -24,7 +24,7 @@ from doratune.ops.hardware import sums_stay_wide
 
 TILE_BYTES = {"cpu": 16 * 1024 * 1024}
 LARGE_TILE_BYTES = 48 * 1024 * 1024
-"""Size of a transient float32 tile of W: by type of device, and on others, where starting an operation costs more."""
+"""Size of a transient float32 tile of W, by type of device. On GPUs starting an operation costs more: larger tiles."""
 
 Tiles = Callable[[], Iterable[tuple[slice, Tensor]]]
 """A function that walks W once more, as ``(rows, W[rows])``. Where W is not there in rows it may also be an object
@@ -71,7 +71,7 @@ def _product(tile: Tensor, A: Tensor) -> Tensor:
     both = tile @ parts
     rounded = both[:, :rank]
     U = rounded.float() + both[:, rank:]
-    # What rounding took from the product: the product once more, less its rounded value.
+    # What rounding to 16 bits took from the product: the product computed again, less its rounded value.
     U += torch.addmm(rounded, tile, high.T, beta=-1)
     return U
 
