@@ -124,6 +124,17 @@ def _weight_data(s):
     weight.data = weight.data * 1.5 + 0.1
 
 
+def _weight_data_in_the_same_memory(s):
+    """An allocator gives the memory of a weight that was replaced to the next one of its size."""
+    weight = s.layer.base_layer.weight
+    memory = weight.detach().clone().numpy()
+    weight.data = torch.from_numpy(memory)
+    right(s)
+    weight.data = torch.empty(0)
+    memory *= 1.5
+    weight.data = torch.from_numpy(memory)
+
+
 def _weight_data_then_toggle(s):
     s.layer.base_layer.weight.data.mul_(1.5).add_(0.1)
     s.model.train()
@@ -161,6 +172,7 @@ def _vector(s):
     [
         _weight_in_place,
         _weight_data,
+        _weight_data_in_the_same_memory,
         _weight_data_then_toggle,
         _weight_replaced,
         _loaded,

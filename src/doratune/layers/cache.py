@@ -1,6 +1,6 @@
 """What a layer may remember between calls: ``|W|^2`` of its frozen weight; in evaluation ``g = m / n``, A and s B.
 
-A stale scale is a wrong model, so everything remembered carries a stamp (object, version, pointer, dtype) of the
+A stale scale is a wrong model, so everything remembered carries a stamp (object, version, memory, dtype) of the
 tensors it was made from, and ``clear`` is called by whatever could change them unseen.
 """
 
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from doratune.layers.weights import WeightRows, is_dtensor
 from doratune.ops import row_norm
@@ -27,6 +28,9 @@ class _Stamp:
 
     def __init__(self, *tensors: Tensor) -> None:
         self.made_from = [(weakref.ref(t), _state(t)) for t in tensors]
+        # Weak references keep a storage's number its own. Without them ``p.data = ...`` twice may bring all numbers
+        # back, as the second tensor may get the first one's memory.
+        self.storages = [StorageWeakRef(t.untyped_storage()) for t in tensors]
 
     def fits(self, *tensors: Tensor) -> bool:
         if len(tensors) != len(self.made_from):
@@ -38,7 +42,7 @@ class _Stamp:
 
 
 def _state(t: Tensor) -> tuple[Any, ...]:
-    return t._version, t.data_ptr(), t.dtype, t.device
+    return t._version, t.data_ptr(), t.untyped_storage()._cdata, t.dtype, t.device
 
 
 def _can_stamp(*tensors: Tensor) -> bool:
