@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from doratune.ops.low_rank import as_rows, reshaped
+from doratune.ops.once import once_differentiable
 
 Recompute = Callable[..., Tensor]
 """Computes ``z = W x + s B A x`` again from the tensors that the guard kept."""

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from doratune.ops.once import once_differentiable
 
 
 def as_rows(t: Tensor) -> Tensor:
