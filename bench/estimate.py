@@ -63,9 +63,9 @@ def main() -> None:
     """Print a Markdown table."""
     print("| model | tokens | measured MB | estimated MB | off by |\n|---|---|---|---|---|")
     adapter = dt.AdapterConfig(rank=16)
-    for name, (config, tokens, checkpointing) in CASES.items():
-        found = measured(config, adapter, tokens, checkpointing)
-        guess = estimate(config, adapter, tokens=tokens, dtype=torch.float32, checkpointing=checkpointing).total
+    for name, (config, tokens, again) in CASES.items():
+        found = measured(config, adapter, tokens, again)
+        guess = estimate(config, adapter, tokens=tokens, dtype=torch.float32, gradient_checkpointing=again).total
         print(f"| {name} | {tokens} | {found / 1e6:,.0f} | {guess / 1e6:,.0f} | {guess / found - 1:+.1%} |", flush=True)
 
 

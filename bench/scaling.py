@@ -17,6 +17,7 @@ SHAPES = {  # hidden, intermediate, layers, heads
 }
 DEVICES = (8, 64, 256, 1024)
 TOKENS = 4096
+ADAPTER = dt.AdapterConfig(rank=16)
 BANDWIDTH, RATE = 3.35e12, 400e12
 """Bytes and operations a second of an H100: its memory's, and two fifths of its products' peak in bfloat16."""
 BYTES = (2 + 2) * 2 + 3 * 2
@@ -47,7 +48,7 @@ def main() -> None:
     print(f"| model | devices | {columns} | DoRA's arithmetic |\n|---|---|---|---|---|---|---|---|---|---|")
     for name in SHAPES:
         for devices in DEVICES:
-            e = estimate(config(name), dt.AdapterConfig(rank=16), tokens=TOKENS, devices=devices, checkpointing=True)
+            e = estimate(config(name), ADAPTER, tokens=TOKENS, devices=devices, fsdp=True, gradient_checkpointing=True)
             sizes = (e.weights, e.gathered, e.adapters + e.gradients + e.optimizer, e.activations, e.total)
             told = " | ".join(f"{size / GIB:,.1f}" for size in sizes)
             moved = f"{e.communication / 1e9:,.1f} GB | {e.norm_communication / 1e6:,.1f} MB"
@@ -55,7 +56,7 @@ def main() -> None:
     print("\n| model | passes over outputs | take | products take | DoRA over LoRA | all-reduced norm |")
     print("|---|---|---|---|---|---|")
     for name, (hidden, _, layers, _) in SHAPES.items():
-        e = estimate(config(name), dt.AdapterConfig(rank=16), tokens=TOKENS, checkpointing=True)
+        e = estimate(config(name), ADAPTER, tokens=TOKENS, gradient_checkpointing=True)
         passes = TOKENS * e.magnitude_parameters * BYTES  # a magnitude for each output of a token
         seconds, products = passes / BANDWIDTH, e.operations / RATE
         norm = 4 * 2 * 2 * hidden * layers  # float32, of o and down, twice with checkpointing

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from bench.bases import REAL, first_layers, linear_paths, llama, quantise_nf4
+from bench.bases import REAL, SHAPES, first_layers, linear_paths, llama, quantise_nf4
 from bench.contestants import FULL, Setting
 from bench.options import Benchmark, Options, Report, Watch
 from bench.results import Point
@@ -21,6 +21,9 @@ WIDE, WIDE_SHALLOW = 4096, 2
 """From this hidden size on, on so many: rounding grows with the width, too."""
 CHECKED_TOKENS = 256
 """Of a model that is compared apart from the race."""
+
+
+VARIANTS = ("checkpointing", "nf4")
 
 
 @dataclass
@@ -46,6 +49,9 @@ class Step(Benchmark):
         points = []
         for name in self.models or self._choice():
             shape, _, variant = name.partition("/")
+            if shape not in SHAPES or not {*variant.split("/")} <= {"", *VARIANTS}:
+                known = f"one of {', '.join(SHAPES)}, and {' or '.join(f'/{v}' for v in VARIANTS)} after it"
+                raise SystemExit(f"error: models: expected {known}; found {name!r}")
             tokens = self.tokens or self._tokens(shape)
             title = f"{name.replace('/', ', ')}, {tokens:,} tokens, r {self.rank}"
             points.append(Point(title, {"model": shape, "variant": variant, "tokens": tokens, "rank": self.rank}))

@@ -63,7 +63,7 @@ def main(options: Options) -> None:
     console.rule("Results")
     show(results, options)
     predictions = options.output / "predictions.csv"
-    said = call("predict", results[SHOWN.label].adapter, str(images / "test.npz"), "--out", str(predictions))
+    said = call("predict", results[SHOWN.label].adapter, str(images / "test.npz"), "--output", str(predictions))
     console.print(f"{SHOWN.label}, reloaded in a new process:\n{said.strip()}", highlight=False, soft_wrap=True)
     picture = options.output / "quickstart-image.png"
     metrics = {run.label: read_metrics(options.output / run.folder / "metrics.jsonl") for run in RUNS}

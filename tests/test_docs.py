@@ -1,4 +1,4 @@
-"""docs/library.md: its code runs, and it names what there is, with signatures and defaults as they are."""
+"""The documentation: code runs, links lead somewhere, and options, signatures and defaults are as they are."""
 
 import dataclasses
 import inspect
@@ -6,11 +6,19 @@ import pkgutil
 import re
 from pathlib import Path
 
+import pytest
+import torch
+
 import doratune as dt
 import doratune.train
-from train.tiny import save_model, write_text
+from doratune.cli import main
+from doratune.study.comparison.recipe import Grid, load
+from doratune.train import Information
+from train.tiny import llama, save_model, write_text
 
-PAGE = (Path(__file__).parents[1] / "docs" / "library.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("studies/**/*.md")]
+PAGE = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
 MODULES = {"dt.": dt, "dt.peft.": dt.peft, "dt.study.": dt.study, "": doratune.train}
 
 
@@ -57,3 +65,67 @@ def test_it_lists_the_options_of_an_adapter_with_their_defaults():
     assert rows == {
         field.name: repr(getattr(default, field.name)).replace("'", '"') for field in dataclasses.fields(default)
     }
+
+
+def test_the_ten_lines_of_the_readme_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {
+        "model": llama(),
+        "batches": [torch.arange(16)[None]] * 2,
+        "loss_of": lambda model, batch: model(input_ids=batch, labels=batch).loss,
+    }
+    exec(blocks(ROOT / "README.md", "python")[0], names)
+    assert type(names["model"].model.layers[0].mlp.up_proj) is torch.nn.Linear
+    assert (tmp_path / "my-adapter" / "adapter_config.json").is_file()
+
+
+def test_the_recipe_of_a_comparison_is_read_and_its_defaults_are_told(tmp_path):
+    page = ROOT / "docs" / "compare.md"
+    (recipe,) = blocks(page, "toml")
+    (tmp_path / "recipe.toml").write_text(recipe, encoding="utf-8")
+    told, default = load(str(tmp_path / "recipe.toml")).grid, Grid()
+    for name in ("methods", "sweep_seeds", "seeds", "confidence"):
+        assert getattr(told, name) == getattr(default, name)
+    (rates,) = re.findall(r"`learning_rates = \[(.*?)\]`", page.read_text(encoding="utf-8"))
+    assert [float(rate) for rate in rates.split(", ")] == list(default.learning_rates)
+
+
+def test_the_fields_of_doratune_json_are_told():
+    part = (ROOT / "docs" / "train.md").read_text(encoding="utf-8").partition("### `doratune.json`")[2]
+    told = re.findall(r"^\| `(\w+)` \|", part.partition("\n## ")[0], re.MULTILINE)
+    assert told == [field.name for field in dataclasses.fields(Information)]
+
+
+def test_flags_of_commands_are_there(capsys):
+    known = {}
+    for page in PAGES:
+        text = "\n".join(blocks(page, "sh")).replace("\\\n", " ")
+        for command, rest in re.findall(r"doratune ([a-z]+)\b(.*)", text):
+            if command not in known:
+                with pytest.raises(SystemExit):
+                    main([command, "--help"])
+                known[command] = set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out))
+            flags = set(re.findall(r"--[a-z0-9-]+", rest.partition("#")[0]))
+            assert flags <= known[command], (page.name, command)
+    assert set(known) == {"train", "generate", "predict", "inspect", "analyze", "merge", "compare", "estimate", "bench"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        name, _, anchor = link.partition("#")
+        if name.startswith("http"):
+            continue
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def anchors(page):
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from doratune import AdapterError, files
-from doratune.files import CONFIG, PICKLED, WEIGHTS, read_config, read_weights, write_adapter, writing
+from doratune.files import CONFIG, PICKLED, WEIGHTS, output_problem, read_config, read_weights, write_adapter, writing
 
 OLD = ({"a": torch.ones(3)}, {"r": 1}, {"k": "old"})
 NEW = ({"a": torch.zeros(3)}, {"r": 2}, {"k": "new"})
@@ -355,3 +355,14 @@ def test_every_truncation_is_noticed(tmp_path):
 def test_the_file_is_plain_safetensors(tmp_path):
     write_adapter(tmp_path, *OLD)
     assert torch.equal(load_file(tmp_path / WEIGHTS)["a"], torch.ones(3))
+
+
+def test_an_output_is_judged_before_it_is_made(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    for good in ("new", "new/inner", ".", str(tmp_path)):
+        assert output_problem(Path(good)) is None
+    assert output_problem(Path("file")) == "output file is a file; name a folder"
+    assert output_problem(Path("file/inner")) == f"output file/inner: {tmp_path / 'file'} is a file; name a folder"
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    assert output_problem(Path("new")) == f"output new: {tmp_path} is not writable; name another folder"

@@ -75,6 +75,39 @@ def test_what_is_not_finite_is_refused_by_name_and_nothing_is_merged(value, part
     assert_same(before, after)
 
 
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.up = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.up(self.attention(x, x, x)[0])
+
+
+@pytest.mark.parametrize("finished", range(5))
+def test_an_interrupted_merge_changes_no_output_and_can_go_on(finished, monkeypatch):
+    torch.manual_seed(0)
+    model, x = dt.attach(Attending(), dt.AdapterConfig(rank=2, bias="lora_only")), torch.randn(2, 3, 8)
+    move(model)
+    expected = output(model, x)
+    calls = []
+
+    def interrupted(layer, name, weight):
+        calls.append(layer)
+        if len(calls) > finished:
+            raise KeyboardInterrupt
+        return merged_layer(layer, name, weight)
+
+    module = sys.modules["doratune.merge"]
+    merged_layer = module.merged_layer
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "merged_layer", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            dt.merge(model)
+    assert error(output(model, x), expected) < 1e-5
+    assert error(output(dt.merge(model), x), expected) < 1e-5
+
+
 def test_a_weight_too_large_for_its_dtype_is_refused():
     model = moved(model=tiny().half())
     with torch.no_grad():

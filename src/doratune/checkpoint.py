@@ -36,7 +36,7 @@ LISTED = 10
 """Problems of a file that are shown: one wrong base makes one of every tensor."""
 PLACEHOLDER_B = 1e-3
 PLACEHOLDER_A = 1e-12
-"""Stand in for zeros where 0 would have others divide 0 by 0; read back as 0."""
+"""Written in place of zeros where PEFT would divide 0 by 0; read back as 0."""
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "default") -> None:

@@ -169,8 +169,10 @@ class _Reader:
             if part == "base_layer.weight" and _same(parts[part], getattr(base, "weight", None)):
                 continue  # PEFT adds the table of an adapted embedding; the model's own is the same
             self.problems.append(f"{PREFIX}{path}.{part}: {_why_unexpected(part, config)}")
-        if len(self.problems) == before and config.rank_of(path) == 0 and parts[b][parts[m] != 0].any():
-            self.problems.append(f"{PREFIX}{path}.{b}: the metadata says magnitude only, so expected 0")
+        if len(self.problems) == before and config.rank_of(path) == 0:
+            B, magnitude = kind.from_file(base, b, parts[b]), kind.from_file(base, m, parts[m])
+            if B[magnitude != 0].any():
+                self.problems.append(f"{PREFIX}{path}.{b}: the metadata says magnitude only, so expected 0")
 
     def _check_shape(self, key: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
         if tuple(tensor.shape) != expected:

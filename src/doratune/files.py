@@ -28,6 +28,16 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def output_problem(folder: Path) -> str | None:
+    """Why an output folder cannot be made or written to, as far as one can see beforehand; None if it can."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not there.is_dir():
+        return f"output {folder}{'' if there == folder else f': {there}'} is a file; name a folder"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"output {folder}: {there} is not writable; name another folder"
+    return None
+
+
 @contextlib.contextmanager
 def writing(folder: Path, what: str) -> Iterator[Path]:
     """A temporary folder inside ``folder``; its files move to ``folder`` together when all are written.

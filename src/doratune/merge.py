@@ -111,7 +111,7 @@ def verify_merge(model: nn.Module) -> list[MergeCheck]:
 
 
 def _tolerance(layer: AdaptedLayer, name: str, dtype: torch.dtype) -> float:
-    """What rounding explains; it weighs the more, the shorter than W the worst row has become."""
+    """The difference that rounding explains; it is larger where a row has become much shorter than W's."""
     base, squared = layer.base_squared(), layer.squared_norm(name)
     shorter = (base / squared)[squared > 0].sqrt()
     worst = float(shorter.clamp_min(1).max()) if len(shorter) else 1.0
@@ -198,6 +198,7 @@ def merge(model: nn.Module, verify: bool = False) -> nn.Module:
             base._parameters = new._parameters  # the same object: its hooks and whoever refers to it see the merge
         else:
             layer.base_layer = new
+        unhold(root, layer)  # at once: after an interruption a layer is merged or adapted, never both
     for holder in holders(root):
         if isinstance(holder, SavedModule) and holder.active is not None:
             untied |= any(id(p) in shared for _, p in plain_parameters(holder.base_layer))

@@ -227,7 +227,8 @@ def frozen_scales(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for layer, frozen in zip(layers, before, strict=True):
-            layer.cache.freeze(frozen)
+            if layer.cache.frozen is not None:  # else another adapter was switched to, whose g it is not
+                layer.cache.freeze(frozen)
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -82,52 +82,29 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
         AdapterError: listing targets that match nothing, or only modules that cannot be adapted.
     """
     modules = plain_modules(model)
-    if kind_of(unwrap(model)) is not None or isinstance(unwrap(model), nn.MultiheadAttention):
-        raise AdapterError(
-            f"targets: the model is itself a layer ({type(model).__name__}), and what holds an adapter has no place to "
-            "stand in; wrap it, for example in nn.Sequential(model), and attach to that"
-        )
-    theirs = next((path for path, m in modules.items() if type(m).__module__.startswith("peft.tuners.")), None)
-    if theirs is not None:
-        raise AdapterError(
-            f"targets: {theirs} is PEFT's ({type(modules[theirs]).__name__}), and its adapters would be adapted once "
-            "more; take them out first (merge_and_unload() or unload()), or keep them and call dt.peft.accelerate"
-        )
-    lazy = [path for path, m in modules.items() if any(nn.parameter.is_lazy(p) for p in m.parameters(recurse=False))]
-    if lazy:
-        raise AdapterError(f"targets: the weights of {lazy[0]} have no shape yet; run a batch through the model first")
+    _refuse_model(model, modules)
     problems: list[str] = []
-    selection = Selection()
-    for name in config.modules_to_save:
-        paths = [p for p in modules if p and matches(p, [name])]
-        if not paths:
-            problems.append(f"modules_to_save {name!r} matches no module{_suggestion(name, modules)}")
-        for path in paths:
-            selection.saved[path] = [n for n, _ in plain_parameters(modules[path])]
-    selection.saved = {path: selection.saved[path] for path in outermost(selection.saved)}
+    selection = Selection(saved=_saved_whole(config, modules, problems))
     heads = _heads(model, modules)
     everything = config.targets == ALL_LINEAR
     unserved: dict[str, str] = {}
     passed_over: dict[str, str] = {}
     left_out: dict[str, str] = {}
     for path, module in modules.items():
-        inside_saved = any(path == p or path.startswith(p + ".") for p in selection.saved)
         chosen = _is_linear(module) if everything else bool(path) and matches(path, config.targets)
-        if everything and not chosen and hasattr(module, "qweight"):
-            unserved[path] = refusal(modules, path) or ""  # else only the few linear layers beside would be adapted
-        if chosen and (inside_saved or _excluded(path, config.exclude)):
-            left_out[path] = (
-                "modules_to_save, which trains them whole" if inside_saved else f"exclude {config.exclude!r}"
-            )
-            continue
         if not chosen:
+            if everything and hasattr(module, "qweight"):  # else only the few linear layers beside would be adapted
+                unserved[path] = refusal(modules, path) or ""
             continue
-        if everything and path in heads:
-            selection.left_alone[path] = "output head"
+        if any(f"{path}.".startswith(f"{saved}.") for saved in selection.saved):
+            left_out[path] = "modules_to_save, which trains them whole"
             continue
-        past = reader(modules, path) if everything else None
-        if past is not None:
-            selection.left_alone[path] = past
+        if _excluded(path, config.exclude):
+            left_out[path] = f"exclude {config.exclude!r}"
+            continue
+        other_use = "output head" if path in heads else reader(modules, path)
+        if everything and other_use is not None:
+            selection.left_alone[path] = other_use
             continue
         kind = kind_of(module)
         reason = refusal(modules, path) or (kind.config_refusal(config) if kind else None)
@@ -155,14 +132,50 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
         lines = [*problems, *(f"{path}: {reason}" for path, reason in unserved.items())]
         raise AdapterError.of("targets", lines, at_most=len(problems) + LISTED)
     if config.bias == "all":
-        inside = tuple(path + "." for path in selection.saved)
-        hosted = {path.rpartition(".")[0] for path, kind in selection.layers.items() if kind.name == "attention"}
-        for path, module in modules.items():
-            own = [n for n, _ in module.named_parameters(recurse=False) if "bias" in n]
-            taken = path in selection.layers or path in selection.saved or path in hosted
-            if own and path and not taken and not path.startswith(inside):
-                selection.saved[path] = own
+        selection.saved.update(_other_biases(modules, selection))
     return selection
+
+
+def _refuse_model(model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    """Refuse models that no adapter can go to, whatever its options."""
+    if kind_of(unwrap(model)) is not None or isinstance(unwrap(model), nn.MultiheadAttention):
+        raise AdapterError(
+            f"targets: the model is itself a layer ({type(model).__name__}), and what holds an adapter has no place to "
+            "stand in; wrap it, for example in nn.Sequential(model), and attach to that"
+        )
+    theirs = next((path for path, m in modules.items() if type(m).__module__.startswith("peft.tuners.")), None)
+    if theirs is not None:
+        raise AdapterError(
+            f"targets: {theirs} is PEFT's ({type(modules[theirs]).__name__}), and its adapters would be adapted once "
+            "more; take them out first (merge_and_unload() or unload()), or keep them and call dt.peft.accelerate"
+        )
+    lazy = [path for path, m in modules.items() if any(nn.parameter.is_lazy(p) for p in m.parameters(recurse=False))]
+    if lazy:
+        raise AdapterError(f"targets: the weights of {lazy[0]} have no shape yet; run a batch through the model first")
+
+
+def _saved_whole(config: AdapterConfig, modules: dict[str, nn.Module], problems: list[str]) -> dict[str, list[str]]:
+    """The modules of ``modules_to_save`` with all their parameters; names that match nothing go to ``problems``."""
+    paths: list[str] = []
+    for name in config.modules_to_save:
+        found = [path for path in modules if path and matches(path, [name])]
+        if not found:
+            problems.append(f"modules_to_save {name!r} matches no module{_suggestion(name, modules)}")
+        paths += found
+    return {path: [n for n, _ in plain_parameters(modules[path])] for path in outermost(dict.fromkeys(paths))}
+
+
+def _other_biases(modules: dict[str, nn.Module], selection: Selection) -> dict[str, list[str]]:
+    """Modules with biases that belong to no adapted layer and no module saved whole, with these biases."""
+    inside = tuple(path + "." for path in selection.saved)
+    hosted = {path.rpartition(".")[0] for path, kind in selection.layers.items() if kind.name == "attention"}
+    found = {}
+    for path, module in modules.items():
+        own = [n for n, _ in module.named_parameters(recurse=False) if "bias" in n]
+        taken = path in selection.layers or path in selection.saved or path in hosted
+        if own and path and not taken and not path.startswith(inside):
+            found[path] = own
+    return found
 
 
 def _excluded(path: str, exclude: str | Sequence[str]) -> bool:

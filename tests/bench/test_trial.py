@@ -273,6 +273,12 @@ def test_quantised_models_can_use_checkpointing_and_large_ones_do(monkeypatch):
     assert {point.shape["variant"] for point in large} == {"checkpointing", "nf4/checkpointing"}
 
 
+@pytest.mark.parametrize("name", ["tinny", "tiny/nf8"])
+def test_a_model_or_variant_that_is_not_known_is_refused(name):
+    with pytest.raises(SystemExit, match=f"models: expected one of .*tiny, and /checkpointing or /nf4.*found '{name}'"):
+        step.Step(models=(name,)).points()
+
+
 def test_contestants_share_the_base_and_leave_it_as_it_was():
     base, _ = llama("tiny", torch.float32, CPU)
     setting = Setting(linear_paths(base), 4)

@@ -36,6 +36,15 @@ def trained(monkeypatch):
     return seen
 
 
+def test_the_table_fits_80_columns(recipe, tmp_path, trained, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    recipe.write_text(recipe.read_text().replace('"dora r"', '"dora r", "full"'))
+    assert main(["compare", str(recipe), "--output", str(tmp_path / "out"), "--workers", "2"]) == 0
+    header, _, *rows = [line for line in capsys.readouterr().out.splitlines() if line.strip()][:5]
+    assert header.split() == ["rate", "test", "loss", "95", "%", "interval", "seeds", "ms/step", "MiB"]
+    assert all(row.rstrip()[-1].isdigit() for row in rows)
+
+
 def test_it_answers_and_goes_on(recipe, tmp_path, trained, capsys):
     command = ["compare", str(recipe), "--output", str(tmp_path / "out"), "--workers", "2"]
     assert main(command) == 0

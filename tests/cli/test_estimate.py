@@ -14,7 +14,8 @@ def folder(tmp_path):
 
 
 def test_from_a_config_alone(folder, capsys):
-    assert main(["estimate", folder, "--tokens", "128", "--devices", "8", "--checkpointing", "--json"]) == 0
+    more = ("--devices", "8", "--fsdp", "--gradient-checkpointing", "--json")
+    assert main(["estimate", folder, "--tokens", "128", *more]) == 0
     found = json.loads(capsys.readouterr().out)
     parts = ("weights", "gathered", "adapters", "gradients", "optimizer", "activations")
     assert found["total"] == sum(found[name] for name in parts)
@@ -32,6 +33,11 @@ def test_what_cannot_be_estimated_is_said(folder, capsys):
     told = capsys.readouterr().err
     assert all(word in told for word in ("tokens must be", "devices must be", "rank must be"))
     assert main(["estimate", folder + "/absent"]) == 1
+    capsys.readouterr()
+    assert main(["estimate", folder, "--fsdp", "--quantize", "nf4"]) == 1
+    told = capsys.readouterr().err
+    assert "fsdp does not spread quantised weights (nf4)" in told
+    assert "fsdp spreads a model over devices, and this is one" in told
 
 
 def test_a_step_is_no_longer_than_the_models_context(tmp_path, capsys):

@@ -36,7 +36,7 @@ def said_accuracy(result, count):
 def test_texts_into_a_csv_file(texts, tmp_path, capsys):
     folder, result = texts
     out = tmp_path / "predictions.csv"
-    assert predict(folder / "run" / "adapter", folder / "test.jsonl", "--out", out, "--batch-size", 3) == 0
+    assert predict(folder / "run" / "adapter", folder / "test.jsonl", "--output", out, "--batch-size", 3) == 0
     printed = capsys.readouterr().out
     assert f"20 predictions written to {out}" in printed
     assert said_accuracy(result, 20) in printed
@@ -80,7 +80,7 @@ def test_a_merged_model_predicts_the_same(request, kind, tmp_path, capsys):
     for name in ("doratune.json", *(["preprocessor_config.json"] if kind == "pictures" else [])):
         assert (merged / name).read_bytes() == (adapter / name).read_bytes()
     for source, name in ((adapter, "unmerged.csv"), (merged, "merged.csv")):
-        assert predict(source, data, "--out", tmp_path / name) == 0
+        assert predict(source, data, "--output", tmp_path / name) == 0
         assert said_accuracy(result, 20 if kind == "texts" else 12) in capsys.readouterr().out
     for one, other in zip(rows_of(tmp_path / "merged.csv"), rows_of(tmp_path / "unmerged.csv"), strict=True):
         assert one["predicted"] == other["predicted"]
@@ -95,7 +95,7 @@ def test_a_table_where_there_is_no_file_to_write(texts, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "[red]tale[/] :fire: 19" in printed.out
     assert "tale[/] :fire: 20" not in printed.out
-    assert "and 11 more; --out FILE.csv writes all" in printed.out
+    assert "and 11 more; --output FILE.csv writes all" in printed.out
     assert "of 15)" in printed.out
     assert "not counted: 15 with labels that the model does not have, such as odd (it has bad, good)" in printed.out
     assert "1 of 31 texts were cut to 24 tokens" in printed.err
@@ -113,13 +113,13 @@ def test_bad_files_are_an_error_or_counted(pictures, tmp_path, capsys):
     (tmp_path / "broken.png").write_text("no image")
     out = tmp_path / "out.csv"
     given = (folder / "run" / "adapter", tmp_path / "broken.png", tmp_path / "absent.png", folder / "test.npz")
-    assert predict(*given, "--out", out) == 1
+    assert predict(*given, "--output", out) == 1
     complaint = capsys.readouterr().err
     assert "2 of 14 rows cannot be used; --skip-bad goes on without them" in complaint
     assert "broken.png: image cannot be read" in complaint
     assert "absent.png: no such file or folder" in complaint
     assert not out.exists()
-    assert predict(*given, "--out", out, "--skip-bad") == 0
+    assert predict(*given, "--output", out, "--skip-bad") == 0
     assert "2 of 14 rows left out" in capsys.readouterr().err
     assert len(rows_of(out)) == 12
 
@@ -135,7 +135,7 @@ def test_nothing_is_left_of_a_failure(texts, tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Predictor, "predict", fail)
-    assert predict(folder / "run" / "adapter", folder / "test.jsonl", "--out", out) == 130
+    assert predict(folder / "run" / "adapter", folder / "test.jsonl", "--output", out) == 130
     assert out.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
 
@@ -145,14 +145,15 @@ def test_nothing_is_left_of_a_failure(texts, tmp_path, monkeypatch, capsys):
     [
         ([], ["name at least one file"]),
         (
-            ["TEST", "--batch-size", "0", "--out", "nowhere/out.csv"],
+            ["TEST", "--batch-size", "0", "--output", "nowhere/out.csv"],
             ["2 problems", "batch_size", "a folder that exists"],
         ),
-        (["TEST", "--out", "TEST"], ["is one of the files to classify"]),
+        (["TEST", "--output", "TEST"], ["is one of the files to classify"]),
         (["TEST", "--dtype", "float16"], ["float16 needs a GPU"]),
         (["TEST", "--base", "./nowhere"], ["nowhere: no such folder"]),
         (["absent.csv"], ["error: nothing to classify: absent.csv: no such file or folder\n"]),
         (["TEST", "--label-column", "grade"], ["label_column 'grade' is not among the columns"]),
+        (["TEST", "--image-column", "photo"], ["adapter classifies texts; leave image_column out"]),
     ],
 )
 def test_what_cannot_work_is_one_message(texts, arguments, complaints, capsys):

@@ -118,6 +118,20 @@ def test_images_from_everywhere(tmp_path):
     assert [one.where for one in found[7:9]] == [f"{tmp_path}/bare.npz images[{i}]" for i in range(2)]
 
 
+def test_files_that_are_no_images_are_counted_by_kind(tmp_path):
+    folder = save_image_folder(tmp_path / "photos", 2)
+    (folder / ".hidden").write_text("")
+    for name in ("a.HEIC", "red/b.heic", "red/notes"):
+        (folder / name).write_text("")
+    said = []
+    assert len(read_pictures(config(folder), {}, said.append)) == 2
+    (line,) = said
+    assert line.startswith(
+        f"{folder}: 3 files are passed over (2 .heic, 1 without suffix), such as {folder / 'a.HEIC'}"
+    )
+    assert "images end in .png, " in line
+
+
 def test_images_that_cannot_be_used_are_listed_once(tmp_path):
     photos = save_image_folder(tmp_path / "photos", 4)
     (photos / "broken.png").write_text("no image")

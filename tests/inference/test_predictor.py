@@ -79,6 +79,21 @@ def test_padding_is_the_tokenizers_whatever_the_models_config_says(tmp_path, cap
         assert one.probabilities == pytest.approx(predictor.predict([one.input])[0].probabilities, abs=1e-5)
 
 
+@pytest.mark.parametrize("method", ["dora", "head", "full"])
+def test_what_trained_in_float32_beside_a_16_bit_base_is_not_rounded(tmp_path, method):
+    """The head, and the pooler that the base's files lack."""
+    result = train_on_texts(tmp_path, method, dtype="bfloat16")
+    found = Classifier.find(tmp_path / "run" / ("adapter" if method == "dora" else "model"))
+    inputs = read_texts(reading(found, tmp_path / "test.jsonl"), found.about.columns, print)
+    predictor = Predictor.load(found, "bfloat16")
+    predictions = [one for start in range(0, 20, 8) for one in predictor.predict(inputs[start : start + 8])]
+    likely = torch.tensor([one.probabilities[result.labels.index(one.input.label)] for one in predictions])
+    rounding = 5e-3 if method == "full" else 1e-6  # its loss is taken in 16 bits
+    assert -likely.log().mean().item() == pytest.approx(result.loss_after, abs=rounding)
+    pooler = predictor.model.get_submodule("bert.pooler.dense")
+    assert {p.dtype for p in pooler.parameters()} == {torch.bfloat16 if method == "full" else torch.float32}
+
+
 def test_logits_stay_float32_on_a_16_bit_base(pictures):
     found = Classifier.find(pictures[0] / "run" / "adapter")
     inputs = read_pictures(reading(found, pictures[0] / "photos"), {}, print)

@@ -143,3 +143,9 @@ def test_a_chat_is_written_in_the_models_template():
     words.chat_template = None
     with pytest.raises(dt.AdapterError, match="no chat template"):
         prompt.render(words)
+
+
+def test_of_many_prompts_that_cannot_be_used_some_are_listed(tmp_path):
+    path = write(tmp_path / "x.jsonl", *[{"text": "a"}] * 100)
+    with pytest.raises(dt.AdapterError, match=r"\(100 problems\)(.*\n){21}  - and 80 more$"):
+        read_prompts(path, columns=PromptColumns("absent"))

@@ -151,10 +151,11 @@ def test_a_model_whose_files_hold_no_head(sources, tmp_path):
         ({"max_tokens": 0}, "max_tokens must be above 0"),
         ({"temperature": -1.0}, "temperature must be at least 0"),
         ({"temperature": float("nan")}, "temperature must be at least 0"),
-        ({"top_p": 0.0}, "top_p must lie above 0"),
-        ({"top_k": -1}, "top_k must be at least 0"),
+        ({"top_p": 0.0, "temperature": 1.0}, "top_p must lie above 0"),
+        ({"top_k": 5, "seed": 1}, "top_k, seed: without effect at temperature 0"),
+        ({"top_k": -1, "temperature": 1.0}, "top_k must be at least 0"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
-        ({"seed": -1}, "seed must be at least 0"),
+        ({"seed": -1, "temperature": 1.0}, "seed must be at least 0"),
     ],
 )
 def test_sampling_that_cannot_work(options, complaint):

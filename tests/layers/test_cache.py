@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 import doratune as dt
+from doratune.layers.cache import ScaleCache, _Stamp
+from doratune.layers.weights import linear_rows
 from helpers import error, move, one_layer
 from helpers_cases import CASES, Setup, setup
 
@@ -122,6 +124,17 @@ def _weight_data(s):
     weight.data = weight.data * 1.5 + 0.1
 
 
+def _weight_data_in_the_same_memory(s):
+    """An allocator gives the memory of a weight that was replaced to the next one of its size."""
+    weight = s.layer.base_layer.weight
+    memory = weight.detach().clone().numpy()
+    weight.data = torch.from_numpy(memory)
+    right(s)
+    weight.data = torch.empty(0)
+    memory *= 1.5
+    weight.data = torch.from_numpy(memory)
+
+
 def _weight_data_then_toggle(s):
     s.layer.base_layer.weight.data.mul_(1.5).add_(0.1)
     s.model.train()
@@ -159,6 +172,7 @@ def _vector(s):
     [
         _weight_in_place,
         _weight_data,
+        _weight_data_in_the_same_memory,
         _weight_data_then_toggle,
         _weight_replaced,
         _loaded,
@@ -220,6 +234,22 @@ def test_copies_remember_for_themselves(case):
         right(s)
 
 
+@pytest.mark.parametrize("refresh", ["forward", "step"])
+@every_kind
+def test_another_thread_may_clear_what_is_just_being_looked_at(case, refresh, monkeypatch):
+    s = warm(case, norm_refresh=refresh)
+    fits = _Stamp.fits
+
+    def cleared_meanwhile(stamp, *tensors):
+        answer = fits(stamp, *tensors)
+        s.layer.cache.clear()
+        return answer
+
+    monkeypatch.setattr(_Stamp, "fits", cleared_meanwhile)
+    right(s)
+    s.run()
+
+
 def test_a_scale_remembered_under_inference_mode_can_be_used_elsewhere():
     s = setup(KINDS[0])
     s.model.eval()
@@ -277,13 +307,32 @@ def test_frozen_scales_end_with_their_context():
     assert one_layer(s.model).cache.frozen is None
 
 
+def test_frozen_scales_of_a_part_of_the_weight_end_with_their_context():
+    """Under tensor parallelism, where a process's part has a memory of its own."""
+    rows = linear_rows(nn.Linear(4, 3).requires_grad_(False))
+    A, B, m = torch.randn(2, 4), torch.randn(3, 2), torch.ones(3)
+    cache = ScaleCache()
+
+    def g(frozen):
+        cache.of_part.frozen = frozen  # as in a forward
+        return cache.of_part.evaluation(rows, A, B, m, 1.0).g
+
+    before, frozen = g(None), torch.full((3,), 5.0)
+    cache.freeze(frozen)
+    assert torch.equal(g(frozen), frozen)
+    cache.freeze(None)
+    assert torch.equal(g(None), before)
+
+
 def test_frozen_scales_do_not_leak_into_another_adapter():
     s = setup(KINDS[0])
     dt.attach(s.model, dt.AdapterConfig(rank=3, alpha=9, targets=["layer"]), "other")
     move(s.model, seed=7, name="other")
     s.model.eval()
     with torch.no_grad(), dt.frozen_scales(s.model):
-        dt.set_adapter(s.model, "default")
+        with dt.frozen_scales(s.model):
+            dt.set_adapter(s.model, "default")
+            assert error(s.run(), s.reference().y) < 1e-5
         assert error(s.run(), s.reference().y) < 1e-5
     right(s)
 

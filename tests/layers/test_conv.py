@@ -126,6 +126,17 @@ def test_files_go_both_ways_with_peft(conv, options, use_dora, tmp_path):
     assert error(again(x), y) < 1e-5
 
 
+@every_conv
+def test_magnitudes_alone_come_back(conv, tmp_path):
+    model = move(dt.attach(model_of(conv), dt.AdapterConfig(rank=0, targets=["0"])))
+    dt.save_adapter(model, tmp_path)
+    again = dt.load_adapter(model_of(conv), tmp_path)
+    assert again[0].adapters["default"].rank == 0
+    y = model(images(conv))
+    assert torch.equal(again(images(conv)), y)
+    assert error(PeftModel.from_pretrained(model_of(conv), tmp_path)(images(conv)), y) < 1e-5
+
+
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
 def test_a_grouped_file_of_peft_is_refused_with_the_reason(tmp_path):
     theirs = get_peft_model(model_of(nn.Conv2d, groups=2), LoraConfig(r=4, target_modules=["0"], use_dora=True))
@@ -176,9 +187,12 @@ def test_channels_last_stays_channels_last():
     x = images(nn.Conv2d).contiguous(memory_format=torch.channels_last)
     dt.attach(model, dt.AdapterConfig(rank=3, targets=["0"]))
     move(model)
+    x.requires_grad_(True)
     y = model(x)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert error(y, model(x.contiguous())) < 1e-5
+    y.square().sum().backward()
+    assert x.grad.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo, of any Function

@@ -1,5 +1,6 @@
 """What is particular to linear layers."""
 
+import itertools
 import sys
 import types
 
@@ -346,6 +347,24 @@ def test_float64_models_are_not_rounded_to_float32():
     model = host(base)
     assert error(model(x), before) < 1e-6
     assert model(x).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [(torch.int64, False), (torch.int64, True), (torch.bfloat16, False)], ids=str
+)
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_an_input_that_the_base_does_not_take_is_an_error_here_too(method, dtype, autocast):
+    model = nn.Sequential(nn.Linear(4, 3))
+    dt.attach(model, dt.AdapterConfig(method=method, rank=2))
+    x = torch.ones(2, 4, dtype=dtype)
+    for training, gradients in itertools.product((True, False), repeat=2):
+        model.train(training)
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+            torch.set_grad_enabled(gradients),
+            pytest.raises(RuntimeError, match="dtype"),
+        ):
+            model(x)
 
 
 def test_more_than_one_input_is_refused_while_an_adapter_is_active():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import doratune as dt
-from helpers import error, ids, move, output, tiny
+from helpers import error, move, output
 
 
 class Attending(nn.Module):
@@ -38,10 +38,19 @@ def test_a_plain_checkpoint_fills_attention_and_saved_modules(options, assign):
     assert error(output(dt.merge(model), x), expected) < 1e-5
 
 
-def test_a_plain_checkpoint_fills_layers_of_which_biases_are_trained():
-    model, other = tiny(), tiny(seed=1)
-    dt.attach(model, dt.AdapterConfig(rank=2, bias="all"))
-    _, unexpected = model.load_state_dict(other.state_dict(), strict=False)
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_plain_checkpoint_fills_layers_of_which_biases_are_trained(assign):
+    def layers():
+        return nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+
+    model, other, x = layers(), layers(), torch.randn(2, 4)
+    nn.init.normal_(other[1].weight)
+    biases = {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith("bias")}
+    dt.attach(model, dt.AdapterConfig(rank=2, targets=["0"], method="lora", bias="all"))
+    _, unexpected = model.load_state_dict(other.state_dict(), strict=False, assign=assign)
     assert unexpected == []
     with dt.disabled(model):
-        assert torch.equal(output(model, ids()), output(other, ids()))
+        assert torch.equal(output(model, x), output(other, x))
+    # The adapter's biases are its own, all else is the checkpoint's.
+    other.load_state_dict(biases, strict=False)
+    assert error(output(model, x), output(other, x)) < 1e-6

@@ -294,15 +294,17 @@ def test_another_size_of_the_same_model_is_said_by_its_shapes(tmp_path):
     assert lines[6:] == ["  - and 7 more"]
 
 
-def test_a_broken_adapter_is_refused_with_all_that_is_wrong(on_disk, tmp_path):
+def test_a_broken_adapter_is_refused_with_what_is_wrong(on_disk, tmp_path):
     for file in (on_disk / "dora").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     state = load_file(tmp_path / "adapter_model.safetensors")
-    broken = [key for key in state if "q_proj.lora_B" in key]
+    broken = [key for key in state if ".lora_" in key]
     for key in broken:
-        state[key][0, 0] = float("nan")
+        state[key].view(-1)[0] = float("nan")
     save_file(state, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(dt.AdapterError, match=rf"\({len(broken)} problems\)"):
+    with pytest.raises(
+        dt.AdapterError, match=rf"\({len(broken)} problems\)(.*\n){{11}}  - and {len(broken) - 10} more$"
+    ):
         analyze(on_disk / "base", {"x": tmp_path})
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 
 import pytest
@@ -16,11 +17,12 @@ from doratune.train.models import (
     give_padding,
     load_base,
     load_classifier,
+    load_config,
     load_model,
     load_tokenizer,
     model_problem,
 )
-from train.tiny import llama, save_model, tokenizer
+from train.tiny import llama, save_model, save_vision_model, tokenizer
 
 
 def test_problems_seen_without_loading(tmp_path):
@@ -43,6 +45,33 @@ def test_the_base_that_is_given_goes_before_pefts_and_that_before_our_own(tmp_pa
     file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "theirs"}))
     assert base_name(tmp_path) == "theirs"
     assert base_name(tmp_path, "given") == "given"
+
+
+def test_a_relative_base_is_looked_for_here_and_beside_the_adapter(tmp_path, monkeypatch):
+    adapter, here = tmp_path / "moved" / "adapter", tmp_path / "here"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "../model"}')
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert base_name(adapter) == "../model"
+    (tmp_path / "moved" / "model").mkdir()
+    assert base_name(adapter) == str(adapter / "../model")
+    (tmp_path / "model").mkdir()
+    assert base_name(adapter) == "../model", "the working directory comes first, as in PEFT"
+
+
+def test_a_model_of_another_kind_is_not_called_incomplete(tmp_path):
+    with pytest.raises(dt.AdapterError, match=r"ViTConfig.*\(a model of another kind than is needed here\)"):
+        load_model(str(save_vision_model(tmp_path)))
+
+
+def test_what_is_looked_for_on_the_hub_is_no_folder_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "transformers.AutoConfig.from_pretrained", lambda *_, **__: (_ for _ in ()).throw(OSError("no"))
+    )
+    with pytest.raises(dt.AdapterError, match=re.escape(f"there is no folder {tmp_path / 'model'}, so it was looked")):
+        load_config("model")
 
 
 def test_a_folder_is_loaded_in_the_dtype_asked_for(tmp_path):

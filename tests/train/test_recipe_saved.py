@@ -28,15 +28,18 @@ def test_a_saved_recipe_says_the_same(tmp_path):
     assert differences(tmp_path / "recipe.toml", again) == ['steps was "none", is 7']
 
 
+FLAGS = ["--learning-rate", "0.5", "--rank=3", "--batch_size", "4", "--no-double-quant"]  # 4 is the default, too
+
+
 def test_where_each_value_comes_from(tmp_path, capsys):
     recipe = tmp_path / "r.toml"
     recipe.write_text('model = "m"\ndata = ["d"]\nsteps = 5\n[adapter]\nrank = 2\n')
-    assert main(["train", "--recipe", str(recipe), "--print-recipe", "--learning-rate", "0.5", "--rank", "3"]) == 0
+    assert main(["train", "--recipe", str(recipe), "--print-recipe", *FLAGS]) == 0
     printed = capsys.readouterr().out
     lines = dict(line.rsplit("  # ", 1) for line in printed.splitlines())
     sources = {key.split(" = ")[0]: source for key, source in lines.items()}
     assert sources["steps"] == sources["model"] == "recipe"
-    assert sources["learning_rate"] == sources["rank"] == "flag"
+    assert sources["learning_rate"] == sources["rank"] == sources["batch_size"] == sources["double_quant"] == "flag"
     assert sources["alpha"] == sources["save_every"] == "default"
     (tmp_path / "printed.toml").write_text(printed)
     again = TrainConfig(**load_recipe(tmp_path / "printed.toml"))
@@ -44,8 +47,8 @@ def test_where_each_value_comes_from(tmp_path, capsys):
 
 
 def test_everything_is_explained_without_a_recipe():
-    assert len(explain(CONFIG).splitlines()) > 50
-    assert 'save_every = "none"' in explain(CONFIG)
+    assert len(explain(CONFIG, ()).splitlines()) > 50
+    assert 'save_every = "none"' in explain(CONFIG, ())
 
 
 def test_the_recipe_beside_the_results_reproduces_them(tmp_path):

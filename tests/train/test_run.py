@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import logging
 import re
 import shlex
 import shutil
@@ -376,6 +377,20 @@ def test_results_of_an_earlier_end_do_not_keep_a_run_from_its_own(assets, tmp_pa
         if text is not None:
             (tmp_path / "run" / "results.json").write_text(text)
         assert train(config(assets, tmp_path / "run", resume=True, steps=8)).steps == 8
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json", "complete.json"])
+def test_a_damaged_checkpoint_is_passed_over_and_said_once(assets, tmp_path, name, caplog):
+    expected = train(config(assets, tmp_path / "run", steps=4)).loss_after
+    file = tmp_path / "run" / "checkpoints" / "checkpoint-4" / name
+    file.write_bytes(b"\0" * file.stat().st_size)
+    (tmp_path / "run" / "results.json").unlink()
+    screen = io.StringIO()
+    with caplog.at_level(logging.WARNING, "doratune"):
+        found = train(config(assets, tmp_path / "run", steps=4, resume=True), Console(file=screen))
+    assert (screen.getvalue() + caplog.text).count(str(file.parent)) == 1
+    assert ("cut short" if name == "complete.json" else f"is damaged, {name} cannot be read") in screen.getvalue()
+    assert found.loss_after == expected
 
 
 def test_options_of_a_resume_that_is_refused_are_not_kept(assets, tmp_path):

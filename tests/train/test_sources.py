@@ -55,9 +55,10 @@ def test_rows_that_cannot_be_read_have_a_line_and_a_reason(tmp_path):
         "expected an object with columns, found list",
         "is not UTF-8 text (invalid start byte)",
     ]
-    name = write(tmp_path / "x.csv", "a,b\n1\n1,2,3\n1,2\n")
+    name = write(tmp_path / "x.csv", 'a,b\n1\n1,2,3\n\n1,"2\n2"\n"1\r\n"\n1,2\n')
     found = [(row.where.rpartition(":")[2], row.problem) for row in module.read(name, "train")]
-    assert found == [("2", "has 1 fields, the header 2"), ("3", "has 3 fields, the header 2"), ("4", None)]
+    few, many = "has 1 fields, the header 2", "has 3 fields, the header 2"
+    assert found == [("2", few), ("3", many), ("5", None), ("7", few), ("9", None)], "not a first line"
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,7 @@ def test_rows_that_cannot_be_read_have_a_line_and_a_reason(tmp_path):
         ("x.json", "3", "expected a list of objects, found int"),
         ("x.parquet", "nothing", "is not Parquet"),
         ("x.csv", b"a,b\n\xff,1\n", "is not UTF-8 text"),
+        ("x.csv", b"a,b,a,,\n1,2,3,,\n", "several columns are called 'a'; rename them"),
         ("x.json", b"\xff\xfe", "is not UTF-8 text"),
     ],
 )

@@ -93,7 +93,8 @@ def _run(arguments: list[str]) -> int:
     except AdapterError as error:  # a recipe that cannot be read
         return _fail(error)
     try:
-        code: int = RUNNERS[type(program.command)](program.command)
+        more = (train.flags_among(arguments),) if isinstance(program.command, train.TrainConfig) else ()
+        code: int = RUNNERS[type(program.command)](program.command, *more)
         return code
     except AdapterError as error:
         if program.debug:

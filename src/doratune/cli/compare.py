@@ -52,8 +52,6 @@ class Compare:
 
         if self.workers < 1:
             yield f"workers must be at least 1; found {self.workers}"
-        if self.output.exists() and not self.output.is_dir():
-            yield f"output {self.output} is a file; name a folder"
         problem = folder_problem(self.output / "report")
         if problem:
             yield problem
@@ -166,10 +164,10 @@ def _print(findings: Findings, page: Path) -> None:
     out = Console(emoji=False)
     unit = findings.unit
     level = sentences.percent(findings.comparison.grid.confidence)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     score_name = "test %" if unit == "points" else "test loss"
     for name in ("", "rate", score_name, f"{level} interval", "seeds", "ms/step", "MiB"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+        table.add_column(name, justify="right" if name else "left", overflow="fold")
     for one in findings.standings:
         score = one.score
         table.add_row(

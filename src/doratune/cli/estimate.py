@@ -46,13 +46,13 @@ class EstimateOptions:
     """Sequences in a forward pass on one device."""
     devices: int = 1
     """That work on different sequences."""
-    ddp: bool = False
-    """Every device has a copy of the base; else they share it (FSDP2)."""
+    fsdp: bool = False
+    """Spread the base over the devices (FSDP2); else each has a copy (DDP)."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Of weights and arithmetic."""
     quantize: Quantize | None = None
     """As in train."""
-    checkpointing: bool = False
+    gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     json: bool = False
     """Print the result as JSON."""
@@ -67,8 +67,10 @@ class EstimateOptions:
         ):
             if getattr(self, name) < least:
                 yield f"{name} must be at least {least}; found {getattr(self, name)}"
-        if self.quantize and self.devices > 1 and not self.ddp:
-            yield f"FSDP2 does not spread quantised weights ({self.quantize}); add --ddp"
+        if self.fsdp and self.quantize:
+            yield f"fsdp does not spread quantised weights ({self.quantize}); leave out one of both"
+        if self.fsdp and self.devices == 1:
+            yield "fsdp spreads a model over devices, and this is one: --devices N"
 
 
 def run(options: EstimateOptions) -> int:
@@ -89,10 +91,10 @@ def run(options: EstimateOptions) -> int:
         tokens=options.tokens,
         batch_size=options.batch_size,
         devices=options.devices,
-        fsdp=not options.ddp,
+        fsdp=options.fsdp,
         dtype=getattr(torch, options.dtype),
         quantize=options.quantize,
-        checkpointing=options.checkpointing,
+        gradient_checkpointing=options.gradient_checkpointing,
     )
     if options.json:
         asked = {name: value for name, value in asdict(options).items() if name != "json"}
@@ -108,7 +110,8 @@ def run(options: EstimateOptions) -> int:
 def _table(options: EstimateOptions, result: Estimate) -> Table:
     from rich.table import Table
 
-    way = "" if options.devices == 1 else f" on each of {options.devices} devices ({'DDP' if options.ddp else 'FSDP2'})"
+    shared = "FSDP2" if options.fsdp else "DDP"
+    way = "" if options.devices == 1 else f" on each of {options.devices} devices ({shared})"
     title = f"{options.method}, rank {options.rank}: a step of {options.batch_size} x {options.tokens} tokens{way}"
     table = Table(title=title, show_header=False)
     trained = result.adapter_parameters

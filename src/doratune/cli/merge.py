@@ -16,7 +16,7 @@ import tyro
 from doratune.checkpoint import load_adapter
 from doratune.cli.common import say
 from doratune.errors import AdapterError, first_line
-from doratune.files import read_weights
+from doratune.files import output_problem, read_weights
 from doratune.merge import MergeCheck, merge, verify_merge
 from doratune.train.config import Dtype
 
@@ -56,8 +56,8 @@ def run(options: Merge) -> int:
     read_weights(options.adapter)  # a broken file is found before a large model is loaded
     if base is None:
         raise AdapterError(NAMELESS.format(options.adapter))
-    if options.output.exists() and not options.output.is_dir():
-        raise AdapterError(f"output {options.output} is a file; name a new folder")
+    if problem := output_problem(options.output):
+        raise AdapterError(problem)
     if options.output.exists() and any(options.output.iterdir()):
         raise AdapterError(f"output {options.output} exists and is not empty; name a new folder")
     quiet_libraries()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from doratune.cli.common import check, say
+from doratune.errors import AdapterError
 from doratune.train.config import Dtype, TrainConfig
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ class Predict:
     """Folder of an adapter, as written by doratune or PEFT, or of a whole model."""
     files: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE ...")]
     """What to classify."""
-    out: Path | None = None
-    """CSV file to write; one that is there is replaced. None: the first predictions are printed."""
+    output: Path | None = None
+    """CSV file to write; one that is there is replaced. none: the first predictions are printed."""
     json: bool = False
     """Print one JSON object per text or image: source, text, label, predicted, probability, probabilities."""
     base: str | None = None
@@ -62,12 +63,12 @@ class Predict:
             yield "name at least one file or folder to classify"
         if self.batch_size < 1:
             yield f"batch_size must be above 0; found {self.batch_size}"
-        if self.out is None:
+        if self.output is None:
             return
-        if self.out.is_dir() or not self.out.absolute().parent.is_dir():
-            yield f"out {self.out}: expected a file in a folder that exists"
-        elif self.out.resolve() in {Path(name).expanduser().resolve() for name in self.files}:
-            yield f"out {self.out} is one of the files to classify; name another"
+        if self.output.is_dir() or not self.output.absolute().parent.is_dir():
+            yield f"output {self.output}: expected a file in a folder that exists"
+        elif self.output.resolve() in {Path(name).expanduser().resolve() for name in self.files}:
+            yield f"output {self.output} is one of the files to classify; name another"
 
 
 def run(options: Predict) -> int:
@@ -86,6 +87,9 @@ def run(options: Predict) -> int:
     quiet_libraries()
     status = Console(stderr=True, emoji=False)
     found = Classifier.find(options.adapter, options.base)
+    what, column = ("images", "text_column") if found.takes_images else ("texts", "image_column")
+    if getattr(options, column) is not None:
+        raise AdapterError(f"{options.adapter} classifies {what}; leave {column} out")
     reading = TrainConfig(
         model=found.base,
         data=options.files,
@@ -101,7 +105,7 @@ def run(options: Predict) -> int:
     score = Score(predictor.labels)
     first: list[Prediction] = []
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(csv_file(options.out, predictor.labels, inputs)) if options.out else None
+        file = stack.enter_context(csv_file(options.output, predictor.labels, inputs)) if options.output else None
         for prediction in _predictions(predictor, inputs, options.batch_size, status):
             score.add(prediction)
             if file:
@@ -114,7 +118,7 @@ def run(options: Predict) -> int:
     if predictor.cut:
         say(status, f"{predictor.cut} of {len(inputs)} texts were cut to {predictor.max_length} tokens")
     if file:
-        say(out, f"{len(inputs)} predictions written to {options.out}")
+        say(out, f"{len(inputs)} predictions written to {options.output}")
     elif not options.json:
         _show(out, first, len(inputs))
     for line in score.lines():
@@ -152,4 +156,4 @@ def _show(out: Console, first: list[Prediction], count: int) -> None:
         table.add_row(*map(escape, cells))
     out.print(table)
     if count > len(first):
-        say(out, f"and {count - len(first)} more; --out FILE.csv writes all")
+        say(out, f"and {count - len(first)} more; --output FILE.csv writes all")

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from doratune.cli.common import say
+from doratune.cli.common import check, say
 from doratune.distributed import leave_group
 from doratune.train.config import TrainConfig
 from doratune.train.output import CURVES, METRICS, RECIPE, RESULTS
 from doratune.train.processes import is_first_asked
 from doratune.train.recipe import explain, find_recipe, load_recipe
+from doratune.train.without_effect import without_effect
 
-__all__ = ["TrainConfig", "from_recipe", "run"]
+__all__ = ["TrainConfig", "flags_among", "from_recipe", "run"]
 
 
 @dataclass
@@ -38,14 +39,20 @@ def from_recipe(arguments: Sequence[str]) -> TrainConfig | None:
     return TrainConfig(**{**required, **load_recipe(find_recipe(flag.recipe)), "recipe": flag.recipe})
 
 
-def run(config: TrainConfig) -> int:
-    """Train, and print results and how to go on."""
-    if config.print_recipe:
-        print(explain(config))
-        return 0
-    from doratune.train.run import check, train
+def flags_among(arguments: Sequence[str]) -> set[str]:
+    """Names of the options that are typed, as fields have them."""
+    typed = (word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--"))
+    return {name.removeprefix("no_") for name in typed}
 
-    check(config)  # before the libraries are imported, which takes seconds
+
+def run(config: TrainConfig, flags: Collection[str] = ()) -> int:
+    """Train, and print results and how to go on; flags are the options that were typed."""
+    if config.print_recipe:
+        print(explain(config, flags))
+        return 0
+    from doratune.train.run import problems, train
+
+    check([*problems(config), *without_effect(config, flags)])  # before libraries are imported, which takes seconds
     from rich.console import Console
 
     from doratune.train.quiet import quiet_libraries

@@ -66,7 +66,7 @@ def read_pictures(config: TrainConfig, trained: Mapping[str, str], say: Say) -> 
     Args:
         config: ``data`` are the sources; columns, and whether bad images are left out.
         trained: columns in training; they are looked for before usual names.
-        say: told of images left out, and of labels that are none.
+        say: told of images left out, of files passed over, and of labels that are none.
 
     Raises:
         AdapterError: listing every image and source that cannot be used.
@@ -74,7 +74,7 @@ def read_pictures(config: TrainConfig, trained: Mapping[str, str], say: Say) -> 
     label_of = _labels(config, say)
 
     def find(name: str) -> Iterator[Row]:
-        found, _ = pictures(name, _with_columns(config, name, trained), SPLIT, "test", labelled=False)
+        found, _ = pictures(name, _with_columns(config, name, trained), SPLIT, "test", labelled=False, say=say)
         empty = True
         for row in found:
             empty = False

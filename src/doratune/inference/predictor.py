@@ -12,7 +12,7 @@ import torch
 from doratune.checkpoint import load_adapter
 from doratune.errors import AdapterError
 from doratune.extras import require
-from doratune.files import CONFIG, read_config, read_weights
+from doratune.files import read_config, read_weights
 from doratune.inference.inputs import Input
 from doratune.inference.sources import NAMED, inner_folder, is_model, loading_base, tokenizer_source
 from doratune.targets import HEAD_NAMES
@@ -26,6 +26,7 @@ from doratune.train.models import (
     choose_dtype,
     context_length,
     load_base,
+    load_classifier,
     load_config,
     load_image_processor,
     load_tokenizer,
@@ -34,6 +35,7 @@ from doratune.train.models import (
 )
 from doratune.train.optimizer import keep_float32
 from doratune.train.positions import rows_of_table
+from doratune.weight_files import header, read_tensor, weight_files
 
 
 @dataclass(frozen=True)
@@ -145,11 +147,19 @@ class Predictor:
             AdapterError: if something cannot be loaded, or the model is no classifier.
         """
         about, folder = found.about, found.folder
+        whole = is_model(folder)
         with loading_base(found.base, found.named):
-            model = load_base(folder, found.base, choose_dtype(dtype))
-        keep_float32(model, [name for name, _ in model.named_children() if name in HEAD_NAMES])  # as in training
+            if about.labels and not whole:  # as in training, where what is new is known
+                model, heads = load_classifier(found.base, choose_dtype(dtype), about.task, about.labels)
+            else:
+                model = load_base(folder, found.base, choose_dtype(dtype))
+                heads = [name for name, _ in model.named_children() if name in HEAD_NAMES]
+        if about.method != "full":
+            keep_float32(model, heads)
+        if whole and about.method == "head":
+            _restore_float32(model, folder, heads)
         model = to_device(model)
-        if (folder / CONFIG).is_file():
+        if not whole:
             load_adapter(model, folder)
         labels = about.labels or tuple(str(label) for _, label in sorted((model.config.id2label or {}).items()))
         kind = type(model).__name__
@@ -192,6 +202,17 @@ class Predictor:
     def _pixels(self, inputs: Sequence[Input]) -> dict[str, torch.Tensor]:
         found = [self.processor(_open(one), return_tensors="pt")["pixel_values"][0] for one in inputs]
         return {"pixel_values": torch.stack(found).to(self.model.device, self.model.dtype)}
+
+
+def _restore_float32(model: Any, folder: Path, heads: Sequence[str]) -> None:
+    """Give a model of method head what it trained in float32, beside a base in 16 bits: loading has rounded it."""
+    kinds = {key: (kind, file) for file in weight_files(folder) for key, (kind, _) in header(file).items()}
+    beside = any(kind in ("BF16", "F16") for kind, _ in kinds.values())
+    for key, (kind, file) in kinds.items():
+        path = key.rpartition(".")[0]
+        if kind == "F32" and (beside or path.split(".")[0] in heads):
+            keep_float32(model, [path])
+            model.get_parameter(key).data = read_tensor(file, key).clone()
 
 
 def _open(one: Any) -> Any:

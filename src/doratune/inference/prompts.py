@@ -10,7 +10,7 @@ from typing import Any
 from doratune.errors import AdapterError
 from doratune.inference.lines import lines_of
 from doratune.train.columns import GUESSES, PARTS_OF_PROMPTS, half_a_prompt
-from doratune.train.gather import BadRow
+from doratune.train.gather import LISTED, BadRow
 from doratune.train.information import Information
 from doratune.train.prompt_template import fields_of, filled
 from doratune.train.tokens import string, turns_of
@@ -137,7 +137,7 @@ def read_prompts(
     if not prompts and not problems:
         problems.append(f"{path} holds no prompt")
     if problems:
-        raise AdapterError.of("prompts that cannot be used", problems)
+        raise AdapterError.of("prompts that cannot be used", problems, at_most=LISTED)
     return prompts
 
 

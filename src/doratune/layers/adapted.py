@@ -47,7 +47,7 @@ class LayerAdapter:
 
 
 def _with_weights(method: Decorated) -> Decorated:
-    """Have the base's weights on their device meanwhile, where accelerate keeps them elsewhere between forwards."""
+    """Run a method with the base's weights on their device, if accelerate keeps them elsewhere between forwards."""
 
     @functools.wraps(method)
     def inside(self: AdaptedLayer, *args: Any, **kwargs: Any) -> Any:
@@ -74,7 +74,7 @@ class AdaptedLayer(AdapterHolder):
         self.magnitude = AdapterParameters(self.cache)
         self.adapter_bias = AdapterParameters(self.cache)
         self.tensor_parallel = is_dtensor(base._parameters.get("weight")) and not gathered
-        """W stays in parts on several processes, also in a forward; ``gathered``: FSDP makes it whole for that."""
+        """W lies in parts on several processes even in a forward; not so if ``gathered``, as FSDP makes it whole."""
         self.waiting: set[str] = set()
         """Adapters attached while the base had no data (meta device), to be initialised once it has."""
         self.load_prefix = ""

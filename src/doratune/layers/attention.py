@@ -8,6 +8,7 @@ whatever its masks and options.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -176,9 +177,9 @@ class AttentionHost(StandIn):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, with adapted weights where an adapter is active."""
-        changed = {
-            name: weight_and_bias(layer.base_layer, *layer.active_tensors()) for name, layer in self.active_layers()
-        }
+        changed = self._merged()
+        for name, layer in self.active_layers():
+            changed[name] = weight_and_bias(layer.base_layer, *layer.active_tensors())
         if not changed:
             return self.base_layer(*args, **kwargs)
         return functional_call(self.base_layer, self._assembled(changed), args, kwargs)
@@ -211,20 +212,22 @@ class AttentionHost(StandIn):
             result["in_proj_bias"] = torch.cat(biases)
         return result
 
+    def _merged(self) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """Weights and biases of the projections that are merged already."""
+        projections = self._projections.items()
+        return {name: p.merged for name, p in projections if isinstance(p, Projection) and p.merged is not None}
+
     def plain(self) -> nn.MultiheadAttention:
         """The module with the weights its projections have now: itself, or a changed copy after merging."""
-        merged = {
-            name: p.merged
-            for name, p in self._projections.items()
-            if isinstance(p, Projection) and p.merged is not None
-        }
+        merged = self._merged()
         if not merged:
             return self.base_layer
-        copy = _copy_attention(self.base_layer)
+        attention = _copy_attention(self.base_layer)
         for key, tensor in self._assembled(merged).items():
-            owner, name = (copy.out_proj, key[9:]) if key.startswith("out_proj.") else (copy, key)
-            setattr(owner, name, nn.Parameter(tensor.detach().clone(), requires_grad=False))
-        return copy
+            owner, _, name = key.rpartition(".")
+            parameter = nn.Parameter(tensor.detach().clone(), requires_grad=False)
+            setattr(attention.get_submodule(owner), name, parameter)
+        return attention
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -236,8 +239,6 @@ class AttentionHost(StandIn):
 
 def _copy_attention(attention: nn.MultiheadAttention) -> nn.MultiheadAttention:
     """A shallow copy whose parameters can be replaced without touching the original."""
-    import copy
-
     new = copy.copy(attention)
     new._parameters = dict(attention._parameters)
     new._modules = dict(attention._modules)

@@ -36,7 +36,7 @@ READERS = {
 }
 """Classes of transformers, and their layers with whose weights they compute."""
 MAMBA = ("x_proj", "dt_proj", "out_proj")
-"""The same of every Mamba: handed to its fused kernels on GPUs, dt_proj everywhere."""
+"""The same for every Mamba: its fused kernels on GPUs take these weights, and dt_proj's is read everywhere."""
 
 
 def reader(modules: Mapping[str, nn.Module], path: str) -> str | None:
@@ -74,7 +74,7 @@ EXAMPLES = [
 ]
 """What makes tensors of a weight's dtype and device."""
 OTHERS = _functions(Tensor, "to type_as")
-"""The same, if another tensor goes where the weight is."""
+"""The same, where the weight only says to which dtype and device another tensor goes."""
 SHOWN = [*_getters("data T mT H mH grad"), Tensor.detach]
 """What gives the weight again, to be guarded likewise."""
 

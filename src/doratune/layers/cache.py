@@ -1,6 +1,6 @@
 """What a layer may remember between calls: ``|W|^2`` of its frozen weight; in evaluation ``g = m / n``, A and s B.
 
-A stale scale is a wrong model, so everything remembered carries a stamp (object, version, pointer, dtype) of the
+A stale scale is a wrong model, so everything remembered carries a stamp (object, version, memory, dtype) of the
 tensors it was made from, and ``clear`` is called by whatever could change them unseen.
 """
 
@@ -10,14 +10,17 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from doratune.layers.weights import WeightRows, is_dtensor
 from doratune.ops import row_norm
 from doratune.ops.hardware import full_precision
+
+Value = TypeVar("Value")
 
 
 class _Stamp:
@@ -25,6 +28,9 @@ class _Stamp:
 
     def __init__(self, *tensors: Tensor) -> None:
         self.made_from = [(weakref.ref(t), _state(t)) for t in tensors]
+        # Weak references keep a storage's number its own. Without them ``p.data = ...`` twice may bring all numbers
+        # back, as the second tensor may get the first one's memory.
+        self.storages = [StorageWeakRef(t.untyped_storage()) for t in tensors]
 
     def fits(self, *tensors: Tensor) -> bool:
         if len(tensors) != len(self.made_from):
@@ -36,11 +42,11 @@ class _Stamp:
 
 
 def _state(t: Tensor) -> tuple[Any, ...]:
-    return t._version, t.data_ptr(), t.dtype, t.device
+    return t._version, t.data_ptr(), t.untyped_storage()._cdata, t.dtype, t.device
 
 
 def _can_stamp(*tensors: Tensor) -> bool:
-    """Inference tensors have no version; fake and meta tensors have no data, DTensors none that could be looked at."""
+    """Inference tensors have no version, fake and meta tensors no data, DTensors no data pointer of their own."""
     return not any(t.is_inference() or t.is_meta or _is_fake(t) or is_dtensor(t) for t in tensors)
 
 
@@ -61,7 +67,7 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 
 
 def autocast_of_now(device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """Makes contexts with autocast as it is now, for what is computed again in a backward pass, where it is off."""
+    """Makes contexts with autocast as it is now. In a backward pass, which computes some things again, it is off."""
     if not is_autocast(device):
         return functools.partial(without_autocast, device)
     return functools.partial(torch.autocast, device.type, torch.get_autocast_dtype(device.type))
@@ -81,8 +87,8 @@ class Evaluation(NamedTuple):
 class AdapterParameters(nn.ParameterDict):
     """A, B, m or bias of a layer's adapters by name.
 
-    FSDP puts whole parameters in their places for each forward, always the same objects, under the same version and
-    perhaps in the same memory, and nothing that a stamp could tell from those of the step before. So every exchange
+    For each forward FSDP puts whole parameters in place of its parts: the same objects as in the step before, with the
+    same version and perhaps in the same memory, so that a stamp cannot tell the two apart. Therefore every exchange
     clears what was computed.
     """
 
@@ -90,7 +96,7 @@ class AdapterParameters(nn.ParameterDict):
         super().__init__()
         self.cache = cache
         self.gathered = False
-        """FSDP has put whole parameters here: what is written to them now would be lost."""
+        """FSDP has put whole parameters here for a forward; whatever is written to them is lost afterwards."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Parameter):
@@ -136,8 +142,9 @@ class ScaleCache:
             self._of_part.clear_scale()
 
     def forget_evaluations(self) -> None:
-        """Forget what evaluation remembers: a step may follow. Some optimisers' own kernels (bitsandbytes' among them)
-        write parameters without a new version.
+        """Forget what evaluation remembers, because an optimiser's step may follow.
+
+        Some optimisers' kernels (bitsandbytes' among them) write parameters without giving them a new version.
         """
         self._scale = self._evaluation = None
         if self._of_part is not None:
@@ -150,7 +157,7 @@ class ScaleCache:
 
     def freeze(self, g: Tensor | None) -> None:
         """Use this g from now on, as ``frozen_scales`` asks; None: compute it again."""
-        self._evaluation = None
+        self.forget_evaluations()
         self.frozen = g
 
     def __getstate__(self) -> dict[str, Any]:
@@ -174,20 +181,22 @@ class ScaleCache:
             return rows.collected(row_norm.squared_row_norm(base, rows.tiles, A, B, scale))
 
     def _base_squared(self, rows: WeightRows) -> tuple[Tensor, Tensor, bool]:
-        """``|W|^2`` over the columns that are here, over all columns, and whether it may be 0 somewhere."""
+        """``|W|^2`` over this process's columns and over all columns, and whether the latter may be 0 in some row."""
         if torch.compiler.is_compiling():
-            # Compiled code cannot look at stamps; the graph sums W anew, one pass over it.
+            # Compiled code cannot look at stamps: it sums W again in each forward, in one pass.
             squared = row_norm.base_squared_norm(rows.tiles)
             return squared, rows.collected(squared), True
-        if self._base is not None and self._base[0].fits(rows.stored):
-            return self._base[1:]
+        known = self._base  # read once: another thread may clear it meanwhile
+        if known is not None and known[0].fits(rows.stored):
+            return known[1:]
         with torch.inference_mode(False), torch.no_grad(), without_autocast(rows.stored.device):
             squared = row_norm.base_squared_norm(rows.tiles)
             everywhere = rows.collected(squared)
         if not _can_stamp(rows.stored):
             return squared, everywhere, True
-        self._base = _Stamp(rows.stored), squared, everywhere, bool((everywhere == 0).any())
-        return self._base[1:]
+        may_be_zero = bool((everywhere == 0).any())
+        self._base = _Stamp(rows.stored), squared, everywhere, may_be_zero
+        return squared, everywhere, may_be_zero
 
     def row_scale(
         self,
@@ -206,11 +215,11 @@ class ScaleCache:
         Between calls g is remembered with ``reuse`` (evaluation), n with ``reuse_norm`` (until A, B or W change).
         """
         if self.frozen is not None:
-            return self.frozen.to(rows.stored.device)  # another one in replicas
+            return self.frozen.to(rows.stored.device)  # nn.DataParallel's replicas are on other devices
         made_from = [rows.stored, magnitude] if A is None or B is None else [rows.stored, magnitude, A, B]
         reuse = reuse and not torch.compiler.is_compiling()
-        if reuse and _remembered(self._scale, scale, made_from):
-            return self._scale[2]  # type: ignore[index]
+        if reuse and (g := _remembered(self._scale, scale, made_from)) is not None:
+            return g
         base, everywhere, may_be_zero = self._base_squared(rows)
         with without_autocast(rows.stored.device):
             squared = everywhere
@@ -234,8 +243,8 @@ class ScaleCache:
     ) -> Tensor:
         made_from = [rows.stored, A, B]
         reuse = reuse and norm_gradient == "detached" and not torch.compiler.is_compiling()
-        if reuse and _remembered(self._norm, scale, made_from) and not _begins_a_step(A, B):
-            return self._norm[2]  # type: ignore[index]
+        if reuse and not _begins_a_step(A, B) and (n2 := _remembered(self._norm, scale, made_from)) is not None:
+            return n2
         exact = torch.is_grad_enabled() and norm_gradient == "exact"
         with torch.set_grad_enabled(exact):
             squared = row_norm.squared_row_norm(base, rows.tiles, A, B, scale)
@@ -262,8 +271,8 @@ class ScaleCache:
     ) -> Evaluation:
         """What a forward without gradients multiplies with; remembered until something it was made from changes."""
         made_from = [rows.stored, A, B] if magnitude is None else [rows.stored, A, B, magnitude]
-        if _remembered(self._evaluation, scale, made_from):
-            return self._evaluation[2]  # type: ignore[index]
+        if (ready := _remembered(self._evaluation, scale, made_from)) is not None:
+            return ready
         g = None
         if magnitude is not None:
             g = self.row_scale(rows, A, B, magnitude, scale, dense_norm=dense_norm, reuse=True)
@@ -276,12 +285,15 @@ class ScaleCache:
 
 
 def _begins_a_step(*parameters: Tensor) -> bool:
-    """Whether gradients are wanted and none has come yet: an optimiser may have moved the parameters, and not all give
-    them a new version.
+    """Whether gradients are wanted and none has arrived yet, as in the first forward after ``zero_grad``.
+
+    An optimiser may have moved the parameters just before, and not every optimiser gives them a new version.
     """
     return torch.is_grad_enabled() and any(p.requires_grad and p.grad is None for p in parameters if p.is_leaf)
 
 
-def _remembered(memory: Any, scale: float, made_from: Sequence[Tensor]) -> bool:
-    """Whether what was remembered, ``(stamp, scale, ...)``, still holds."""
-    return memory is not None and memory[1] == scale and memory[0].fits(*made_from)
+def _remembered(memory: tuple[_Stamp, float, Value] | None, scale: float, made_from: Sequence[Tensor]) -> Value | None:
+    """The value of a memory that still holds, else None. The memory is an argument: other threads may clear it."""
+    if memory is not None and memory[1] == scale and memory[0].fits(*made_from):
+        return memory[2]
+    return None

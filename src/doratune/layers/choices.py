@@ -23,7 +23,7 @@ def choices(
     scale: float,
     bias: Tensor | None,
 ) -> tuple[bool, bool]:
-    """``dense_norm`` and ``keep_output`` of ``Options``, as the adapter's values ask for; it waits for the device."""
+    """``dense_norm`` and ``keep_output`` of ``Options``, from the adapter's values; this makes the device wait."""
     with torch.no_grad(), without_autocast(rows.stored.device):
         base, m = cache.base_squared(rows), m.detach().float()
         squared = base

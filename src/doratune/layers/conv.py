@@ -40,10 +40,7 @@ def forward(
     low = F.dropout(x, options.dropout) if options.dropout else x
     if options.dropout and options.dropout_on_base and magnitude is not None:
         # As for linear layers: two convolutions with W.
-        rest = base(x - low)
-        if base.bias is not None:
-            rest = rest - base.bias.to(rest.dtype).view(-1, *[1] * len(base.kernel_size))
-        return rest + forward(base, low, A, B, magnitude, scale, options._replace(dropout=0.0))
+        return _without_bias(base, x - low) + forward(base, low, A, B, magnitude, scale, options._replace(dropout=0.0))
     u = base(x)
     if A is not None and B is not None:
         u = u + low_rank(base, low, A, B, scale, u.dtype)
@@ -53,7 +50,7 @@ def forward(
         if outer is bias or outer is None:
             return u
         change = outer if bias is None else outer - bias
-        return u + change.to(u.dtype).view(-1, *[1] * len(base.kernel_size))
+        return u + _along_channels(base, change.to(u.dtype))
     with on_device(base):
         g = options.row_scale(conv_rows(base), A, B, magnitude, scale)
     guard = _guard(base, x, low, A, B, scale) if options.guards_output(g) else None
@@ -72,15 +69,24 @@ def low_rank(base: Conv, x: Tensor, A: Tensor, B: Tensor, scale: float, dtype: t
         return POINTWISE[kind](h, pointwise, groups=base.groups)
 
 
+def _without_bias(base: Conv, x: Tensor) -> Tensor:
+    """The base's own output less its bias."""
+    z: Tensor = base(x)
+    return z if base.bias is None else z - _along_channels(base, base.bias.to(z.dtype))
+
+
+def _along_channels(base: Conv, values: Tensor) -> Tensor:
+    """Values of the output channels, to be broadcast over a batch."""
+    return values.view(-1, *[1] * len(base.kernel_size))
+
+
 def _guard(base: Conv, x: Tensor, low: Tensor, A: Tensor | None, B: Tensor | None, scale: float) -> OutputGuard:
     """Computes ``z = conv(x; W) + s B conv(x; A)`` again if the layer's output was overwritten."""
     autocast = autocast_of_now(x.device)
 
     def recompute(x: Tensor, low: Tensor) -> Tensor:
         with autocast():
-            z = base(x)
-            if base.bias is not None:
-                z = z - base.bias.to(z.dtype).view(-1, *[1] * len(base.kernel_size))
+            z = _without_bias(base, x)
             return z if A is None or B is None else z + low_rank(base, low, A, B, scale, z.dtype)
 
     return OutputGuard(recompute, x, low)

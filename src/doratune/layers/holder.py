@@ -96,7 +96,7 @@ def plain_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str,
             yield from plain_parameters(child, f"{prefix}{name}.")
 
 
-def plain_copy(module: nn.Module, shared: Iterable[nn.Parameter]) -> nn.Module:
+def plain_copy(module: nn.Module, shared: Iterable[nn.Parameter] = ()) -> nn.Module:
     """A copy of a module without adapters; the parameters in ``shared`` are not copied."""
     module = plain(module)
     kept: dict[int, Any] = {id(p): p for p in shared}

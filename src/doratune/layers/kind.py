@@ -16,8 +16,8 @@ from doratune.layers.weights import WeightRows
 
 
 def outputs_are_overwritten() -> bool:
-    """Whether Liger's kernels may run, which rotate q and k in place by raw pointers: no version tells of it."""
-    return "liger_kernel" in sys.modules  # looked up in each forward: Trainer loads it after an adapter is attached
+    """Whether Liger's kernels may run: they rotate q and k in place by raw pointers, which no version counter shows."""
+    return "liger_kernel" in sys.modules  # asked in each forward: Trainer may load it after an adapter is attached
 
 
 class Options(NamedTuple):
@@ -40,15 +40,15 @@ class Options(NamedTuple):
     bias: Tensor | None = None
     """The adapter's own bias, in place of the base's."""
     dropout_on_base: bool = False
-    """PEFT's convention: what the magnitude adds to the base's output sees the dropped input, too."""
+    """PEFT's convention: dropout also acts on ``(g - 1) W x``, what the magnitude adds to the base's output."""
     rows: WeightRows | None = None
-    """W, where the base itself does not tell: this process's part of it."""
+    """This process's part of W, where W lies on several processes; else None."""
 
     def keep(self) -> str:
         """What ``scale_rows`` is to keep; no property: torch.compile before 2.9 does not know those of named tuples."""
         if self.eight_bit:
             return "8-bit"
-        # Compiled code knows what a kernel writes.
+        # The compiler sees for itself what a kernel overwrites.
         overwritten = not torch.compiler.is_compiling() and outputs_are_overwritten()
         return "output" if self.keep_output and not overwritten else "input"
 
@@ -59,10 +59,12 @@ class Options(NamedTuple):
         )
 
     def guards_output(self, g: Tensor) -> bool:
-        """Whether y is kept for g's gradient and may be overwritten in place before; compiled code keeps a copy."""
-        return (
-            self.keep() == "output" and g.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        )
+        """Whether y is kept for g's gradient and may be overwritten before the backward pass.
+
+        Not in compiled code, where the compiler keeps a copy of what is overwritten.
+        """
+        trains = g.requires_grad and torch.is_grad_enabled()
+        return trains and self.keep() == "output" and not torch.compiler.is_compiling()
 
 
 class Kind:
@@ -137,7 +139,7 @@ class Kind:
         return layer
 
     def probe(self, base: nn.Module, generator: torch.Generator) -> Tensor:
-        """A random input, for comparing merged with unmerged output, drawn on the CPU whatever torch's default is."""
+        """A random input to compare merged with unmerged output, drawn on the CPU whatever torch's default is."""
         columns = self.rows(base).shape[1]
         weight: Tensor = base.weight  # type: ignore[assignment]
         return torch.randn(8, columns, generator=generator, device="cpu").to(weight.device, weight.dtype)

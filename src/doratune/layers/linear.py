@@ -97,7 +97,7 @@ def forward(
     inner = bias
     if options.reuse_scale and A is not None and B is not None and not torch.compiler.is_compiling():
         return _evaluate(base, x, A, B, magnitude, scale, options, inner, outer)
-    dense = slow_reason(base) is None
+    dense = slow_reason(base) is None and _multiplies(base, x)
     if dense and magnitude is not None and options.keep() != "output":
         inner = None  # added last: it would drown z
     change = None if A is None or B is None else LowRankChange.of(x, A, B, scale, options)
@@ -153,6 +153,11 @@ class LowRankChange(NamedTuple):
         if not options.dropout:
             return cls(A, B, scale, None)
         return cls(A, B, scale / (1 - options.dropout), dropped_elements(x, options.dropout))
+
+
+def _multiplies(base: nn.Module, x: Tensor) -> bool:
+    """Whether the base takes an x of this dtype; where it does not, its own forward says so."""
+    return x.dtype == base.weight.dtype or (is_autocast(x.device) and x.is_floating_point())
 
 
 def _dense(base: nn.Module, x: Tensor, bias: Tensor | None, change: LowRankChange | None) -> Tensor:

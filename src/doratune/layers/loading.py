@@ -1,4 +1,4 @@
-"""State dicts that fill adapted models: of the adapted model, of the plain one, in one piece or in several."""
+"""Loading state dicts into adapted models: of the adapted or of the plain model, in one piece or in several."""
 
 from __future__ import annotations
 

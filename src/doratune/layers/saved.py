@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from doratune.errors import AdapterError
-from doratune.layers import running_statistics
 from doratune.layers.holder import AdapterHolder, plain, plain_copy, plain_parameters
 from doratune.layers.loading import accept_plain_keys_below, fill_copies, note_loaded
 from doratune.layers.weights import is_dtensor
 
 
 class OwnBiases(nn.Module):
-    """An adapter's copies of the biases that a module with layers inside has itself; the module runs with them."""
+    """An adapter's copies of a module's own biases; the module runs with them, and with what is adapted inside it."""
 
     def __init__(self, module: nn.Module, names: list[str]) -> None:
         super().__init__()
@@ -36,7 +35,7 @@ class SavedModule(AdapterHolder):
         super().__init__(base, path)
         self.copies = nn.ModuleDict()
         self.trained: dict[str, list[str]] = {}
-        """For each adapter the names of the parameters that are its own; the rest is shared with the original."""
+        """For each adapter the names of the parameters that are its own: all of the module's, or its biases."""
         self.trainable: dict[str, bool] = {}
         self.waiting: set[str] = set()
         """Adapters whose copies were made while the base had no data (meta device), to be filled once it has."""
@@ -50,17 +49,10 @@ class SavedModule(AdapterHolder):
         self.register_load_state_dict_post_hook(fill_copies)
 
     def add(self, name: str, parameters: list[str], trainable: bool = True) -> None:
-        """Add an adapter's copy, in which the named parameters are its own."""
-        shared = [p for n, p in plain_parameters(self.base_layer) if n not in parameters]
-        clone: nn.Module
-        if shared and any(True for _ in plain(self.base_layer).children()):
-            clone = OwnBiases(plain(self.base_layer), parameters)  # a copy would not run the adapters inside
-        else:
-            clone = plain_copy(self.base_layer, shared)
+        """Add an adapter's copy of the named parameters: the whole module, or biases for the original to run with."""
+        is_whole = len(parameters) == sum(1 for _ in plain_parameters(self.base_layer))
+        clone = plain_copy(self.base_layer) if is_whole else OwnBiases(plain(self.base_layer), parameters)
         clone.train(self.training)
-        if shared:
-            for part in clone.modules():  # biases only are in the file
-                running_statistics.hold(part)
         self.copies[name] = clone
         self.trained[name] = parameters
         self.trainable[name] = trainable
@@ -74,19 +66,16 @@ class SavedModule(AdapterHolder):
         if any(p.is_meta for p in base.values()):
             return
         for name in sorted(self.waiting):
-            clone, is_whole = self.copies[name], len(self.trained[name]) == len(base)
+            clone = self.copies[name]
             for inner, parameter in list(clone.named_parameters()):
-                owner, _, own = inner.rpartition(".")
-                shared = inner not in self.trained[name]
-                if name in self.filled and not (shared or parameter.is_meta):
-                    continue
-                if is_dtensor(parameter) or not (shared or parameter.is_meta):
+                if parameter.is_meta and not is_dtensor(parameter):
+                    owner, _, own = inner.rpartition(".")
+                    new = nn.Parameter(base[inner].clone(), parameter.requires_grad)
+                    clone.get_submodule(owner)._parameters[own] = new
+                elif name not in self.filled:
                     parameter.copy_(base[inner])
-                    continue
-                new = base[inner] if shared else nn.Parameter(base[inner].clone(), parameter.requires_grad)
-                clone.get_submodule(owner)._parameters[own] = new
-            if isinstance(clone, OwnBiases) or (is_whole and name in self.filled):
-                continue  # it has none, or was given them
+            if isinstance(clone, OwnBiases) or name in self.filled:
+                continue  # it has no buffers, or was given them
             for inner, buffer in plain_copy(self.base_layer, base.values()).named_buffers():
                 owner, _, own = inner.rpartition(".")
                 clone.get_submodule(owner)._buffers[own] = buffer
@@ -117,7 +106,7 @@ class SavedModule(AdapterHolder):
         return self.copies[self.active]
 
     def own_biases(self) -> dict[str, Tensor]:
-        """What the active adapter puts in the place of the original's own biases, where the original runs with them."""
+        """The active adapter's biases for the original to run with; empty where the adapter has a whole copy."""
         copy = self.copies[self.active] if self.enabled and self.active is not None else None
         return {n: getattr(copy, n) for n in self.trained[self.active]} if isinstance(copy, OwnBiases) else {}  # type: ignore[index]
 

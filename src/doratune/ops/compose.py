@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from doratune.ops.low_rank import as_rows, reshaped
+from doratune.ops.once import once_differentiable
 
 Recompute = Callable[..., Tensor]
-"""Computes ``z = W x + s B A x`` once more from the tensors the guard kept."""
+"""Computes ``z = W x + s B A x`` again from the tensors that the guard kept."""
 
 
 class OutputGuard:
@@ -29,13 +29,13 @@ class OutputGuard:
         self.recompute = recompute
         self.inputs = inputs
         self.version = 0
-        """Of y, when the forward was done with it."""
+        """Version of y at the end of the forward pass."""
         self.dy: Tensor | None = None
-        """Left by the scale's backward pass if it could not find dg."""
+        """Left here by the scale's backward pass if y was overwritten, so that it could not compute dg."""
 
 
 class _Guard(torch.autograd.Function):
-    """The identity on g, whose backward finds dg if the scale could not."""
+    """The identity on g, whose backward pass computes dg if the scale's could not."""
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, dim: int, guard: OutputGuard, *inputs: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class _Guard(torch.autograd.Function):
         if dy is not None:
             z = ctx.guard.recompute(*ctx.saved_tensors).to(dy.dtype)
             _, dg, _ = _scaled_backward(dy, z, dg, None, ctx.dim, (False, True, False))
-        # Not counted by ctx.saved_tensors: checkpointing lets them be read once.
+        # Not len(ctx.saved_tensors): under checkpointing they can be read only once.
         return dg, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
@@ -76,8 +76,8 @@ class _ScaleRows(torch.autograd.Function):
             y = u
         else:
             y = reshaped(_scaled(u, g, inner, outer, dim), u.shape)
-        # g and the biases are small. What is large is saved on its own, through autograd's saved tensors: reading
-        # those fails as a whole once somebody has overwritten y, and du must not be lost with it.
+        # Only the large tensor goes through autograd's saved tensors: reading those raises once somebody has
+        # overwritten y, and du, which needs nothing but g, has to be computed all the same.
         ctx.g, ctx.inner, ctx.outer, ctx.dim = g, inner, outer, dim
         ctx.keep, ctx.guard, ctx.same_bias = keep, guard, same_bias
         if ctx.needs_input_grad[1]:
@@ -92,7 +92,7 @@ class _ScaleRows(torch.autograd.Function):
         kept = _kept_tensor(ctx, dy) if needs_g else None
         bias = ctx.outer if ctx.keep == "output" else ctx.inner
         wanted = (needs_u, kept is not None, needs_inner or needs_outer)
-        # Where g's gradient is not wanted, dy stands in for the tensor that was not kept: it is not looked at.
+        # Without a kept tensor dy is handed over in its place; the kernel does not read it, as dg is not asked for.
         du, dg, total = _scaled_backward(dy, dy if kept is None else kept, g, bias, ctx.dim, wanted)
         if needs_g and kept is None:
             ctx.guard.dy, dg = dy, torch.zeros_like(g)
@@ -104,7 +104,7 @@ class _ScaleRows(torch.autograd.Function):
 
 
 def _eight_bits(u: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """u as int8 and what one step of it is worth at each position, so that one large value spoils its position only."""
+    """u as int8, with a step size for each position, so that a large value costs digits at its own position only."""
     # 126 and not 127: a step rounded to bfloat16 could make 128 of it, which int8 takes for -128.
     step = u.abs().amax(dim, keepdim=True).clamp_min(torch.finfo(u.dtype).tiny * 126) / 126
     return (u / step).round_().to(torch.int8), step
@@ -121,11 +121,12 @@ def _kept_tensor(ctx: Any, dy: Tensor) -> Tensor | None:
         (kept,) = ctx.saved_tensors
     except RuntimeError:
         return None
-    # Kernels of others (Liger's) may write gradients over what they saved, by raw pointers, which no version tells.
+    # Other libraries' kernels (Liger's) may write gradients over what they saved, by raw pointers, which leaves the
+    # version as it was.
     if torch._C._is_alias_of(kept, dy):  # type: ignore[attr-defined]
         return None
-    # Autograd checks versions by itself, but not under saved-tensor hooks (checkpointing, offloading); a copy that they
-    # made is as young as can be.
+    # Autograd checks versions by itself, but not under saved-tensor hooks (checkpointing, offloading). A copy made by
+    # such a hook starts with version 0 and passes.
     return kept if kept._version <= ctx.guard.version else None
 
 
@@ -134,11 +135,11 @@ def _kept_tensor(ctx: Any, dy: Tensor) -> Tensor | None:
 # 8 bits in bfloat16, and a float32 copy of u would cost more than the pass itself.
 
 KERNELS = ("cpu", "cuda", "meta")
-"""Devices whose kernels do this; Apple's leave sums unwritten. Elsewhere it is plain arithmetic."""
+"""Devices whose kernels do this (Apple's does not write the sums). On others it is plain arithmetic."""
 
 
 def _scaled(u: Tensor, g: Tensor, inner: Tensor | None, outer: Tensor | None, dim: int) -> Tensor:
-    """``g (u - inner) + outer`` in u's dtype, flat in ``_features_second``'s way: u where g is 1 and a bias stays."""
+    """``g (u - inner) + outer`` in u's dtype, shaped as by ``_features_second``; u where g is 1 and the bias stays."""
     if u.numel() == 0:
         return u.clone()
     g, mean, one = _statistics(u, g, inner)
@@ -177,7 +178,7 @@ def _scaled_backward(
     if dy.device.type in KERNELS:
         if dim == -1:
             rows = rows.contiguous()  # CUDA would read an expanded one (of y.sum()) column by column
-        # Twice the statistics: CPUs look at the running ones, CUDA at the saved ones.
+        # The statistics are given twice: the CPU's kernel reads the running ones, CUDA's the saved ones.
         du, products, total = torch.ops.aten.native_batch_norm_backward(
             rows, kept, g, mean, one, mean, one, False, 0.0, wanted
         )
@@ -229,7 +230,7 @@ def scale_rows(
         u: the base's output plus the low-rank update.
         g: float32 ``[out]``, ``m / n``.
         inner: the bias that u already holds, or None.
-        outer: the bias that y shall hold, or None.
+        outer: the bias that y is to hold, or None.
         keep: what stays until the backward pass for g's gradient. "input": u. "output": y, often shared with the next
             operation; wrong where g is 0 and imprecise where outer is much larger than z. "8-bit": u rounded to
             int8.
@@ -241,9 +242,9 @@ def scale_rows(
     if guard is not None:
         g = _Guard.apply(g, dim, guard, *guard.inputs)
         guard.inputs = ()
-    # torch.compile does not take the same tensor twice.
+    # torch.compile does not accept the same tensor as two arguments.
     same_bias = inner is outer and inner is not None
-    # Compiled code decides about memory by itself; a leaf cannot be overwritten.
+    # The compiler reuses memory by itself; autograd lets no leaf be overwritten.
     in_place = fresh and keep != "input" and not torch.compiler.is_compiling() and u.grad_fn is not None
     y: Tensor = _ScaleRows.apply(u, g, None if same_bias else inner, outer, dim, keep, guard, same_bias, in_place)
     if guard is not None:

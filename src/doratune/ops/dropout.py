@@ -1,4 +1,4 @@
-"""Which elements dropout takes away, as one byte each: enough to see the input again in the backward pass."""
+"""Which elements dropout takes away, one byte each: with the input, that is all the backward pass needs."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
 def sums_stay_wide(device: torch.device) -> bool:
     """Whether ``torch.mm`` of 16-bit matrices can give its float32 sums back, unrounded.
 
-    On NVIDIA's GPUs it matters for more than speed: a sum may be split into parts that are rounded to 16 bits
-    (``allow_bf16_reduced_precision_reduction``), and what rounding took cannot be found by computing it twice.
+    On NVIDIA's GPUs this is not only for speed. A sum may be split into parts that are each rounded to 16 bits
+    (``allow_bf16_reduced_precision_reduction``), and computing it again does not show what that rounding took.
     """
     return device.type == "cuda" and torch.version.hip is None and hasattr(torch.ops.aten.mm, "dtype")
 
@@ -41,7 +41,7 @@ def sums_stay_wide(device: torch.device) -> bool:
 def full_precision() -> Iterator[None]:
     """Products of float32 numbers are exact to float32's digits, though TF32 or bfloat16 were allowed for speed.
 
-    The switches are the whole process's: threads take turns.
+    These switches hold for the whole process, so threads take turns.
     """
     with _TURNS:
         switches = _switches()

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from doratune.ops.once import once_differentiable
 
 
 def as_rows(t: Tensor) -> Tensor:
@@ -24,7 +25,7 @@ def as_rows(t: Tensor) -> Tensor:
 
 
 def reshaped(t: Tensor, shape: torch.Size) -> Tensor:
-    """A fresh t in another shape and not a view of it: views made inside a Function cannot be changed in place."""
+    """A fresh t in another shape, not as a view of it: autograd lets no view made in a Function be changed in place."""
     return t if t.shape == shape else torch.ops.aten._unsafe_view(t, shape)
 
 
@@ -137,7 +138,7 @@ def _gradients(
     h, A and B are in du's dtype, the gradients of A and B in ``dtypes``.
     """
     needs_x, needs_A, needs_B = needs
-    # h^T first: du is read row by row.
+    # (h^T du)^T and not du^T h: it reads du row by row.
     dB = (h.T @ du).T.to(dtypes[1], memory_format=torch.contiguous_format).mul_(scale) if needs_B else None
     if not (needs_x or needs_A):
         return None, None, dB

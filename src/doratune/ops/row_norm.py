@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from doratune.ops.hardware import sums_stay_wide
+from doratune.ops.once import once_differentiable
 
 TILE_BYTES = {"cpu": 16 * 1024 * 1024}
 LARGE_TILE_BYTES = 48 * 1024 * 1024
-"""Size of a transient float32 tile of W: by type of device, and on others, where starting an operation costs more."""
+"""Size of a transient float32 tile of W, by type of device. On GPUs starting an operation costs more: larger tiles."""
 
 Tiles = Callable[[], Iterable[tuple[slice, Tensor]]]
 """A function that walks W once more, as ``(rows, W[rows])``. Where W is not there in rows it may also be an object
@@ -71,7 +71,7 @@ def _product(tile: Tensor, A: Tensor) -> Tensor:
     both = tile @ parts
     rounded = both[:, :rank]
     U = rounded.float() + both[:, rank:]
-    # What rounding took from the product: the product once more, less its rounded value.
+    # What rounding to 16 bits took from the product: the product computed again, less its rounded value.
     U += torch.addmm(rounded, tile, high.T, beta=-1)
     return U
 
@@ -106,7 +106,7 @@ def skinny_product(tiles: Tiles, A: Tensor) -> Tensor:
 
 
 def squared_row_norm(base_squared: Tensor, tiles: Tiles, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """``n^2 = |W + s B A|^2`` of each row, float32 ``[out]``, clamped at 0.
+    """``n^2 = |W + s B A|^2`` of each row, float32 ``[out]``; where W and s B A cancel, rounding may leave it below 0.
 
     Args:
         base_squared: ``|W|^2``, float32 ``[out]`` (``base_squared_norm``).
@@ -119,7 +119,7 @@ def squared_row_norm(base_squared: Tensor, tiles: Tiles, A: Tensor, B: Tensor, s
     A, B = A.float(), B.float()
     U = skinny_product(tiles, A)
     change = (B * torch.addmm(U, B, A @ A.T, beta=2, alpha=scale)).sum(1)
-    return torch.add(base_squared, change, alpha=scale).clamp_min(0)
+    return torch.add(base_squared, change, alpha=scale)
 
 
 def dense_squared_norm(tiles: Tiles, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -138,7 +138,7 @@ def row_scale(magnitude: Tensor, squared_norm: Tensor, base_squared: Tensor | No
 
     Args:
         magnitude: m, ``[out]``.
-        squared_norm: ``n^2``, float32 ``[out]``.
+        squared_norm: ``n^2``, float32 ``[out]``; a row that rounding left below 0 is taken for 0, and n for 1.
         base_squared: ``|W|^2``, float32 ``[out]``; None where all rows of W are known not to be zero.
     """
     n = torch.where(squared_norm > 0, squared_norm, 1.0).sqrt()

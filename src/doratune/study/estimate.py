@@ -101,10 +101,10 @@ def estimate(
     tokens: int,
     batch_size: int = 1,
     devices: int = 1,
-    fsdp: bool = True,
+    fsdp: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     quantize: str | None = None,
-    checkpointing: bool = False,
+    gradient_checkpointing: bool = False,
 ) -> Estimate:
     """Estimate a training step of a causal language model of transformers.
 
@@ -114,22 +114,22 @@ def estimate(
         tokens: of one sequence.
         batch_size: sequences of one forward pass on one device.
         devices: that work on different sequences.
-        fsdp: with several devices, spread the base over them (FSDP2); False: each has a copy (DDP).
+        fsdp: spread the base over the devices (FSDP2); else each has a copy (DDP).
         dtype: of weights and arithmetic.
         quantize: as in ``doratune train``.
-        checkpointing: activations of a layer are computed again in the backward pass.
+        gradient_checkpointing: activations of a layer are computed again in the backward pass.
 
     Raises:
         AdapterError: if the configuration is not one of a causal language model whose step can be counted.
     """
     _refuse_encoder(config)
-    run = _extrapolated(config, adapter, (batch_size, tokens), dtype, checkpointing)
+    run = _extrapolated(config, adapter, (batch_size, tokens), dtype, gradient_checkpointing)
     lora = replace(adapter, method="lora") if adapter.method == "dora" and not _without_rank(adapter) else None
-    plain = _extrapolated(config, lora, (batch_size, tokens), dtype, checkpointing)
+    plain = _extrapolated(config, lora, (batch_size, tokens), dtype, gradient_checkpointing)
     size = dtype.itemsize
     quantised = run.quantised if quantize else 0
     # A quantised weight is made whole for its products; torchao keeps it so until the backward pass.
-    whole = run.quantised if (quantize or "").startswith("torchao") and not checkpointing else run.largest
+    whole = run.quantised if (quantize or "").startswith("torchao") and not gradient_checkpointing else run.largest
     weights = (run.parameters - quantised) * size
     if quantize:
         weights += round(quantised * QUANTISED[quantize]) + (0 if quantize == "nf4" else 4 * run.rows)
@@ -173,14 +173,14 @@ def _without_rank(adapter: AdapterConfig) -> bool:
 
 
 def _extrapolated(
-    config: Any, adapter: AdapterConfig | None, shape: tuple[int, int], dtype: torch.dtype, checkpointing: bool
+    config: Any, adapter: AdapterConfig | None, shape: tuple[int, int], dtype: torch.dtype, gradient_checkpointing: bool
 ) -> _Run:
     """The run of the whole model, from one and two of its layers where it has more."""
     layers = getattr(config, "num_hidden_layers", 0)
     try:
         if layers <= 2:
-            return _run(config, adapter, shape, dtype, checkpointing)
-        one, two = (_run(_shortened(config, n), adapter, shape, dtype, checkpointing) for n in (1, 2))
+            return _run(config, adapter, shape, dtype, gradient_checkpointing)
+        one, two = (_run(_shortened(config, n), adapter, shape, dtype, gradient_checkpointing) for n in (1, 2))
     except AdapterError:
         raise
     except Exception as error:  # whatever a model of another kind makes transformers or torch raise
@@ -198,7 +198,7 @@ def _shortened(config: Any, layers: int) -> Any:
 
 
 def _run(
-    config: Any, adapter: AdapterConfig | None, shape: tuple[int, int], dtype: torch.dtype, checkpointing: bool
+    config: Any, adapter: AdapterConfig | None, shape: tuple[int, int], dtype: torch.dtype, gradient_checkpointing: bool
 ) -> _Run:
     """One step, on tensors without data."""
     transformers = require("transformers")
@@ -211,7 +211,7 @@ def _run(
         if adapter is not None:
             attach(model, adapter)
         model.train()
-        if checkpointing:
+        if gradient_checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False, "preserve_rng_state": False})
         _as_after_attaching(model)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from doratune.errors import AdapterError
 from doratune.extras import require
-from doratune.files import writing
+from doratune.files import output_problem, writing
 from doratune.study.plots import as_svg, save_png, themed_svg
 
 if TYPE_CHECKING:
@@ -250,8 +250,8 @@ def _files_of(page: Path) -> set[str]:
 
 def folder_problem(folder: Path) -> str | None:
     """Why a report cannot go to a folder, as far as one can see before it is made, or None."""
-    if folder.exists() and not folder.is_dir():
-        return f"output {folder} is a file; name a folder"
+    if problem := output_problem(folder):
+        return problem
     if folder.is_dir() and any(folder.iterdir()) and not (folder / NAME).is_file():
         return f"output {folder} is not empty and holds no report that could be replaced; name another folder"
     return None

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from doratune.checkpoint import LISTED
 from doratune.contents import KEY, METADATA, PREFIX
 from doratune.errors import AdapterError
 from doratune.files import WEIGHTS, read_config
@@ -31,7 +32,7 @@ class StoredAdapter:
     def __init__(self, folder: Path) -> None:
         report = inspect_adapter(folder)
         if report.broken:
-            raise AdapterError.of(f"{folder / WEIGHTS} cannot be used", report.broken)
+            raise AdapterError.of(f"{folder / WEIGHTS} cannot be used", report.broken, at_most=LISTED)
         self.file = folder / WEIGHTS
         own = json.loads(read_metadata(self.file).get(METADATA, "{}"))
         options = from_peft(read_config(folder), str(folder)).config

@@ -2,15 +2,18 @@
 
 A checkpoint is a Trainer's folder whose weights are an adapter in PEFT's format. Its marker is written last and lists
 the files with their sizes: a folder without a marker, or with a file of another size, was cut short and is never used.
+Nor is one with a file that cannot be read.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
 from torch import nn
@@ -21,6 +24,7 @@ from doratune.errors import AdapterError
 from doratune.files import write_whole
 from doratune.model import active_adapter
 from doratune.targets import adapted_layers, saved_modules, unwrap
+from doratune.weight_files import opened
 
 log = logging.getLogger("doratune")
 
@@ -63,11 +67,48 @@ def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
-    """The complete checkpoint of the highest step, or None; incomplete ones are passed over with a warning."""
+    """The whole checkpoint of the highest step, or None; incomplete and damaged ones are passed over with a warning."""
+    last, passed_over = find_last(folder)
+    for line in passed_over:
+        log.warning(line)
+    return last
+
+
+def find_last(folder: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
+    """The whole checkpoint of the highest step, and what is wrong with those after it."""
+    passed_over: list[str] = []
     for path in reversed(checkpoints(folder)):
-        if is_complete(path):
-            return path
-        log.warning("%s has no completion marker, or files that do not fit it: it is not used", path)
+        problem = problem_of(path)
+        if problem is None:
+            return path, passed_over
+        passed_over.append(f"{path} {problem}: it is not used")
+    return None, passed_over
+
+
+def problem_of(folder: str | os.PathLike[str]) -> str | None:
+    """Why a checkpoint cannot be gone on from; None if it can."""
+    folder = Path(folder)
+    if not is_complete(folder):
+        return "has no completion marker, or files that do not fit it"
+    return _damage(folder, (folder / MARKER).stat().st_mtime_ns)
+
+
+@functools.cache
+def _damage(folder: Path, written: int) -> str | None:
+    """A file that cannot be read, though its size is right, as after a loss of power; torch's files hold checksums."""
+    for file in sorted(folder.iterdir()):
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_bytes())
+            elif file.suffix == ".safetensors":
+                with opened(file):
+                    pass
+            elif file.suffix in (".bin", ".pt", ".pth"):
+                with zipfile.ZipFile(file) as archive:
+                    if archive.testzip():
+                        raise zipfile.BadZipFile
+        except (OSError, ValueError, zipfile.BadZipFile):
+            return f"is damaged, {file.name} cannot be read"
     return None
 
 

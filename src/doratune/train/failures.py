@@ -13,7 +13,7 @@ import torch
 
 from doratune.distributed import processes
 from doratune.errors import AdapterError, DivergedError, first_line
-from doratune.train.checkpoints import last_checkpoint
+from doratune.train.checkpoints import find_last
 from doratune.train.config import TrainConfig
 from doratune.train.output import RECIPE
 from doratune.train.processes import processes_asked
@@ -44,7 +44,7 @@ def explained(config: TrainConfig, checkpoints: Path) -> Iterator[None]:
 
 def kept(config: TrainConfig, checkpoints: Path) -> str:
     """Which checkpoint is there to go on from, and how."""
-    last = last_checkpoint(checkpoints)
+    last, _ = find_last(checkpoints)
     if last is None:
         return "No checkpoint had been written yet."
     return f"{last} is the last good checkpoint; to go on from it: {resume_command(config)}"

@@ -6,6 +6,7 @@ import contextlib
 import io
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+KINDS = 5
+"""Kinds of files passed over that are named, the most frequent ones."""
 SPLITS = ("train", "test", "val", "valid", "validation")
 KEYS = {
     "train": (("x_train", "y_train"), ("train_images", "train_labels"), ("images", "labels"), ("x", "y"), ("X", "y")),
@@ -93,7 +96,7 @@ def pictures(
         part: "train" or "test": which arrays of a NumPy archive.
         labelled: whether every image must have a label; if not, an image file and any folder of images will do, and
             of a NumPy archive any arrays, those to measure on first.
-        say: told of files in a folder of classes that are passed over.
+        say: told of files in a folder that are passed over.
 
     Returns:
         Rows with ``image`` and ``label``, and the columns they come from.
@@ -107,7 +110,7 @@ def pictures(
     if path.is_file() and path.suffix.lower() in SUFFIXES and not labelled:
         return iter([Row(name, {"image": path, "label": None})]), {}
     if path.is_dir() and not is_dataset_folder(path):
-        return (_folder(path, say) if labelled else _anywhere(path)), {}
+        return (_folder(path, say) if labelled else _anywhere(path, say)), {}
     found, where = columns_of([name], split)
     if not found:
         raise AdapterError(f"{name}: no row can be read")
@@ -150,19 +153,31 @@ def _folder(path: Path, say: Say | None) -> Iterator[Row]:
                 passed.append(file)
         if empty:
             yield Row(str(folder), problem=f"holds no image ({', '.join(SUFFIXES)})")
-    if passed and say:
-        say(
-            f"{path}: {len(passed)} files are passed over, such as {passed[0]}; images lie in a folder for each class "
-            f"and end in {', '.join(SUFFIXES)}"
-        )
+    _tell(path, passed, "lie in a folder for each class and end", say)
 
 
-def _anywhere(path: Path) -> Iterator[Row]:
-    """All images of a folder; those in a subfolder have its name as their label."""
+def _anywhere(path: Path, say: Say | None) -> Iterator[Row]:
+    """All images of a folder, what else there is is said; those in a subfolder have its name as their label."""
+    passed = []
     for file in _shown(path):
         inner = file.relative_to(path).parts
         if file.suffix.lower() in SUFFIXES:
             yield Row(str(file), {"image": file, "label": inner[0] if len(inner) > 1 else None})
+        elif file.is_file():
+            passed.append(file)
+    _tell(path, passed, "end", say)
+
+
+def _tell(path: Path, passed: list[Path], images: str, say: Say | None) -> None:
+    """Say how many files are passed over, and of which kinds."""
+    if passed and say:
+        kinds = Counter(file.suffix.lower() or "without suffix" for file in passed).most_common(KINDS)
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds)
+        count = len(passed)
+        say(
+            f"{path}: {count} {'file is' if count == 1 else 'files are'} passed over ({counts}), such as {passed[0]}; "
+            f"images {images} in {', '.join(SUFFIXES)}"
+        )
 
 
 def _shown(folder: Path) -> list[Path]:

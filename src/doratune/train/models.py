@@ -123,12 +123,19 @@ def load_base(folder: str | os.PathLike[str], base: str | None = None, dtype: to
 def base_name(folder: str | os.PathLike[str], given: str | None = None) -> str | None:
     """The base model of an adapter's folder: the one given, else the one that PEFT's file or ``doratune.json`` names.
 
+    A relative path is taken from the working directory, as PEFT does, else from the adapter's folder.
+
     Raises:
         AdapterError: if the folder holds no adapter, or one of the two files is broken.
     """
     raw, about = read_config(Path(folder)), Information.load(folder)
-    name = given or raw.get("base_model_name_or_path") or (about.base if about else None)
-    return str(name) if name else None
+    if given:
+        return given
+    name = str(raw.get("base_model_name_or_path") or (about.base if about else None) or "")
+    beside = Path(folder) / name
+    if name and not Path(name).expanduser().exists() and beside.is_dir():
+        return str(beside)
+    return name or None
 
 
 def peft_task(raw: Mapping[str, Any]) -> str | None:
@@ -283,17 +290,20 @@ def multiplies_bfloat16() -> bool:
 def _loading(what: str, name: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
     """transformers, where it finds a model, and its options for that; whatever goes wrong then is an AdapterError."""
     transformers = require("transformers")
-    if problem := model_problem(name):
-        raise AdapterError(problem)
     folder = Path(name).expanduser()
     local = folder.is_dir()
+    beside_adapter = local and what == "tokenizer"  # which has no config.json of a model
+    if not beside_adapter and (problem := model_problem(name)):
+        raise AdapterError(problem)
     try:
         yield (transformers, str(folder), {"local_files_only": True}) if local else (transformers, name, {})
     except AdapterError:
         raise
     except Exception as error:  # whatever a broken folder, an absent file or an absent network makes it raise
         advice = "the folder may be incomplete"
-        if not local:
-            advice = "there is no folder of that name, so it was looked for on the model hub; without a network, "
-            advice += "name the folder of a downloaded model"
+        if "Unrecognized configuration class" in str(error):
+            advice = "a model of another kind than is needed here"
+        elif not local:
+            advice = f"there is no folder {folder.absolute()}, so it was looked for on the model hub; without a "
+            advice += "network, name the folder of a downloaded model"
         raise AdapterError(f"{what} {name} could not be loaded: {first_line(error)} ({advice})") from error

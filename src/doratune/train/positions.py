@@ -12,7 +12,7 @@ from doratune.errors import AdapterError
 from doratune.extras import require
 from doratune.train.config import TrainConfig
 from doratune.train.gather import Say
-from doratune.train.models import LOADERS, load_config
+from doratune.train.models import LOADERS, context_length, load_config
 
 
 def check_length(config: TrainConfig, longest: int, say: Say) -> None:
@@ -27,11 +27,10 @@ def check_length(config: TrainConfig, longest: int, say: Say) -> None:
         AdapterError: if there are more tokens than positions.
     """
     own = load_config(config.model)
-    text = own.get_text_config()
-    made_for = getattr(text, "max_position_embeddings", None) or 0
+    made_for = context_length(own) or 0
     if made_for <= 0:
         return
-    rows = None if getattr(text, "rope_parameters", None) else _table(own, config.task)
+    rows = None if getattr(own.get_text_config(), "rope_parameters", None) else _table(own, config.task)
     most = made_for if rows is None else min(made_for, rows)
     if longest <= most:
         return

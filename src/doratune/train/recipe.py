@@ -7,7 +7,7 @@ import difflib
 import json
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -195,20 +195,15 @@ def differences(path: Path, config: TrainConfig) -> list[str]:
     ]
 
 
-def explain(config: TrainConfig) -> str:
-    """All options as a recipe, each with where its value comes from: flag, recipe or default."""
-    defaults = entries(TrainConfig(model="", data=()))
+def explain(config: TrainConfig, flags: Collection[str]) -> str:
+    """All options as a recipe, each with where its value comes from: a flag that was typed, the recipe or default."""
     given: set[str] = set()
-    base = defaults
     if config.recipe is not None:
-        path = find_recipe(config.recipe)
-        raw = read_toml(path)
-        base = entries(TrainConfig(**{"model": "", "data": (), **from_toml(raw, path)}))
+        raw = read_toml(find_recipe(config.recipe))
         given = {key.replace("-", "_") for key in (*raw, *raw.get("adapter", {}))}
     lines = []
     for key, value in entries(config).items():
-        same = as_toml(value) == as_toml(base[key])
-        source = "flag" if not same else "recipe" if key in given else "default"
+        source = "flag" if key in flags else "recipe" if key in given else "default"
         lines.append((f"{key} = {as_toml(value)}", source))
     width = max(len(line) for line, _ in lines if len(line) < 60)
     return "\n".join(f"{line:<{width}}  # {source}" for line, source in lines)

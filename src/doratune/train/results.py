@@ -142,8 +142,8 @@ class TrainResult:
         prompt = shlex.quote(self.prompt) if self.prompt else '"Once upon a time"'
         use = {
             "text-generation": f"doratune generate {folder} {'--chat' if self.chat else f'--prompt {prompt}'}",
-            "text-classification": f"doratune predict {folder} texts.csv --out predictions.csv",
-            "image-classification": f"doratune predict {folder} images/ --out predictions.csv",
+            "text-classification": f"doratune predict {folder} texts.csv --output predictions.csv",
+            "image-classification": f"doratune predict {folder} images/ --output predictions.csv",
         }
         lines = ["# use it", use[self.task]]
         loader = LOADERS[self.task]

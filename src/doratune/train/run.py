@@ -10,10 +10,11 @@ from doratune.checkpoint import save_adapter
 from doratune.distributed import is_first, is_spread, processes
 from doratune.errors import AdapterError
 from doratune.extras import require
+from doratune.files import output_problem
 from doratune.summary import Summary
 from doratune.train import recipe
 from doratune.train.assemble import autocast, make_model, make_trainer, precision
-from doratune.train.checkpoints import checkpoints, last_checkpoint, remove_incomplete
+from doratune.train.checkpoints import checkpoints, find_last, remove_incomplete
 from doratune.train.config import TrainConfig
 from doratune.train.curves import draw_curves
 from doratune.train.failures import explained
@@ -42,7 +43,8 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
             cannot be loaded or adapted, or training fails for a reason that is understood.
         KeyboardInterrupt: on Ctrl-C or SIGTERM; in the loop the step is finished, and its checkpoint written.
     """
-    check(config)
+    if found := problems(config):
+        raise AdapterError.of("these options cannot work", found)
     require("transformers")
     from rich.console import Console
 
@@ -120,17 +122,6 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
     return result
 
 
-def check(config: TrainConfig) -> None:
-    """Find what can be found before anything large is loaded.
-
-    Raises:
-        AdapterError: listing every problem.
-    """
-    found = problems(config)
-    if found:
-        raise AdapterError.of("these options cannot work", found)
-
-
 def problems(config: TrainConfig) -> list[str]:
     """What can be found wrong before anything large is loaded."""
     found = [*config.problems(), *task_of(config.task).problems(config)]
@@ -141,8 +132,8 @@ def problems(config: TrainConfig) -> list[str]:
     begun = bool(checkpoints(output / CHECKPOINTS)) or (output / RECIPE).is_file()
     if not is_first_asked():
         begun = True  # the first process looks, and writes there while others are still on their way
-    elif output.exists() and not output.is_dir():
-        found.append(f"output {output} is a file; name a folder")
+    elif why := output_problem(output):
+        found.append(why)
     elif config.resume and not begun:
         found.append(f"output {output} holds no checkpoint to resume from")
     elif config.resume and (why := _finished(config)):
@@ -165,7 +156,7 @@ def problems(config: TrainConfig) -> list[str]:
 def _other(config: TrainConfig, option: str) -> str | None:
     """What the checkpoint to resume was made with, if it is not what this run is to have."""
     path = config.output / RECIPE
-    if last_checkpoint(config.output / CHECKPOINTS) is None or not path.is_file():
+    if find_last(config.output / CHECKPOINTS)[0] is None or not path.is_file():
         return None
     was: str = recipe.load_recipe(path).get(option, getattr(TrainConfig, option))
     return was if was != getattr(config, option) else None
@@ -173,7 +164,7 @@ def _other(config: TrainConfig, option: str) -> str | None:
 
 def _finished(config: TrainConfig) -> str | None:
     """Why a run has no more to do: it has left its results, or is past the steps asked for; None if it has."""
-    output, last = config.output, last_checkpoint(config.output / CHECKPOINTS)
+    output, (last, _) = config.output, find_last(config.output / CHECKPOINTS)
     try:
         told = TrainResult.load(output).steps
     except (OSError, ValueError, KeyError, TypeError):  # there are none, or not whole
@@ -212,8 +203,11 @@ def _note_recipe(config: TrainConfig, say: Any) -> None:
             say(f"other than when the run began: {line}")
         for folder in remove_incomplete(config.output / CHECKPOINTS):
             say(f"{folder} had been cut short and was deleted")
-        if last_checkpoint(config.output / CHECKPOINTS) is None:
-            say("no checkpoint had been written yet: the run starts over")
+        last, damaged = find_last(config.output / CHECKPOINTS)
+        for line in damaged:
+            say(line)
+        if last is None:
+            say("there is no checkpoint to go on from: the run starts over")
     else:
         recipe.save_recipe(path, config)
 
@@ -232,9 +226,9 @@ def _fit(
     if config.resume:
         trainer.add_callback(OnceBegun(lambda: _resumed(config, trainer.state)))
     start = time.perf_counter()
-    last = last_checkpoint(config.output / CHECKPOINTS)
+    last, _ = find_last(config.output / CHECKPOINTS)
     try:
-        trainer.train(resume_from_checkpoint=config.resume and last is not None)
+        trainer.train(resume_from_checkpoint=str(last) if config.resume and last else None)
         speed = progress.speed(trainer.args, trainer.state)
         if interruption.asked and trainer.state.global_step < trainer.state.max_steps:
             raise interruption.asked

@@ -181,20 +181,20 @@ def _object(where: str, value: Any) -> Row:
 def _csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(LARGEST_FIELD)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        if not reader.fieldnames:
-            raise AdapterError(f"{path} has no header line with the names of its columns")
-        count = len(reader.fieldnames)
+        reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
         try:
-            for values in reader:
-                where = f"{path}:{reader.line_num}"
-                extra = values.pop(None, None)
-                missing = sum(value is None for value in values.values())
-                if extra or missing:
-                    found = count + len(extra or ()) - missing
-                    yield Row(where, problem=f"has {found} fields, the header {count}")
+            names = next(reader, None)
+            if not names:
+                raise AdapterError(f"{path} has no header line with the names of its columns")
+            if twice := [name for name in dict.fromkeys(names) if name and names.count(name) > 1]:
+                raise AdapterError(f"{path}: several columns are called {', '.join(map(repr, twice))}; rename them")
+            for fields in filter(None, reader):
+                first = reader.line_num - sum(field.count("\n") for field in fields)
+                where = f"{path}:{first}"
+                if len(fields) != len(names):
+                    yield Row(where, problem=f"has {len(fields)} fields, the header {len(names)}")
                 else:
-                    yield Row(where, values)
+                    yield Row(where, dict(zip(names, fields, strict=True)))
         except csv.Error as error:
             raise AdapterError(f"{path}:{reader.line_num} cannot be read: {error}") from error
 

@@ -28,9 +28,9 @@ from doratune.model import active_adapter, parameter_groups, trainable_parameter
 from doratune.targets import holders
 from doratune.train.checkpoints import (
     checkpoints,
-    is_complete,
     last_checkpoint,
     mark_complete,
+    problem_of,
     restore_adapter,
     rotate,
     unmark,
@@ -113,24 +113,23 @@ class AdapterTrainerMixin(Trainer):
     # Checkpoints
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's own; ``True`` resumes from the last *complete* checkpoint.
+        """The Trainer's own; ``True`` resumes from the last *whole* checkpoint.
 
         Raises:
-            AdapterError: if there is none, or the one named was cut short.
+            AdapterError: if there is none, or the one named was cut short or is damaged.
         """
         if resume_from_checkpoint is True:
             last = last_checkpoint(self.args.output_dir)
             if last is None:
                 found = len(checkpoints(self.args.output_dir))
                 raise AdapterError(
-                    f"{self.args.output_dir} holds no complete checkpoint to resume from"
-                    + (f" ({found} without a completion marker were passed over)" if found else "")
+                    f"{self.args.output_dir} holds no whole checkpoint to resume from"
+                    + (f" ({found} were passed over)" if found else "")
                 )
             resume_from_checkpoint = str(last)
-        elif resume_from_checkpoint and not is_complete(resume_from_checkpoint):
+        elif resume_from_checkpoint and (problem := problem_of(resume_from_checkpoint)):
             raise AdapterError(
-                f"{resume_from_checkpoint} has no completion marker, or files that do not fit it: writing it was cut "
-                "short; resume_from_checkpoint=True takes the last complete one"
+                f"{resume_from_checkpoint} {problem}; resume_from_checkpoint=True takes the last whole one"
             )
         if self.model_wrapped is self.model:
             # A measurement before training has the model marked as prepared, by which accelerate would take it for

@@ -243,7 +243,7 @@ def test_what_is_no_image_in_a_folder_of_classes_is_said(assets, tmp_path):
     said = []
     found = prepare(config(assets, tmp_path, data=folder), said)
     assert len(found.train) + len(found.held_out) == 24
-    assert f"{folder}: 3 files are passed over, such as {folder / 'notes.png'}" in said[0]
+    assert f"{folder}: 3 files are passed over (1 .png, 1 .heic, 1 .jfif), such as {folder / 'notes.png'}" in said[0]
     (folder / "green").mkdir()
     (folder / "green" / "c.avif").touch()
     with pytest.raises(dt.AdapterError, match=r"1 of 25 rows cannot be used.*\n.*green: holds no image \("):

@@ -54,10 +54,15 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
         raise AdapterError(f"{where}: no row can be read")
     columns = choose(config, found, ["text", "label"], where)
     say(f"columns: {described(columns, config)}")
-    reader = _Reader(columns)
-    examples = gather(rows(config.data, config.split), reader.use, config, say)
+
+    def use(row: Row) -> Example:
+        if problem := lacks(row, columns.values()):
+            raise BadRow(problem)
+        return Example(string(row.values[columns["text"]], "text"), classes.name_of(row.values[columns["label"]]))
+
+    examples = gather(rows(config.data, config.split), use, config, say)
     own, own_test = (
-        gather(rows(data, split), reader.use, config, say) if data else None
+        gather(rows(data, split), use, config, say) if data else None
         for data, split in ((config.eval_data, config.eval_split), (config.test_data, config.test_split))
     )
     names, examples, others, test = divided(examples, own, own_test, config)
@@ -79,17 +84,6 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
         columns=columns,
         test=tested,
     )
-
-
-class _Reader:
-    def __init__(self, columns: dict[str, str]) -> None:
-        self.columns = columns
-
-    def use(self, row: Row) -> Example:
-        if problem := lacks(row, self.columns.values()):
-            raise BadRow(problem)
-        text, label = (row.values[self.columns[role]] for role in ("text", "label"))
-        return Example(string(text, "text"), classes.name_of(label))
 
 
 def _encoded(examples: Sequence[Example], names: tuple[str, ...], tokenizer: Any, length: int, say: Say) -> Any:
