@@ -230,8 +230,13 @@ def _heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
     return set()
 
 
+def _adaptable(modules: dict[str, nn.Module]) -> list[str]:
+    """Last names of the modules that some kind serves."""
+    return sorted({path.rpartition(".")[2] for path in modules if kind_of(modules[path]) is not None})
+
+
 def _suggestion(name: str, modules: dict[str, nn.Module]) -> str:
-    names = sorted({path.rpartition(".")[2] for path in modules if kind_of(modules[path]) is not None})
+    names = _adaptable(modules)
     close = difflib.get_close_matches(name.rpartition(".")[2], names, n=3)
     if close:
         return f"; did you mean {' or '.join(close)}?"
@@ -246,7 +251,9 @@ def _nothing(
         return f"nothing is left to adapt: all {len(left_out)} modules that targets match are taken out by {why}"
     if config.targets == ALL_LINEAR:
         reasons = "".join(f"; {path}: {reason}" for path, reason in list(selection.left_alone.items())[:5])
-        return f"the model has no linear layer to adapt{reasons or '; name other layers in targets'}"
+        others = _adaptable({path: m for path, m in modules.items() if path not in selection.left_alone})
+        advice = f"; name other layers in targets: {', '.join(others[:12])}" if others else ""
+        return f"the model has no linear layer to adapt{reasons}{advice}"
     wanted = config.targets if isinstance(config.targets, str) else ", ".join(config.targets)
     return f"{wanted!r} matches no module that can be adapted{_suggestion(wanted, modules)}"
 
