@@ -13,7 +13,7 @@ from doratune.config import ALL_LINEAR, AdapterConfig, matches, vain_options
 from doratune.errors import AdapterError
 from doratune.layers import KINDS, AdaptedLayer, AdapterHolder, Kind, SavedModule, StandIn, kind_of
 from doratune.layers.attention import Projection, projections
-from doratune.layers.bypass import reader
+from doratune.layers.bypass import held_aside, reader
 from doratune.layers.holder import plain, plain_parameters
 
 HEAD_NAMES = ("classifier", "score", "lm_head", "head", "classification_head", "qa_outputs")
@@ -98,10 +98,12 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
         raise AdapterError(f"targets: the weights of {lazy[0]} have no shape yet; run a batch through the model first")
     problems: list[str] = []
     selection = Selection()
+    aside = held_aside(modules)
     for name in config.modules_to_save:
         paths = [p for p in modules if p and matches(p, [name])]
         if not paths:
             problems.append(f"modules_to_save {name!r} matches no module{_suggestion(name, modules)}")
+        problems.extend(f"modules_to_save {p}: {aside[id(modules[p])]}" for p in paths if id(modules[p]) in aside)
         for path in paths:
             selection.saved[path] = [n for n, _ in plain_parameters(modules[path])]
     selection.saved = {path: selection.saved[path] for path in outermost(selection.saved)}
@@ -130,7 +132,7 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
             selection.left_alone[path] = past
             continue
         kind = kind_of(module)
-        reason = refusal(modules, path) or (kind.config_refusal(config) if kind else None)
+        reason = refusal(modules, path) or aside.get(id(module)) or (kind.config_refusal(config) if kind else None)
         if kind is not None and reason is None:
             selection.layers[path] = kind
         elif everything:

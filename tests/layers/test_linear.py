@@ -401,3 +401,19 @@ def test_more_than_one_input_is_refused_while_an_adapter_is_active():
     model = host(nn.Linear(6, 8))
     with pytest.raises(TypeError, match="takes one input"):
         one_layer(model)(torch.randn(5, 6), torch.randn(5, 6))
+
+
+def test_the_input_may_be_given_by_name():
+    model = move(host(nn.Linear(6, 8)))
+    x = torch.randn(5, 6)
+    assert torch.equal(one_layer(model)(input=x), model(x))
+    with pytest.raises(TypeError, match="takes one input"):
+        one_layer(model)()
+
+
+def test_a_weight_that_a_hook_makes_is_the_one_of_the_next_forward():
+    base = prune.identity(nn.Linear(6, 8), "weight")  # and weight_norm in the same way
+    with torch.no_grad():
+        base.weight_orig *= torch.arange(1, 9)[:, None]  # as by loading a state dict
+    x = torch.randn(5, 6)
+    assert torch.equal(host(base)(x), base(x))
