@@ -73,7 +73,23 @@ class _Reader:
         for path in sorted(self.targeted | self.contents.layers.keys()):
             self._check_layer(path)
         self._check_saved()
+        elsewhere = self._elsewhere()
+        if elsewhere:
+            self.problems.insert(0, elsewhere)
         return self.contents
+
+    def _elsewhere(self) -> str | None:
+        """What is likely meant where the file's layers are the model's, all of them under another prefix."""
+        layers = list(self.contents.layers)
+        if not layers or layers[0] in self.modules:
+            return None
+        for path in self.modules:
+            above, below = layers[0].removesuffix(f".{path}"), path.removesuffix(f".{layers[0]}")
+            if above != layers[0] and {p.removeprefix(f"{above}.") for p in layers} <= self.modules.keys():
+                return f"its layers lie under {above!r}, where its model held this one: load it there, or save the part"
+            if below != path and {f"{below}.{p}" for p in layers} <= self.modules.keys():
+                return f"its layers are those of {below!r} of the model: load it into that part"
+        return None
 
     # Sorting
 
