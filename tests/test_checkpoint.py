@@ -335,3 +335,18 @@ def test_a_module_inside_one_that_is_saved_whole_is_saved_once(tmp_path):
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": names}))
         loaded = dt.load_adapter(copy.deepcopy(base), tmp_path)
         assert torch.equal(output(loaded), output(model))
+
+
+def test_an_adapter_of_a_whole_and_one_of_its_part_say_so(base, tmp_path):
+    config = dt.AdapterConfig(rank=2, targets=["body", "lin"])
+    whole = dt.attach(nn.ModuleDict({"net": copy.deepcopy(base)}), config)  # as a LightningModule holds its model
+    dt.save_adapter(whole, tmp_path / "whole")
+    dt.save_adapter(whole["net"], tmp_path / "part")
+    with pytest.raises(dt.AdapterError, match="its layers lie under 'net', where its model held this one"):
+        dt.load_adapter(base, tmp_path / "whole")
+    with pytest.raises(dt.AdapterError, match="its layers are those of 'net' of the model"):
+        dt.load_adapter(nn.ModuleDict({"net": copy.deepcopy(base)}), tmp_path / "part")
+    dt.load_adapter(base, tmp_path / "part")
+    with pytest.raises(dt.AdapterError, match="no such module") as caught:
+        dt.load_adapter(nn.ModuleDict({"net": nn.Linear(2, 2)}), tmp_path / "whole")
+    assert "its layers" not in str(caught.value)

@@ -178,3 +178,25 @@ def test_reentrant_checkpointing_after_the_adapter_of_the_embedding_is_deleted()
     model.train().gradient_checkpointing_enable({"use_reentrant": True})
     x = ids(vocabulary=32)
     assert gradients(model, lambda: model(x, labels=x, use_cache=False).loss)
+
+
+class PositionsInPlace(nn.Module):
+    """As GIT: what the embedding gives is written to."""
+
+    def __init__(self):
+        super().__init__()
+        self.gradient_checkpointing = True
+        self.embedding, self.layer = nn.Embedding(8, 4), nn.Linear(4, 4)
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def forward(self, x):
+        h = self.embedding(x)
+        h += 1
+        return torch.utils.checkpoint.checkpoint(self.layer, h, use_reentrant=True)
+
+
+def test_a_checkpointed_model_may_write_to_its_embeddings():
+    model = dt.attach(PositionsInPlace(), dt.AdapterConfig(rank=2))
+    assert gradients(model, lambda: model(ids(vocabulary=8)).square().sum())

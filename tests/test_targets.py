@@ -205,6 +205,9 @@ def test_pefts_layers_are_not_adapted_once_more():
 
 def test_a_model_without_linear_layers():
     refused(nn.Sequential(nn.ReLU()), "no linear layer")
+    model = nn.ModuleDict({"convolution": nn.Conv2d(3, 4, 3), "norm": nn.BatchNorm2d(4), "head": nn.Linear(4, 2)})
+    model.get_output_embeddings = lambda: None
+    refused(model, "no linear layer", "head: output head; name other layers in targets: convolution")
 
 
 def test_kinds_that_are_not_served_are_named_with_what_is():

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from doratune.config import AdapterConfig
+from doratune.config import AdapterConfig, vain_options
 from doratune.layers import Kind, kind_of
 from doratune.layers.weights import on_device
 from doratune.peft_config import PeftOptions, saved_by_peft, with_own_options
+from doratune.renamed import todays_names
 from doratune.targets import outermost, plain_modules, plain_path, refusal
 
 PREFIX = "base_model.model."
@@ -53,6 +54,7 @@ def read_contents(
 
 class _Reader:
     def __init__(self, root: nn.Module, options: PeftOptions) -> None:
+        self.root = root
         self.modules = plain_modules(root)
         self.targeted = options.targeted(root)
         self.own_type = options.own_type
@@ -66,16 +68,47 @@ class _Reader:
             self.contents.config = with_own_options(self.contents.config, json.loads(metadata.get(METADATA, "{}")))
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             self.problems.append(f"metadata {METADATA!r}: {error}")
-        for key, tensor in tensors.items():
+        for key, tensor in self._under_todays_names(tensors).items():
             problem = self._sort(key, tensor)
             if problem:
                 self.problems.append(f"{key}: {problem}")
         for path in sorted(self.targeted | self.contents.layers.keys()):
             self._check_layer(path)
         self._check_saved()
+        elsewhere = self._elsewhere()
+        if elsewhere:
+            self.problems.insert(0, elsewhere)
         return self.contents
 
+    def _elsewhere(self) -> str | None:
+        """What is likely meant where the file's layers are the model's, all of them under another prefix."""
+        layers = list(self.contents.layers)
+        if not layers or layers[0] in self.modules:
+            return None
+        for path in self.modules:
+            above, below = layers[0].removesuffix(f".{path}"), path.removesuffix(f".{layers[0]}")
+            if above != layers[0] and {p.removeprefix(f"{above}.") for p in layers} <= self.modules.keys():
+                return f"its layers lie under {above!r}, where its model held this one: load it there, or save the part"
+            if below != path and {f"{below}.{p}" for p in layers} <= self.modules.keys():
+                return f"its layers are those of {below!r} of the model: load it into that part"
+        return None
+
     # Sorting
+
+    def _under_todays_names(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file from an older transformers under the names that the model has now."""
+        matches = {key: KEY.fullmatch(plain_path(key.removeprefix(PREFIX))) for key in tensors}
+        paths = {match["path"] for match in matches.values() if match}
+        names = todays_names(self.root, paths, self.modules)
+        if not names:
+            return tensors
+        self.targeted = {names.get(path, path) for path in paths}  # the options have the old names, too
+        for option, entry in vain_options(self.contents.config, self.targeted):
+            self.problems.append(f"{option} {entry!r}: fits no layer under the names of this transformers")
+        return {
+            f"{PREFIX}{names[match['path']]}.{match['part']}" if match and match["path"] in names else key: tensors[key]
+            for key, match in matches.items()
+        }
 
     def _sort(self, key: str, tensor: Tensor) -> str | None:
         """Put one tensor where it belongs; the problem with it, if any."""

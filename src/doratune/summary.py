@@ -8,7 +8,7 @@ from torch import nn
 
 from doratune.layers import kind_of
 from doratune.layers.adapted import AdaptedLayer
-from doratune.layers.bypass import reader
+from doratune.layers.bypass import held_aside, reader
 from doratune.layers.kind import outputs_are_overwritten
 from doratune.layers.quantised import unpacked_sizes
 from doratune.model import active_adapter, adapter_names, trainable_parameters
@@ -121,11 +121,13 @@ def summary(model: nn.Module) -> Summary:
 def _left_alone(root: nn.Module, adapted: set[str]) -> dict[str, str]:
     modules = plain_modules(root)
     found: dict[str, str] = {}
+    aside = held_aside(modules)
     for path, module in modules.items():
         if path in adapted or any(path.startswith(other + ".") for other in adapted):
             continue
         if kind_of(module) is not None:
-            found[path] = refusal(modules, path) or reader(modules, path) or "not among the targets"
+            why = refusal(modules, path) or reader(modules, path) or aside.get(id(module))
+            found[path] = why or "not among the targets"
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim > 1:

@@ -13,7 +13,7 @@ from doratune.config import ALL_LINEAR, AdapterConfig, matches, vain_options
 from doratune.errors import AdapterError
 from doratune.layers import KINDS, AdaptedLayer, AdapterHolder, Kind, SavedModule, StandIn, kind_of
 from doratune.layers.attention import Projection, projections
-from doratune.layers.bypass import reader
+from doratune.layers.bypass import held_aside, reader
 from doratune.layers.holder import plain, plain_parameters
 
 HEAD_NAMES = ("classifier", "score", "lm_head", "head", "classification_head", "qa_outputs")
@@ -84,7 +84,8 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
     modules = plain_modules(model)
     _refuse_model(model, modules)
     problems: list[str] = []
-    selection = Selection(saved=_saved_whole(config, modules, problems))
+    aside = held_aside(modules)
+    selection = Selection(saved=_saved_whole(config, modules, aside, problems))
     heads = _heads(model, modules)
     everything = config.targets == ALL_LINEAR
     unserved: dict[str, str] = {}
@@ -107,7 +108,7 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
             selection.left_alone[path] = other_use
             continue
         kind = kind_of(module)
-        reason = refusal(modules, path) or (kind.config_refusal(config) if kind else None)
+        reason = refusal(modules, path) or aside.get(id(module)) or (kind.config_refusal(config) if kind else None)
         if kind is not None and reason is None:
             selection.layers[path] = kind
         elif everything:
@@ -154,13 +155,16 @@ def _refuse_model(model: nn.Module, modules: dict[str, nn.Module]) -> None:
         raise AdapterError(f"targets: the weights of {lazy[0]} have no shape yet; run a batch through the model first")
 
 
-def _saved_whole(config: AdapterConfig, modules: dict[str, nn.Module], problems: list[str]) -> dict[str, list[str]]:
-    """The modules of ``modules_to_save`` with all their parameters; names that match nothing go to ``problems``."""
+def _saved_whole(
+    config: AdapterConfig, modules: dict[str, nn.Module], aside: dict[int, str], problems: list[str]
+) -> dict[str, list[str]]:
+    """The modules of ``modules_to_save`` with all their parameters; what cannot be goes to ``problems``."""
     paths: list[str] = []
     for name in config.modules_to_save:
         found = [path for path in modules if path and matches(path, [name])]
         if not found:
             problems.append(f"modules_to_save {name!r} matches no module{_suggestion(name, modules)}")
+        problems.extend(f"modules_to_save {p}: {aside[id(modules[p])]}" for p in found if id(modules[p]) in aside)
         paths += found
     return {path: [n for n, _ in plain_parameters(modules[path])] for path in outermost(dict.fromkeys(paths))}
 
@@ -243,8 +247,13 @@ def _heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
     return set()
 
 
+def _adaptable(modules: dict[str, nn.Module]) -> list[str]:
+    """Last names of the modules that some kind serves."""
+    return sorted({path.rpartition(".")[2] for path in modules if kind_of(modules[path]) is not None})
+
+
 def _suggestion(name: str, modules: dict[str, nn.Module]) -> str:
-    names = sorted({path.rpartition(".")[2] for path in modules if kind_of(modules[path]) is not None})
+    names = _adaptable(modules)
     close = difflib.get_close_matches(name.rpartition(".")[2], names, n=3)
     if close:
         return f"; did you mean {' or '.join(close)}?"
@@ -259,7 +268,9 @@ def _nothing(
         return f"nothing is left to adapt: all {len(left_out)} modules that targets match are taken out by {why}"
     if config.targets == ALL_LINEAR:
         reasons = "".join(f"; {path}: {reason}" for path, reason in list(selection.left_alone.items())[:5])
-        return f"the model has no linear layer to adapt{reasons or '; name other layers in targets'}"
+        others = _adaptable({path: m for path, m in modules.items() if path not in selection.left_alone})
+        advice = f"; name other layers in targets: {', '.join(others[:12])}" if others else ""
+        return f"the model has no linear layer to adapt{reasons}{advice}"
     wanted = config.targets if isinstance(config.targets, str) else ", ".join(config.targets)
     return f"{wanted!r} matches no module that can be adapted{_suggestion(wanted, modules)}"
 

@@ -187,12 +187,25 @@ def trained_by_trainer(folder, **more):
     return Trainer(model, settings(folder, TrainingArguments, **more), train_dataset=data)
 
 
+def trained_by_dpo(folder, **more):
+    """With the model whose adapters are disabled as the reference."""
+    from trl import DPOConfig, DPOTrainer
+
+    columns = {name: [words(6, 3 * seed + i) for seed in range(32)] for i, name in enumerate(("chosen", "rejected"))}
+    pairs = datasets.Dataset.from_dict({"prompt": [f"{words(4, seed)} " for seed in range(32)], **columns})
+    args = settings(folder, DPOConfig, max_length=32, beta=1.0, **more)
+    return DPOTrainer(
+        llama(), args=args, train_dataset=pairs, processing_class=tokenizer(), peft_config=copy.copy(DORA)
+    )
+
+
 def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_.*able. is deprecated:FutureWarning")  # TRL's own calls
 @pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True}], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("make", [trained_by_sft, trained_by_trainer])
+@pytest.mark.parametrize("make", [trained_by_sft, trained_by_dpo, trained_by_trainer])
 def test_trainers_lose_the_same(make, more, tmp_path):
     theirs = make(tmp_path / "theirs", **more)
     theirs.train()

@@ -124,7 +124,24 @@ def wavlm():
     return model, lambda: model(torch.randn(1, 64)).last_hidden_state, past
 
 
-@pytest.mark.parametrize("make", [t5, mamba, wavlm], ids=lambda make: make.__name__)
+class QKVBiases(nn.Module):
+    """As timm's attention of BEiT, EVA and Swin V2."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24, bias=False), nn.Linear(24, 8)
+        self.q_bias = nn.Parameter(torch.zeros(24))
+
+    def forward(self, x):
+        return self.proj(F.linear(x, self.qkv.weight, self.q_bias))
+
+
+def beit():
+    model = nn.Sequential(QKVBiases())
+    return model, lambda: model(torch.randn(2, 8)), {"0.qkv"}
+
+
+@pytest.mark.parametrize("make", [t5, mamba, wavlm, beit], ids=lambda make: make.__name__)
 def test_all_linear_layers_are_those_that_are_called(make):
     torch.manual_seed(0)
     model, run, past = make()
@@ -142,3 +159,35 @@ def test_what_is_named_all_the_same_is_an_error_when_it_is_read():
     dt.attach(model, dt.AdapterConfig(rank=2, targets=["dt_proj"]))
     with pytest.raises(dt.AdapterError, match=r"layers\.0\.mixer\.dt_proj"):
         run()
+
+
+# Calls past a layer's place
+
+
+class Aside(nn.Module):
+    """Keeps a reference to one of its layers besides."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        keep(self)
+
+
+KEEPS = {
+    "list": lambda m: setattr(m, "heads", [m.second]),
+    "dict": lambda m: setattr(m, "heads", {"head": m.second}),
+    "method": lambda m: setattr(m, "heads", m.second.forward),
+    "attribute": lambda m: object.__setattr__(m, "heads", m.second),
+}
+
+
+@pytest.mark.parametrize("how", KEEPS)
+def test_layers_that_are_also_called_from_elsewhere_are_left_alone(how):
+    reason = r"Aside\.heads refers to it.*ModuleList"
+    model = dt.attach(Aside(KEEPS[how]), DORA)
+    assert [layer.path for layer in dt.summary(model).layers] == ["first"]
+    assert "Aside.heads" in dt.summary(model).left_alone["second"]
+    with pytest.raises(dt.AdapterError, match="second: " + reason):
+        dt.attach(model, dt.AdapterConfig(rank=2, targets=["second"]), "another")
+    with pytest.raises(dt.AdapterError, match="modules_to_save second: " + reason):
+        dt.attach(model, dt.AdapterConfig(rank=2, targets=["first"], modules_to_save=["second"]), "another")

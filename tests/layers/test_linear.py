@@ -1,6 +1,7 @@
 """What is particular to linear layers."""
 
 import itertools
+import re
 import sys
 import types
 
@@ -101,6 +102,54 @@ def test_whatever_is_special_takes_the_bases_own_forward(why):
 
 
 # Bases that do more than multiply
+
+
+class Router(nn.Linear):
+    """As Llama 4's."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits.sigmoid(), logits
+
+
+class Activated(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class Wider(nn.Linear):
+    """As IDEFICS's, whose output has columns of another table."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return torch.cat([y, y[..., :1]], -1)
+
+
+class Grouped(nn.Linear):
+    """As DeepSeek-V4's: in_features of each group."""
+
+    def forward(self, x):
+        return x.view(-1, 4, self.in_features)
+
+
+@pytest.mark.parametrize(
+    ("make", "device", "reason"),
+    [
+        (Router, "cpu", "gives a tuple"),
+        (Router, "meta", "gives a tuple"),
+        (Wider, "cpu", r"gives a tensor \(3, 9\)"),
+        (Grouped, "cpu", "takes no rows"),
+        (Activated, "cpu", "not linear"),
+    ],
+)
+def test_a_subclass_that_is_no_linear_layer_is_named(make, device, reason):
+    model = nn.ModuleDict({"gate": make(6, 8), "up": nn.Linear(6, 8)}).to(device)
+    dt.attach(model, dt.AdapterConfig(rank=2))
+    summary = dt.summary(model)
+    assert [layer.path for layer in summary.layers] == ["up"]
+    assert re.search(reason, summary.left_alone["gate"])
+    with pytest.raises(dt.AdapterError, match=f"gate: {make.__name__} has a forward of its own, .*{reason}"):
+        dt.attach(model, dt.AdapterConfig(rank=2, targets=["gate"]), "second")
 
 
 def test_a_hook_that_changes_the_output_keeps_working():
@@ -371,3 +420,19 @@ def test_more_than_one_input_is_refused_while_an_adapter_is_active():
     model = host(nn.Linear(6, 8))
     with pytest.raises(TypeError, match="takes one input"):
         one_layer(model)(torch.randn(5, 6), torch.randn(5, 6))
+
+
+def test_the_input_may_be_given_by_name():
+    model = move(host(nn.Linear(6, 8)))
+    x = torch.randn(5, 6)
+    assert torch.equal(one_layer(model)(input=x), model(x))
+    with pytest.raises(TypeError, match="takes one input"):
+        one_layer(model)()
+
+
+def test_a_weight_that_a_hook_makes_is_the_one_of_the_next_forward():
+    base = prune.identity(nn.Linear(6, 8), "weight")  # and weight_norm in the same way
+    with torch.no_grad():
+        base.weight_orig *= torch.arange(1, 9)[:, None]  # as by loading a state dict
+    x = torch.randn(5, 6)
+    assert torch.equal(host(base)(x), base(x))

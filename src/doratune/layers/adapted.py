@@ -19,7 +19,7 @@ from doratune.layers.holder import AdapterHolder, base_attribute
 from doratune.layers.kind import Kind, Options
 from doratune.layers.loading import accept_plain_keys, after_load
 from doratune.layers.sharded import assign, whole
-from doratune.layers.weights import is_dtensor, on_device
+from doratune.layers.weights import is_dtensor, on_device, remake_weight
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -88,6 +88,7 @@ class AdaptedLayer(AdapterHolder):
     @_with_weights
     def add(self, name: str, config: AdapterConfig, trainable: bool = True) -> None:
         """Add an adapter that changes nothing yet: ``B = 0``, ``m = |W|``."""
+        remake_weight(self.base_layer)
         rows = self.kind.rows(self.base_layer)
         out, columns = rows.shape
         rank = config.rank_of(self.path)
@@ -224,12 +225,13 @@ class AdaptedLayer(AdapterHolder):
 
     # The layer
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The active adapter's output, or the base's own if none is active."""
         if self.active is None or not self.enabled:
-            return self.base_layer(x, *args, **kwargs)
-        if args or kwargs:
+            return self.base_layer(*args, **kwargs)
+        if len(args) + len(kwargs) != 1:
             raise TypeError(f"{self.path}: an adapted {self.kind.name} layer takes one input; found more")
+        x = args[0] if args else next(iter(kwargs.values()))  # each class has a name of its own for it
         if self.tensor_parallel:
             return sharded.forward(self.kind, self.base_layer, x, *self.active_tensors())
         return self.kind.forward(self._modules["base_layer"], x, *self.active_tensors())  # type: ignore[arg-type]

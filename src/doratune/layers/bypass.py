@@ -1,11 +1,13 @@
 """Models that compute with the weight of a layer past the layer itself, where an adapter would do nothing.
 
-What is known to be read so is left alone (``reader``). For the rest an adapted layer shows, in the place of its weight,
+What is known to be read so is left alone (``reader``), and so is what is called past its place in the model
+(``held_aside``). For the rest an adapted layer shows, in the place of its weight,
 an ``UnreadWeight``: it tells dtype, shape and device, and is an error in any computation.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,6 +37,8 @@ READERS = {
     "LSHSelfAttention": ("query_key", "value"),
 }
 """Classes of transformers, and their layers with whose weights they compute."""
+EVERY_MODULES = frozenset(nn.Module().__dict__)
+"""Attributes that torch gives every module."""
 MAMBA = ("x_proj", "dt_proj", "out_proj")
 """The same for every Mamba: its fused kernels on GPUs take these weights, and dt_proj's is read everywhere."""
 
@@ -44,9 +48,32 @@ def reader(modules: Mapping[str, nn.Module], path: str) -> str | None:
     parent, _, name = path.rpartition(".")
     kind = type(modules.get(parent)).__name__
     mamba = all(hasattr(modules.get(parent), part) for part in ("A_log", "D"))
-    if name in READERS.get(kind, ()) or (mamba and name in MAMBA):
+    # timm's BEiT, EVA and Swin V2 have biases of q and v only, and put them beside the weight.
+    own_biases = name == "qkv" and isinstance(getattr(modules.get(parent), "q_bias", None), Tensor)
+    if name in READERS.get(kind, ()) or (mamba and name in MAMBA) or own_biases:
         return f"{kind} computes with its weight and not through the layer"
     return None
+
+
+def held_aside(modules: Mapping[str, nn.Module]) -> dict[int, str]:
+    """Modules that lists, dicts or methods in another's attributes refer to, by id, with where that is.
+
+    What stands in such a module's place does not stand there: whoever calls it from there goes past the adapter.
+    """
+    found: dict[int, str] = {}
+    for module in modules.values():
+        for name, value in module.__dict__.items():
+            if name in EVERY_MODULES:
+                continue
+            held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+            for item in held:
+                other = item.__self__ if inspect.ismethod(item) else item
+                if isinstance(other, nn.Module) and other is not module:
+                    found[id(other)] = (
+                        f"{type(module).__name__}.{name} refers to it, too, and calls from there would go past the "
+                        "adapter; keep layers in nn.ModuleList or nn.ModuleDict, or look them up when they are called"
+                    )
+    return found
 
 
 def _functions(where: Any, names: str) -> list[Any]:

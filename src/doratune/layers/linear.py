@@ -27,6 +27,8 @@ from doratune.ops.low_rank import as_rows, dense_low_rank, low_rank_update
 
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Dtypes of weights that mean what they say."""
+NOT_LINEAR = 0.1
+"""How far twice the input may be from twice the output, relatively: some layers round their input to few bits."""
 FEW_TOKENS = 64
 """Up to here 16-bit products cost more to start than float32 ones to compute (measured on CPUs: 46 us against 8)."""
 
@@ -45,6 +47,29 @@ def rows_of(base: nn.Module) -> WeightRows:
 def has_own_forward(base: nn.Module) -> bool:
     """True for a subclass of ``nn.Linear`` that computes its output in its own way."""
     return isinstance(base, nn.Linear) and type(base).forward is not nn.Linear.forward
+
+
+def own_forward_refusal(base: nn.Module) -> str | None:
+    """Why the own forward of a subclass is not that of a linear layer, or None: a try on few numbers.
+
+    Routers of mixtures (Llama 4) are such subclasses and answer with a tuple; others have an activation inside.
+    """
+    name, columns, out = type(base).__name__, int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
+    with torch.no_grad(), on_device(base):
+        x = torch.linspace(-1, 1, columns).to(base.weight)  # type: ignore[arg-type]
+        try:
+            y = base.forward(torch.stack([0 * x, x, 2 * x]))
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            return f"{name} has a forward of its own, which takes no rows of its in_features ({error})"
+    if not isinstance(y, Tensor) or y.shape != (3, out):
+        found = f"a tensor {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+        return f"{name} has a forward of its own, which gives {found} and not one row of {out} for each row"
+    if y.is_meta:
+        return None
+    once, twice = (y[1:].float() - y[:1].float()).unbind()
+    if not (twice - 2 * once).abs().max() <= NOT_LINEAR * twice.abs().max():
+        return f"{name} has a forward of its own, which is not linear: it does more than multiply with a weight"
+    return None
 
 
 def slow_reason(base: nn.Module) -> str | None:
@@ -232,6 +257,8 @@ class Linear(Kind):
         if quantised.library_of(base) is None and weight is not None and weight.dtype not in NUMBERS:
             name = str(weight.dtype).removeprefix("torch.")
             return f"its weight holds {name}, as some quantiser's do that is not served; {quantised.SERVED}"
+        if has_own_forward(base) and quantised.library_of(base) is None and not is_dtensor(weight):
+            return own_forward_refusal(base)
         return quantised.refusal(base)
 
     forward = staticmethod(forward)

@@ -132,6 +132,15 @@ def conv_rows(base: nn.Module) -> WeightRows:
     return WeightRows.of_matrix(weight.detach().flatten(1), weight)
 
 
+@torch.no_grad()
+def remake_weight(base: nn.Module) -> None:
+    """Have a weight that hooks make before each forward (``weight_norm``, ``prune``) follow what it is made from."""
+    if "weight" in base.__dict__:
+        for hook in base._forward_pre_hooks.values():
+            if type(hook).__module__.startswith("torch.nn.utils."):
+                hook(base, ())
+
+
 def is_offloaded(base: nn.Module) -> bool:
     """Whether accelerate keeps the layer's weights elsewhere between forwards."""
     return bool(getattr(base.__dict__.get("_hf_hook"), "offload", False))

@@ -37,6 +37,7 @@ from doratune.train.checkpoints import (
 )
 from doratune.train.launch import keep_torchao_from_ddp, refuse_unserved, refuse_unsynchronised
 from doratune.train.optimizer import keeping_rates, refuse_broken_weights, with_faster_b
+from doratune.train.unused import warn_of_unused
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -70,6 +71,7 @@ class AdapterTrainerMixin(Trainer):
         self.magnitude_learning_rate = magnitude_learning_rate
         self.magnitude_weight_decay = magnitude_weight_decay
         self.lora_plus_ratio = lora_plus_ratio
+        self._has_looked_for_unused = False
         with _keeping_masters(model), _resumable(model, kwargs.get("args", args[0] if args else None)):
             super().__init__(_trainable_when_quantised(model), *args, **kwargs)
         refuse_unserved(self)
@@ -150,6 +152,14 @@ class AdapterTrainerMixin(Trainer):
             self.control.should_training_stop = True
             return None
         return super()._run_epoch(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's own; after the first, adapters that the loss does not reach are named."""
+        loss = super().training_step(*args, **kwargs)
+        if not self._has_looked_for_unused:
+            self._has_looked_for_unused = True
+            warn_of_unused(self.model)
+        return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The Trainer's own; of a model that FSDP has sharded, the adapter is gathered and nothing else."""

@@ -1,0 +1,34 @@
+"""Adapters that a loss never reaches: they stay as they started, and nothing else would tell."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import nn
+
+from doratune.targets import adapted_layers
+
+log = logging.getLogger("doratune")
+
+LISTED = 5
+
+
+def warn_of_unused(model: nn.Module) -> None:
+    """Name the adapted layers without a gradient, after a backward pass that gave others one."""
+    gradients = {
+        path: any(p.grad is not None for p in layer.adapter_parameters(layer.active))
+        for path, layer in adapted_layers(model).items()
+        if layer.active is not None and layer.trains(layer.active)
+    }
+    unused = [path for path, found in gradients.items() if not found]
+    if not unused or len(unused) == len(gradients):  # some optimisers take all gradients within the backward pass
+        return
+    log.warning(
+        "%d of %d adapted layers got no gradient from the first batch: %s%s. The loss does not depend on them (layers "
+        "whose output is not used; towers whose input was absent; inputs cut off by reentrant checkpointing); if so in "
+        "every batch, leave them out (exclude)",
+        len(unused),
+        len(gradients),
+        ", ".join(unused[:LISTED]),
+        ", ..." if len(unused) > LISTED else "",
+    )

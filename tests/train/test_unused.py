@@ -1,0 +1,31 @@
+import logging
+
+import datasets
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import doratune as dt
+from train.tiny import llama
+
+
+@pytest.mark.parametrize("unused", [True, False])
+def test_adapters_that_the_loss_does_not_reach_are_named_once(unused, tmp_path, caplog):
+    from doratune.train import AdapterTrainer
+
+    model = llama()
+    if unused:
+        model.pooler = nn.Linear(4, 4)  # as encoders have, and losses over single tokens do not use
+    dt.attach(model, dt.AdapterConfig(rank=2))
+    layers = len(dt.summary(model).layers)
+    ids = torch.arange(32).view(4, 8).tolist()
+    rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": ids})
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False
+    )
+    with caplog.at_level(logging.WARNING, "doratune"):
+        AdapterTrainer(model, arguments, train_dataset=rows).train()
+    found = [r.getMessage() for r in caplog.records if "got no gradient" in r.getMessage()]
+    assert len(found) == unused
+    assert all(f"1 of {layers} adapted layers got no gradient from the first batch: pooler." in m for m in found)
