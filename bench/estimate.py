@@ -43,7 +43,8 @@ def measured(config: Any, adapter: dt.AdapterConfig, tokens: int, checkpointing:
     config.use_cache = False
     model = dt.attach(AutoModelForCausalLM.from_config(config), adapter).train()
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(dt.parameter_groups(model, lr=1e-4))
     ids = torch.randint(config.vocab_size, (1, tokens))
 

@@ -186,3 +186,9 @@ def replicas(model: nn.Module, monkeypatch: Any) -> list[nn.Module]:
     monkeypatch.setattr(replicate, "_broadcast_coalesced_reshape", copies)
     monkeypatch.setattr(replicate, "_get_device_index", lambda device, optional: device)
     return replicate.replicate(model, [0, 1], not torch.is_grad_enabled())
+
+
+def enable_checkpointing(model: Any, reentrant: bool = False) -> None:
+    """Have a model of transformers compute activations again; before 5.23 it called that by another name."""
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": reentrant})

@@ -14,7 +14,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import doratune as dt
 from doratune.interop.peft.service import REPACKING
-from helpers import error, ids
+from helpers import enable_checkpointing, error, ids
 from interop.wrapped import (
     One,
     assert_same_step,
@@ -235,7 +235,7 @@ def test_gradient_checkpointing(reentrant):
     ours = twin(theirs)
     tokens = ids(0, (2, 9), vocabulary=32)
     expected = step(theirs, tokens)
-    ours.base_model.model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    enable_checkpointing(ours.base_model.model, reentrant)
     ours.enable_input_require_grads()
     assert_same_step(step(ours, tokens), expected, 1e-5)
 

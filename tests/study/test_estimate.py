@@ -6,6 +6,7 @@ import doratune as dt
 from doratune.study.estimate import estimate
 from doratune.study.footprint import peak_bytes
 from doratune.study.tape import Tape
+from helpers import enable_checkpointing
 
 LLAMA = LlamaConfig(
     vocab_size=512,
@@ -23,7 +24,7 @@ def measured(config, tokens, checkpointing):
     config.use_cache = False
     model = dt.attach(AutoModelForCausalLM.from_config(config), CONFIG).train()
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
     ids = torch.randint(512, (1, tokens))
 
     def step():

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from doratune.extras import installed, require
+from doratune.renamed import renamed
 
 
 def align(base: Iterable[str], other: Iterable[str]) -> dict[str, str]:
@@ -79,4 +80,4 @@ def module_names(source: Path, paths: Iterable[str]) -> dict[str, str]:
     except Exception:  # of another version, or a model of the user's own: names stay what they are
         return {}
     renamings = [entry for entry in mapping if isinstance(entry, loading.WeightRenaming)]
-    return {loading.apply_renamings(f"{path}.weight", renamings).removesuffix(".weight"): path for path in paths}
+    return {renamed(path, renamings)[0]: path for path in paths}

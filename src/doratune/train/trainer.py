@@ -291,14 +291,19 @@ def _refuse_bypassed_head(model: nn.Module) -> None:
     """TRL's trainers give a model a forward that multiplies with the head's weight and never calls the head."""
     if active_adapter(model) is None:
         return
-    bypassed = "fused_lm_head" in inspect.signature(model.forward, follow_wrapped=False).parameters
-    head = model.get_output_embeddings() if bypassed else None  # type: ignore[operator]
+    # A wrapper may have taken over every name of what it wraps, but not the module it was written in.
+    function = inspect.unwrap(model.forward, stop=_is_trls)
+    head = model.get_output_embeddings() if _is_trls(function) else None  # type: ignore[operator]
     if isinstance(head, AdaptedLayer) and head.active is not None:
         raise AdapterError(
             f"the output head {head.path} has an adapter, and TRL's trainers compute their loss from its weight, past "
             f"the adapter, which would not learn; leave {head.path} out of the targets, or train it whole with "
             f"modules_to_save=[{head.path.rpartition('.')[2]!r}]"
         )
+
+
+def _is_trls(function: Any) -> bool:
+    return str(getattr(function, "__globals__", {}).get("__name__")).startswith("trl.")
 
 
 def _refuse_strangers(model: nn.Module) -> None:

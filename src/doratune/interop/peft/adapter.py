@@ -40,7 +40,7 @@ class PeftAdapter(NamedTuple):
 
 def call_refusal(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """Why a call with these arguments is PEFT's, or None."""
-    if args or kwargs.keys() - CALL_OPTIONS:
+    if args or any(name not in CALL_OPTIONS for name in kwargs):
         return "the call has arguments for the base layer"
     given = [name for name, value in kwargs.items() if value is not None]
     return f"the call has {', '.join(given)}" if given else None
