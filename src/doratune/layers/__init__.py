@@ -30,4 +30,7 @@ __all__ = [
 
 def kind_of(module: nn.Module) -> Kind | None:
     """The kind that serves a module, or None."""
-    return next((kind for kind in KINDS if kind.serves(module)), None)
+    for kind in KINDS:  # no generator: torch.compile before 2.9 cannot look into one
+        if kind.serves(module):
+            return kind
+    return None
