@@ -13,7 +13,7 @@ from doratune.layers.weights import is_transformers_conv1d
 
 VARIANTS = {"DoraLinearVariant", "DoraEmbeddingVariant", "DoraConv1dVariant", "DoraConv2dVariant", "DoraConv3dVariant"}
 """PEFT's classes that compute DoRA in its layers."""
-PLAIN_FORWARDS = {nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
+PLAIN_FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 CALL_OPTIONS = {"adapter_names", "alora_offsets"}
 """Arguments of a PEFT layer's forward that are PEFT's own; all others go to the base layer."""
 
@@ -122,7 +122,7 @@ def _parts_refusal(products: list[Any], magnitude: Any, parameters: tuple[Tensor
 
 
 def _options_refusal(layer: Any, dropout: nn.Module, scale: Any, embedding: bool) -> str | None:
-    if not isinstance(scale, float | int):
+    if not isinstance(scale, (float, int)):
         return "its scaling is a tensor (prepared for compiled hot-swapping)"
     if type(dropout) not in (nn.Identity, nn.Dropout):
         return f"its dropout is a {type(dropout).__name__}"
