@@ -67,6 +67,20 @@ def test_one_collapsed_run_widens_the_mean_and_not_the_typical_seed():
     ) in sentences.about_gap(made, made.gaps[0])
 
 
+def test_seeds_that_are_mostly_equal_do_not_promise_that_everything_is_seen(tmp_path):
+    of = simulated.comparison(methods=("lora 4", "dora 4"), seeds=20)
+
+    def score(trial):
+        return (0.9 if (trial.contestant, trial.seed) == ("dora-4", 5) else 0.8), 1.0
+
+    made = find(of, simulated.outcomes(of, score))
+    told = sentences.about_gap(made, made.gaps[0])
+    assert "typical seed: +0.00 points (+0.00 to +0.00); too many seeds are equal to tell what could have been" in told
+    write_report(made, tmp_path)
+    (row,) = csv.DictReader((tmp_path / "differences-table.csv").read_text().splitlines())
+    assert row["typical could be seen"] == "nan"
+
+
 def test_runs_that_diverged_are_left_out_of_pairs_and_said():
     made = findings()
     head = made.gaps[-1]
