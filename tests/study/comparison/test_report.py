@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from doratune.study.comparison import sentences
+from doratune.study.comparison import figures, sentences
 from doratune.study.comparison.findings import find
 from doratune.study.comparison.report import write_report
 from study.browser import browser, opened  # noqa: F401
@@ -122,6 +122,11 @@ def test_ranks_are_compared_where_both_methods_have_them():
     made = findings(methods=("lora r", "dora r", "dora r/2"), ranks=(4, 8, 16), **simulated.FIXED)
     assert [(one.method, list(one.ranks)) for one in made.rank_spreads] == [("lora", [4, 8, 16]), ("dora", [4, 8, 16])]
     assert made.rank_difference is not None
+
+
+def test_every_rank_is_on_the_axis_whoever_has_it():
+    figure, _ = figures.ranks(findings(methods=("dora r", "lora r", "lora r/2"), ranks=(4, 8, 16), **simulated.FIXED))
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["2", "4", "8", "16"]
 
 
 @pytest.mark.parametrize(("share", "told"), [(0.95, "95"), (0.995, "99.5"), (0.975, "97.5"), (0.57, "57")])
