@@ -1,5 +1,6 @@
 import json
 import math
+import threading
 
 import pytest
 import torch
@@ -337,6 +338,27 @@ def test_a_head_puts_the_base_behind_a_name():
     assert align(base, behind) == {path: f"bert.{path}" for path in base}
     assert align(behind, base) == {f"bert.{path}": path for path in base}
     assert align(base, base) == {path: path for path in base}
+
+
+def test_threads_that_begin_later_compute_as_before(tmp_path):
+    write(tmp_path / "base", weights := base_weights())
+    write(tmp_path / "tuned", {key: 1.1 * W for key, W in weights.items()})
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        analyze(tmp_path / "base", {"run": tmp_path / "tuned"})
+        later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [2]
+
+
+def test_of_several_names_that_fit_it_is_always_the_first():
+    towers = [f"tower_{number}.layer.0.query" for number in range(50)]
+    assert align(["layer.0.query"], towers) == {"layer.0.query": towers[0]}
+    assert align(towers, ["layer.0.query"]) == {towers[0]: "layer.0.query"}
 
 
 def test_layers_and_kinds():

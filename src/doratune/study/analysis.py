@@ -186,9 +186,10 @@ def analyze(
 def _each(look: Callable[[str], str], paths: Sequence[str], shapes: Mapping[str, tuple[int, int]]) -> Iterator[str]:
     """Look at every weight; at small ones side by side, since LAPACK makes little use of more than one core there."""
     small = dict.fromkeys(p for p in paths if shapes[p][0] * shapes[p][1] <= HELD and min(shapes[p]) <= EXACT)
-    workers = min(AT_ONCE, torch.get_num_threads())
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(min(AT_ONCE, threads), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         yield from pool.map(look, small)
+    torch.set_num_threads(threads)  # for threads that begin later, whose number the pool's have set, too
     yield from map(look, (path for path in paths if path not in small))
 
 
