@@ -384,3 +384,5 @@ def test_weights_that_hold_nan_are_named_and_not_compared(tmp_path):
         assert run.left_out == {"model.layers.2.mlp.up_proj": "holds NaN or infinity"}
         assert run.troubling
         assert len(run.points) == 2 * LAYERS - 1
+        (run,) = analyze(tmp_path / spectra, {"x": base}, spectra).runs
+        assert run.left_out == {"model.layers.2.mlp.up_proj": "holds NaN or infinity"}, "the base holds it"

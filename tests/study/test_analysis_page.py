@@ -106,6 +106,15 @@ def test_a_page_of_a_single_checkpoint_that_changed_nothing(tmp_path):
     assert "same: nothing changed, " in (tmp_path / "report" / "report.html").read_text()
 
 
+def test_a_change_of_0_is_told_where_the_axis_has_no_0(tmp_path):
+    weights = base_weights()
+    tuned = {key: turned(w, 0.1).float() for key, w in weights.items()}
+    tuned["model.layers.2.mlp.up_proj.weight"] = -weights["model.layers.2.mlp.up_proj.weight"]
+    found = analyze(write(tmp_path / "base", weights), {"x": write(tmp_path / "tuned", tuned)})
+    page = page_of(found).write(tmp_path / "page", found.as_json())
+    assert "<figcaption>Not drawn, as a logarithmic axis has no 0: 1 of the weights." in page.read_text("utf-8")
+
+
 def test_shapes_of_few_and_of_many_layers():
     few = shapes_of([f"layers.{i}" for i in (10, 2, 9)])
     assert list(few) == ["layers.2", "layers.9", "layers.10"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -49,11 +50,15 @@ class Spectrum:
 
 
 class BaseSpectrum:
-    """Left singular vectors of a base weight, computed once for all that is compared with it."""
+    """A base weight, and its left singular vectors for all that is compared with it."""
 
     def __init__(self, base: Matrix) -> None:
         self.base = base
-        self.vectors = left_vectors(base.dense(), None)
+
+    @cached_property
+    def vectors(self) -> Tensor:
+        """Left singular vectors, computed when something is first compared: of a weight with NaN there are none."""
+        return left_vectors(self.base.dense(), None)
 
     def of(self, after: Matrix) -> Spectrum:
         """Look at a changed weight: in float32, its change in float64 where that is exact."""
