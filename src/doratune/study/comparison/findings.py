@@ -136,7 +136,7 @@ class Findings:
 
 
 def find(comparison: Comparison, outcomes: Sequence[Outcome]) -> Findings:
-    """Put the runs of a comparison together; seeds whose run diverged are left out of pairs, and said."""
+    """Put the runs of a comparison together; seeds whose run diverged are in no pair, but in ``problems``."""
     chosen = trials.choose(comparison, outcomes) or {}
     done = {outcome.trial: outcome for outcome in outcomes}
     over = [done[trial] for trial in trials.grid(comparison, outcomes) if trial in done]
