@@ -95,8 +95,10 @@ def test_sentences_say_no_more_than_the_interval():
         "x: r = −0.50 [−0.80, −0.20], weights that turn more change length less.",
         "x: r = +0.10 [−0.30, +0.50], the interval holds 0, so neither sign is shown.",
         "x: r = +0.90, too few layers for an interval.",
-        "x: no correlation, as there are too few weights that changed.",
+        "x: no correlation, as ΔM or ΔD is the same for all weights of a kind.",
     }
+    few = Correlation(None, None, None, None, None, 2, 2)
+    assert sentence(run, few) == sentence(run, None) == "x: no correlation, as there are too few weights that changed."
 
 
 def test_a_page_of_a_single_checkpoint_that_changed_nothing(tmp_path):
