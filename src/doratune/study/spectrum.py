@@ -81,7 +81,8 @@ def left_vectors(W: Tensor, count: int | None) -> Tensor:
     rows, columns = W.shape
     if min(rows, columns) > EXACT:
         return _low_rank(W, COMPARED + LOOKED_AT)[0][:, : count or COMPARED]
-    # Vectors of W W^T, or those of W^T W sent through W: what is lost below 1e-4 of the largest value is never leading.
+    # Vectors of W W^T, or those of W^T W sent through W. Those below 3e-4 of the largest value get mixed up in float32:
+    # never a leading one, but a direction of the base that training made leading can look new.
     squared, vectors = torch.linalg.eigh(W @ W.T if rows <= columns else W.T @ W)
     squared, vectors = squared.flip(0), vectors.flip(1)
     kept = min(count or len(squared), int((squared > squared[0] * 1e-12).sum()))
