@@ -1,4 +1,4 @@
-"""Is a contestant right? Its output and gradients against a reference written down plainly, W' and all."""
+"""Is a contestant right? Its output and gradients are compared with a plain reference that computes W' in full."""
 
 from __future__ import annotations
 

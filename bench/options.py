@@ -43,7 +43,7 @@ class Options:
     only: tuple[str, ...] = ()
     """Contestants whose names contain one of these texts (and frozen); none: all."""
     without: tuple[str, ...] = ()
-    """Contestants whose names contain one of these texts stay at home."""
+    """Contestants whose names contain one of these texts are left out."""
     select: tuple[str, ...] = ()
     """Points whose titles contain one of these texts; none: all. They join earlier ones of that day and source."""
     output: Path = HERE / "results"

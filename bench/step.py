@@ -99,7 +99,7 @@ def model_trial(
         part = first_layers(base, compared)
         weights += f", compared on the first {compared} layers"
         if weights.startswith(REAL):
-            # Random adapters spoil real weights: whoever computes, 16 bits' rounding passes any tolerance.
+            # Random adapters spoil real weights: rounding to 16 bits exceeds any tolerance, for every contestant.
             part = copy.deepcopy(part).float()
             weights += " in float32"
         task = make_task(part, min(tokens, CHECKED_TOKENS))

@@ -11,7 +11,7 @@ from bench.contestants import BUILDERS, DORA, EIGHT_BIT, FROZEN, FULL, LORA, Set
 from bench.tasks import DecodeTask, LayerTask, ModelTask
 from bench.trial import Trial, moved_adapters
 
-from bench import bases, contestants, decode, step
+from bench import bases, contestants, decode, files, step
 from doratune.study.race import FEWEST_ROUNDS
 from doratune.targets import adapted_layers
 
@@ -326,3 +326,20 @@ def test_peers_keep_their_adapters_in_the_dtype_they_are_named_after():
         (tensors,) = BUILDERS[name](base, Setting(("proj",), 4)).adapters.values()
         assert {tensor.dtype for tensor in tensors} == {dtype}
     assert BUILDERS["PEFT DoRA float32, dropout"](base, Setting(("proj",), 4)).dropout == contestants.DROPOUT
+
+
+def test_a_loaded_model_that_computes_nan_is_wrong(tmp_path, monkeypatch):
+    base, _ = llama("tiny", torch.float32, CPU)
+    work = files._Work(base, Setting(linear_paths(base)), tmp_path)
+    load = work._load
+    assert work.verdict(DORA)[0] == "right"
+
+    def spoilt(name):
+        model = load(name)
+        with torch.no_grad():
+            for layer in adapted_layers(model).values():
+                layer.magnitude["default"].fill_(torch.nan)
+        return model
+
+    monkeypatch.setattr(work, "_load", spoilt)
+    assert work.verdict(DORA) == ("wrong", "load: relative error nan")

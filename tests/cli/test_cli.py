@@ -260,6 +260,9 @@ def test_inspect_of_a_broken_adapter(adapter, capsys):
     save_file(state, file, metadata={"format": "pt"})
     assert main(["inspect", str(adapter)]) == 1
     assert "NaN or infinite" in capsys.readouterr().out
+    assert main(["inspect", str(adapter), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)  # JSON has no NaN
+    assert next(layer for layer in found["layers"] if f"{layer['path']}." in key)["b_largest"] is None
     file.write_bytes(b"nothing")
     assert main(["inspect", str(adapter)]) == 1
     assert "cannot be read" in capsys.readouterr().err

@@ -55,6 +55,15 @@ def test_a_base_without_any_is_merged_without(tmp_path):
     assert names == {"config.json", "generation_config.json", "model.safetensors"}
 
 
+def test_a_head_of_zeros_can_be_verified(tmp_path, capsys):
+    model = llama()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    model.save_pretrained(tmp_path / "base")
+    adapter = save_moved(tmp_path / "adapter", tmp_path / "base")
+    assert merge(adapter, tmp_path / "merged", "--verify") == 0
+    assert "logits differ by 0.00e+00 at most" in capsys.readouterr().out
+
+
 def test_images_are_scaled_as_the_base_says(tmp_path, capsys):
     from peft import LoraConfig, get_peft_model
     from transformers import ViTForImageClassification, ViTImageProcessor

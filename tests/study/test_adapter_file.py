@@ -55,6 +55,8 @@ def test_a_good_file(folder):
         ({"m": None}, "there is no magnitude"),
         ({"m": lambda t: t[:3].contiguous()}, "3 magnitudes for 32 rows"),
         ({"A": lambda t: t[:2].contiguous()}, "do not belong together"),
+        ({"A": lambda t: t[:0], "B": lambda t: t[:, :0]}, "A, B without a single number"),
+        ({"m": lambda t: t[:0]}, "m without a single number"),
         (
             {"A": lambda t: t[:2].contiguous(), "B": lambda t: t[:, :2].contiguous()},
             "rank 2, adapter_config.json says 4",

@@ -1,5 +1,6 @@
 import json
 import math
+import threading
 
 import pytest
 import torch
@@ -339,6 +340,27 @@ def test_a_head_puts_the_base_behind_a_name():
     assert align(base, base) == {path: path for path in base}
 
 
+def test_threads_that_begin_later_compute_as_before(tmp_path):
+    write(tmp_path / "base", weights := base_weights())
+    write(tmp_path / "tuned", {key: 1.1 * W for key, W in weights.items()})
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        analyze(tmp_path / "base", {"run": tmp_path / "tuned"})
+        later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [2]
+
+
+def test_of_several_names_that_fit_it_is_always_the_first():
+    towers = [f"tower_{number}.layer.0.query" for number in range(50)]
+    assert align(["layer.0.query"], towers) == {"layer.0.query": towers[0]}
+    assert align(towers, ["layer.0.query"]) == {towers[0]: "layer.0.query"}
+
+
 def test_layers_and_kinds():
     assert layer_of("model.layers.3.self_attn.q_proj") == ("model.layers.3", "self_attn.q_proj")
     assert layer_of("model.layers.3.mlp.experts.7.w1") == ("model.layers.3", "mlp.experts.*.w1")
@@ -362,3 +384,5 @@ def test_weights_that_hold_nan_are_named_and_not_compared(tmp_path):
         assert run.left_out == {"model.layers.2.mlp.up_proj": "holds NaN or infinity"}
         assert run.troubling
         assert len(run.points) == 2 * LAYERS - 1
+        (run,) = analyze(tmp_path / spectra, {"x": base}, spectra).runs
+        assert run.left_out == {"model.layers.2.mlp.up_proj": "holds NaN or infinity"}, "the base holds it"

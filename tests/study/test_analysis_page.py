@@ -95,8 +95,10 @@ def test_sentences_say_no_more_than_the_interval():
         "x: r = −0.50 [−0.80, −0.20], weights that turn more change length less.",
         "x: r = +0.10 [−0.30, +0.50], the interval holds 0, so neither sign is shown.",
         "x: r = +0.90, too few layers for an interval.",
-        "x: no correlation, as there are too few weights that changed.",
+        "x: no correlation, as ΔM or ΔD is the same for all weights of a kind.",
     }
+    few = Correlation(None, None, None, None, None, 2, 2)
+    assert sentence(run, few) == sentence(run, None) == "x: no correlation, as there are too few weights that changed."
 
 
 def test_a_page_of_a_single_checkpoint_that_changed_nothing(tmp_path):
@@ -104,6 +106,15 @@ def test_a_page_of_a_single_checkpoint_that_changed_nothing(tmp_path):
     same = analyze(tmp_path / "base", {"same": tmp_path / "base"})
     page_of(same).write(tmp_path / "report", same.as_json())
     assert "same: nothing changed, " in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_a_change_of_0_is_told_where_the_axis_has_no_0(tmp_path):
+    weights = base_weights()
+    tuned = {key: turned(w, 0.1).float() for key, w in weights.items()}
+    tuned["model.layers.2.mlp.up_proj.weight"] = -weights["model.layers.2.mlp.up_proj.weight"]
+    found = analyze(write(tmp_path / "base", weights), {"x": write(tmp_path / "tuned", tuned)})
+    page = page_of(found).write(tmp_path / "page", found.as_json())
+    assert "<figcaption>Not drawn, as a logarithmic axis has no 0: 1 of the weights." in page.read_text("utf-8")
 
 
 def test_shapes_of_few_and_of_many_layers():

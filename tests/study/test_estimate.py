@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
@@ -60,6 +62,8 @@ def test_devices_share_the_base_and_quantisation_shrinks_it():
     eight = estimate(LLAMA, CONFIG, tokens=64, devices=8, fsdp=True)
     assert eight.weights == one.weights // 8
     assert eight.gathered > 0 == one.gathered
+    larger = estimate(LLAMA, replace(CONFIG, rank=32), tokens=64, devices=8, fsdp=True)
+    assert larger.gathered == eight.gathered, "adapters are whole everywhere"
     assert eight.communication > one.communication == 0
     copies = estimate(LLAMA, CONFIG, tokens=64, devices=8)
     assert copies.weights == one.weights

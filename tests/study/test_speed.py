@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 import doratune as dt
 from doratune.layers.linear import Linear
+from doratune.study import speed
 from doratune.study.speed import DORA, FROZEN, GIVEN, LORA, measure_speed
 from doratune.targets import adapted_layers
 from helpers import ids, move, tiny_llama
@@ -58,3 +61,25 @@ def test_wrong_outputs_have_no_speed(monkeypatch):
     monkeypatch.setattr(Linear, "forward", staticmethod(lambda *args: right(*args) * 1.05))
     with pytest.raises(dt.AdapterError, match=r"so no speed is reported[\s\S]*lora, .*q_proj"):
         measure_speed(tiny_llama(), CONFIG, tokens(), **SHORT)
+
+
+def test_switching_adapters_off_is_not_timed(monkeypatch):
+    timed, off, race = [], speed.disabled, speed.race
+
+    def noting(lane):
+        def run():
+            timed.append(lane.name)
+            lane.run()
+            timed.pop()
+
+        return replace(lane, run=run)
+
+    def switched_off(model):
+        assert not timed, "the frozen model would seem slower, and adapters cheaper"
+        return off(model)
+
+    monkeypatch.setattr(speed, "disabled", switched_off)
+    monkeypatch.setattr(speed, "race", lambda lanes, *args, **options: race([*map(noting, lanes)], *args, **options))
+    model = tiny_llama()
+    measure_speed(model, CONFIG, tokens(), **SHORT)
+    assert all(layer.enabled for layer in adapted_layers(model).values())

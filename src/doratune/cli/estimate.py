@@ -68,7 +68,7 @@ class EstimateOptions:
             if getattr(self, name) < least:
                 yield f"{name} must be at least {least}; found {getattr(self, name)}"
         if self.fsdp and self.quantize:
-            yield f"fsdp does not spread quantised weights ({self.quantize}); leave out one of both"
+            yield f"fsdp does not spread quantised weights ({self.quantize}); leave out one of the two"
         if self.fsdp and self.devices == 1:
             yield "fsdp spreads a model over devices, and this is one: --devices N"
 

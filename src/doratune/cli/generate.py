@@ -77,7 +77,7 @@ class Generate:
         if self.system is not None and not self.chat:
             yield "system is for chats; add --chat"
         if self.compare and self.merge:
-            yield "a merged adapter cannot be compared with the base; leave one of --compare and --merge away"
+            yield "a merged adapter cannot be compared with the base; leave out --compare or --merge"
         if self.batch_size < 1:
             yield f"batch_size must be above 0; found {self.batch_size}"
         yield from self.sampling.problems()

@@ -16,6 +16,7 @@ from doratune.inference.sources import reading_adapter
 from doratune.study.adapter_file import FileReport, inspect_adapter
 from doratune.study.analysis import analyze
 from doratune.study.decompose import Decomposition
+from doratune.study.page import without_nan
 from doratune.study.runs import base_folder
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def run(options: Inspect) -> int:
     if options.base and not report.broken:
         moved, unfit = _moved(options.adapter, options.base)
     if options.json:
-        print(json.dumps({**_as_json(report, moved), "not_compared": unfit}))
+        print(json.dumps(without_nan({**_as_json(report, moved), "not_compared": unfit})))
     else:
         _print(Console(emoji=False), report, moved, [f"{path}: {reason}" for path, reason in unfit.items()])
     return 1 if report.broken else 0

@@ -198,7 +198,8 @@ def _table(checks: list[MergeCheck], whole: dict[str, float] | None) -> Any:
         table.add_row(escape(name), str(len(group)), f"{worst:.1e}", f"{max(c.tolerance for c in group):.1e}")
     if whole:
         table.add_section()
-        table.add_row("logits of the model", "", f"{whole['difference'] / whole['largest']:.1e}", "")
+        relative = whole["difference"] / (whole["largest"] or 1.0)  # a head of zeros has logits of zero
+        table.add_row("logits of the model", "", f"{relative:.1e}", "")
         table.caption = f"logits differ by {whole['difference']:.2e} at most, they reach {whole['largest']:.1f}"
     else:
         table.caption = "the whole model was not compared: it takes neither tokens nor images"

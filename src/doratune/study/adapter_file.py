@@ -101,6 +101,9 @@ def _look_at(report: FileReport, config: AdapterConfig, path: str, parts: dict[s
     if A is None or B is None:
         report.broken.append(f"{path}: {'lora_A' if A is None else 'lora_B'} is missing")
         return
+    if empty := [name for name, tensor in (("A", A), ("B", B), ("m", m)) if tensor is not None and not tensor.numel()]:
+        report.broken.append(f"{path}: {', '.join(empty)} without a single number")
+        return
     if A.ndim < 2 or B.ndim < 2 or A.shape[0] != B.shape[1]:
         report.broken.append(f"{path}: A {tuple(A.shape)} and B {tuple(B.shape)} do not belong together")
         return

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -167,9 +166,9 @@ def analyze(
     def look(path: str) -> str:
         with stored.open(path) as mapped:
             weight = mapped.held()
-            leading: list[BaseSpectrum] = []  # made once, when it is first asked for
+            base = BaseSpectrum(weight) if has_spectrum(weight) else None
             for one in series.values():
-                one.look(path, names[path], weight, leading)
+                one.look(path, names[path], weight, base)
         return path
 
     ordered = sorted(names, key=natural)
@@ -186,9 +185,10 @@ def analyze(
 def _each(look: Callable[[str], str], paths: Sequence[str], shapes: Mapping[str, tuple[int, int]]) -> Iterator[str]:
     """Look at every weight; at small ones side by side, since LAPACK makes little use of more than one core there."""
     small = dict.fromkeys(p for p in paths if shapes[p][0] * shapes[p][1] <= HELD and min(shapes[p]) <= EXACT)
-    workers = min(AT_ONCE, torch.get_num_threads())
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(min(AT_ONCE, threads), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         yield from pool.map(look, small)
+    torch.set_num_threads(threads)  # for threads that begin later, whose number the pool's have set, too
     yield from map(look, (path for path in paths if path not in small))
 
 
@@ -241,19 +241,15 @@ class _Series:
         self.run.left_out |= {key: why for key, why in checkpoint.left_out.items() if key not in self.run.left_out}
         return fitting
 
-    def look(self, path: str, kind: str, weight: Matrix, leading: list[BaseSpectrum]) -> None:
+    def look(self, path: str, kind: str, weight: Matrix, base: BaseSpectrum | None) -> None:
         for index, (checkpoint, paths) in enumerate(zip(self.checkpoints, self.paths, strict=True)):
             if path not in paths:
                 continue
-            base = None
-            if index in self.with_spectrum and has_spectrum(weight):
-                if not leading:
-                    leading.append(BaseSpectrum(weight))
-                base = leading[0]
-            elif index in self.with_spectrum and weight.shape[0] * weight.shape[1] > LARGEST:
+            wanted = index in self.with_spectrum
+            if wanted and weight.shape[0] * weight.shape[1] > LARGEST:
                 self.run.left_out[f"spectrum of {path}"] = f"more than {LARGEST:,} numbers"
-            with ExitStack() as stack:
-                change = moved(weight, stack.enter_context(checkpoint.open(paths[path], weight)).held(), base)
+            with checkpoint.open(paths[path], weight) as after:
+                change = moved(weight, after.held(), base if wanted else None)
             if not math.isfinite(change.size):
                 self.run.left_out[path] = "holds NaN or infinity"
                 continue

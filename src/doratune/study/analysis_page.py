@@ -8,7 +8,7 @@ from typing import Any
 import doratune
 from doratune.study import analysis_plots as plots
 from doratune.study.analysis import OVERALL, PAPER, Analysis, Run
-from doratune.study.correlation import CONFIDENCE, Correlation
+from doratune.study.correlation import CONFIDENCE, FEWEST_POINTS, Correlation
 from doratune.study.names import layer_of
 from doratune.study.page import Column, Heading, Item, Page, Table, Text
 from doratune.study.spectrum import COMPARED, EXACT, LOOKED_AT, SIMILAR
@@ -57,8 +57,10 @@ def sentence(run: Run, c: Correlation | None) -> str:
     """What one run's overall correlation lets one say, honestly; None: there is none."""
     if run.is_unchanged:
         return f"{run.label}: nothing changed, {len(run.last())} weights are as in the base."
-    if c is None or c.value is None:
+    if c is None or c.points < FEWEST_POINTS:
         return f"{run.label}: no correlation, as there are too few weights that changed."
+    if c.value is None:
+        return f"{run.label}: no correlation, as ΔM or ΔD is the same for all weights of a kind."
     told = {
         "positive": "weights that turn more change length more",
         "negative": "weights that turn more change length less",

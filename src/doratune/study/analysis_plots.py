@@ -163,12 +163,14 @@ def over_depth(run: Run, name: str, title: str, quantity: str, log: bool = True)
     else:
         at = {layer: index for index, layer in enumerate(layers)}
     tips: dict[str, list[Tip]] = {}
+    zeros = 0
     with style():
         figure, axes = new_figure(4.0, 3.5)
         for index, kind in enumerate(dict.fromkeys(p.kind for p in last)):
             own = sorted((p for p in last if p.kind == kind), key=lambda p: at[p.layer or ""])
             values = [quantity_of(p, quantity) for p in own]
-            shown = [(p, value) for p, value in zip(own, values, strict=True) if value is not None]
+            shown = [(p, v) for p, v in zip(own, values, strict=True) if v is not None and (v > 0 or not log)]
+            zeros += sum(v is not None for v in values) - len(shown)
             if not shown:
                 continue
             colour, marker = COLOURS[index % len(COLOURS)], list(MARKERS)[index // len(COLOURS) % len(MARKERS)]
@@ -187,7 +189,8 @@ def over_depth(run: Run, name: str, title: str, quantity: str, log: bool = True)
         axes.set_title(title)
         axes.xaxis.get_major_locator().set_params(integer=True)
         legend_outside(figure, axes, columns=3)
-    return Plot(name, figure, "", tips)
+    caption = f"Not drawn, as a logarithmic axis has no 0: {zeros} of the weights." if zeros else ""
+    return Plot(name, figure, caption, tips)
 
 
 def spectra(run: Run, name: str, title: str) -> Plot:

@@ -1,4 +1,4 @@
-"""How long this process was kept waiting by others, so that a race can leave out what they spoilt."""
+"""How long this process was kept waiting by others, so that a race can leave out such rounds."""
 
 from __future__ import annotations
 

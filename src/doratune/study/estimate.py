@@ -77,7 +77,7 @@ class _Run:
     largest: int
     """Parameters of the largest weight that is quantised."""
     layer: int
-    """Parameters of one of the model's repeated layers."""
+    """Parameters of one of the base's repeated layers."""
     adapters: int
     magnitudes: int
     peak: int
@@ -231,7 +231,7 @@ def _run(
             quantised=sum(sizes),
             rows=sum(out for out, _ in shapes),
             largest=max(sizes, default=0),
-            layer=0 if block is None else sum(p.numel() for p in block[0].parameters()),
+            layer=0 if block is None else sum(p.numel() for p in block[0].parameters() if not p.requires_grad),
             adapters=about.direction,
             magnitudes=about.magnitude,
             peak=tape.highest,

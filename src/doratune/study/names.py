@@ -14,11 +14,12 @@ from doratune.renamed import renamed
 def align(base: Iterable[str], other: Iterable[str]) -> dict[str, str]:
     """Match the paths of a base with those of a checkpoint, which a head's class may have put behind a name.
 
-    A ``BertModel`` is ``bert`` inside a ``BertForSequenceClassification``; the base may be the one or the other.
+    A ``BertModel`` is ``bert`` inside a ``BertForSequenceClassification``; the base may be the one or the other. Of
+    several names that fit as many paths, the first one counts.
     """
-    old, new = list(base), set(other)
-    prefixes = {""} | {".".join(path.split(".")[:n]) + "." for path in new for n in (1, 2)}
-    shorter = {".".join(path.split(".")[:n]) + "." for path in old for n in (1, 2)}
+    old, new = list(base), dict.fromkeys(other)
+    prefixes = dict.fromkeys(["", *(".".join(path.split(".")[:n]) + "." for path in new for n in (1, 2))])
+    shorter = dict.fromkeys(".".join(path.split(".")[:n]) + "." for path in old for n in (1, 2))
     candidates = [{p: prefix + p for p in old if prefix + p in new} for prefix in prefixes]
     candidates += [
         {p: p.removeprefix(prefix) for p in old if p.startswith(prefix) and p.removeprefix(prefix) in new}

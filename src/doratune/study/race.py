@@ -1,4 +1,4 @@
-"""Races: how much longer each of several things takes than a floor, measured so that the machine's moods cancel.
+"""Races: how much longer each of several functions takes than a floor, measured so that changes of the machine cancel.
 
 All lanes run in one process. Each round runs every lane once, in an order drawn anew, and divides its time by the
 floor's of the *same* round; what slows the machine for a second slows both. The result is the median of these ratios.
@@ -43,7 +43,7 @@ class Lane:
     before: Callable[[int], Any] | None = None
     """Called with the number of the round, untimed: changes parameters, drops gradients."""
     after: Callable[[], Any] | None = None
-    """Called after each run, untimed: gives back what it left, which the other lanes may need."""
+    """Called after each run, untimed: frees memory that the other lanes may need."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def race(
             return []
         if len(left) == len(order):
             done.append(found)
-        else:  # Whoever came after a failure had to allocate anew: that round is nobody's.
+        else:  # Lanes after a failure had to allocate anew: the round does not count.
             done = [{lane.name: earlier[lane.name] for lane in left} for earlier in done]
         order = left
         elapsed = time.perf_counter() - start
@@ -173,7 +173,7 @@ def _timed(lane: Lane, round_number: int, device: torch.device | str) -> tuple[f
         synchronise(device)
         seconds = time.perf_counter() - start
         waited = max(seconds_kept_waiting() - waited, 0.0)
-    del result  # freeing it is nobody's time
+    del result  # freeing it is not timed
     if lane.after is not None:
         lane.after()
     return seconds, waited

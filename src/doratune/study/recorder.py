@@ -44,7 +44,7 @@ class ChangeRecorder(TrainerCallback):
 
     @torch.no_grad()
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note where the weights are."""
+        """Copy the weights, if the model is trained whole."""
         model = unwrap(self.trainer.model)
         name = active_adapter(model)
         if name is None:
@@ -56,7 +56,7 @@ class ChangeRecorder(TrainerCallback):
         self.run = Run(self.label, method, [])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look, when it is time."""
+        """Compare, every so many steps and at the last one."""
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
             self._record(state.global_step)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -49,11 +50,15 @@ class Spectrum:
 
 
 class BaseSpectrum:
-    """Left singular vectors of a base weight, computed once for all that is compared with it."""
+    """A base weight, and its left singular vectors for all that is compared with it."""
 
     def __init__(self, base: Matrix) -> None:
         self.base = base
-        self.vectors = left_vectors(base.dense(), None)
+
+    @cached_property
+    def vectors(self) -> Tensor:
+        """Left singular vectors, computed when something is first compared: of a weight with NaN there are none."""
+        return left_vectors(self.base.dense(), None)
 
     def of(self, after: Matrix) -> Spectrum:
         """Look at a changed weight: in float32, its change in float64 where that is exact."""
@@ -76,7 +81,8 @@ def left_vectors(W: Tensor, count: int | None) -> Tensor:
     rows, columns = W.shape
     if min(rows, columns) > EXACT:
         return _low_rank(W, COMPARED + LOOKED_AT)[0][:, : count or COMPARED]
-    # Vectors of W W^T, or those of W^T W sent through W: what is lost below 1e-4 of the largest value is never leading.
+    # Vectors of W W^T, or those of W^T W sent through W. Those below 3e-4 of the largest value get mixed up in float32:
+    # never a leading one, but a direction of the base that training made leading can look new.
     squared, vectors = torch.linalg.eigh(W @ W.T if rows <= columns else W.T @ W)
     squared, vectors = squared.flip(0), vectors.flip(1)
     kept = min(count or len(squared), int((squared > squared[0] * 1e-12).sum()))

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from doratune.study.comparison import sentences
+from doratune.study.comparison import figures, sentences
 from doratune.study.comparison.findings import find
 from doratune.study.comparison.report import write_report
 from study.browser import browser, opened  # noqa: F401
@@ -67,6 +67,20 @@ def test_one_collapsed_run_widens_the_mean_and_not_the_typical_seed():
     ) in sentences.about_gap(made, made.gaps[0])
 
 
+def test_seeds_that_are_mostly_equal_do_not_promise_that_everything_is_seen(tmp_path):
+    of = simulated.comparison(methods=("lora 4", "dora 4"), seeds=20)
+
+    def score(trial):
+        return (0.9 if (trial.contestant, trial.seed) == ("dora-4", 5) else 0.8), 1.0
+
+    made = find(of, simulated.outcomes(of, score))
+    told = sentences.about_gap(made, made.gaps[0])
+    assert "typical seed: +0.00 points (+0.00 to +0.00); too many seeds are equal to tell what could have been" in told
+    write_report(made, tmp_path)
+    (row,) = csv.DictReader((tmp_path / "differences-table.csv").read_text().splitlines())
+    assert row["typical could be seen"] == "nan"
+
+
 def test_runs_that_diverged_are_left_out_of_pairs_and_said():
     made = findings()
     head = made.gaps[-1]
@@ -108,6 +122,11 @@ def test_ranks_are_compared_where_both_methods_have_them():
     made = findings(methods=("lora r", "dora r", "dora r/2"), ranks=(4, 8, 16), **simulated.FIXED)
     assert [(one.method, list(one.ranks)) for one in made.rank_spreads] == [("lora", [4, 8, 16]), ("dora", [4, 8, 16])]
     assert made.rank_difference is not None
+
+
+def test_every_rank_is_on_the_axis_whoever_has_it():
+    figure, _ = figures.ranks(findings(methods=("dora r", "lora r", "lora r/2"), ranks=(4, 8, 16), **simulated.FIXED))
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["2", "4", "8", "16"]
 
 
 @pytest.mark.parametrize(("share", "told"), [(0.95, "95"), (0.995, "99.5"), (0.975, "97.5"), (0.57, "57")])

@@ -44,4 +44,8 @@ def test_what_could_be_seen_is_seen_as_often_as_promised(count):
 
 def test_equal_differences():
     found = typical([2.0] * 8, 0.95)
-    assert (found.middle, found.low, found.high, found.detectable) == (2, 2, 2, 0)
+    assert (found.middle, found.low, found.high) == (2, 2, 2)
+
+
+def test_an_interval_of_no_width_does_not_promise_that_everything_is_seen():
+    assert np.isnan(typical([0.0] * 19 + [5.0], 0.95).detectable)

@@ -42,7 +42,7 @@ class Pair:
 
     @property
     def is_claim(self) -> bool:
-        """Whether both have a rank: what is claimed of DoRA, as against methods that are there for orientation."""
+        """Whether both have a rank: what is claimed of DoRA, as opposed to methods shown for reference."""
         return self.other.rank is not None and self.base.rank is not None
 
     @property

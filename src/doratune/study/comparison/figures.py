@@ -108,6 +108,7 @@ def ranks(findings: Findings) -> Drawn:
     """Test scores over the rank, one line a method."""
     tips: dict[str, list[Tip]] = {}
     level = findings.comparison.grid.confidence
+    tried: set[int] = set()
     with style():
         figure, axes = new_figure(4.2, 3.3)
         for index, spread in enumerate(findings.rank_spreads):
@@ -124,8 +125,9 @@ def ranks(findings: Findings) -> Drawn:
                 Tip(f"{one.contestant.name}\n{sentences.number(e.mean, findings.unit)} {findings.unit}")
                 for one, e in zip(own, found, strict=True)
             ]
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(x, [str(rank) for rank in x])
+            tried |= set(x)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted(tried), [str(rank) for rank in sorted(tried)])
         axes.set_xlabel("rank")
         axes.set_ylabel(_score_label(findings, "test"))
         legend_outside(figure, axes)

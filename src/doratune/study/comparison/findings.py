@@ -136,17 +136,14 @@ class Findings:
 
 
 def find(comparison: Comparison, outcomes: Sequence[Outcome]) -> Findings:
-    """Put the runs of a comparison together; seeds whose run diverged are left out of pairs, and said."""
+    """Put the runs of a comparison together; seeds whose run diverged are in no pair, but in ``problems``."""
     chosen = trials.choose(comparison, outcomes) or {}
     done = {outcome.trial: outcome for outcome in outcomes}
-    wanted = trials.grid(comparison, outcomes)
-    problems = [
-        f"{name_of(comparison, o.trial)}: {o.problem}" for o in outcomes if o.trial in set(wanted) and o.problem
-    ]
-    tests: dict[str, list[Outcome]] = {one.key: [] for one in comparison.contestants}
-    for trial in wanted:
-        if trial.stage == "test" and trial in done:
-            tests[trial.contestant].append(done[trial])
+    over = [done[trial] for trial in trials.grid(comparison, outcomes) if trial in done]
+    tests = {
+        one.key: [o for o in over if (o.trial.stage, o.trial.contestant) == ("test", one.key)]
+        for one in comparison.contestants
+    }
     by_key = {one.key: _seconds(tests[one.key]) for one in comparison.contestants}
     first = by_key[comparison.contestants[0].key]
     standings = [
@@ -164,9 +161,9 @@ def find(comparison: Comparison, outcomes: Sequence[Outcome]) -> Findings:
         spreads,
         rank_difference,
         test_examples=results[0]["test_examples"] if results else 0,
-        outcomes=[done[trial] for trial in wanted if trial in done],
+        outcomes=over,
         device=results[0]["device"] if results else "",
-        problems=problems,
+        problems=[f"{name_of(comparison, o.trial)}: {o.problem}" for o in over if o.problem],
     )
 
 

@@ -49,7 +49,7 @@ class Worker:
     """Numbers of runs that others were seen doing."""
 
     def work(self) -> None:
-        """Do runs until the comparison is complete or somebody stops.
+        """Do runs until the comparison is complete or ``stopped`` is set.
 
         Raises:
             AdapterError: if a run cannot be done for a reason that another learning rate would not mend.
@@ -71,7 +71,7 @@ class Worker:
         try:
             self.study.optimize(self._objective, n_trials=1, catch=(KilledError,))
         except ValueError as error:
-            # The machine slept, others took the run over, and Optuna does not take its result any more.
+            # The machine slept, another worker took the run over, and Optuna refuses this one's result.
             if not str(error).startswith("Cannot tell a"):
                 raise
 

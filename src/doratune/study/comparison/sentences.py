@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator
 
@@ -50,8 +51,10 @@ def about_gap(findings: Findings, gap: Gap) -> str:
 
 def about_typical(found: Typical, unit: str) -> str:
     """The difference of the typical seed, its interval, and what could have been seen."""
-    middle, seen = number(found.middle, unit, signed=True), number(found.detectable, unit)
-    return f"{middle} {unit} ({interval(found, unit)}); {seen} could have been seen"
+    measured = f"{number(found.middle, unit, signed=True)} {unit} ({interval(found, unit)})"
+    if math.isnan(found.detectable):
+        return f"{measured}; too many seeds are equal to tell what could have been seen"
+    return f"{measured}; {number(found.detectable, unit)} could have been seen"
 
 
 def _without_scatter(findings: Findings, gap: Gap) -> str:

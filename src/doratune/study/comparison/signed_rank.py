@@ -7,6 +7,7 @@ of these means between which it lies as surely as the test says.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -25,7 +26,8 @@ class Typical:
     high: float
     detectable: float
     """The smallest true difference that so many pairs, scattered like these, show with a chance of ``POWER``; by the
-    width of the interval, as if estimates were normally distributed."""
+    width of the interval, as if estimates were normally distributed. NaN for an interval of no width, as many equal
+    differences make it: it tells nothing of the scatter."""
 
 
 def typical(gaps: Sequence[float], confidence: float) -> Typical | None:
@@ -38,7 +40,8 @@ def typical(gaps: Sequence[float], confidence: float) -> Typical | None:
     means = np.sort((values[first] + values[second]) / 2)
     low, high = float(means[outside - 1]), float(means[-outside])
     ends, seen = NormalDist().inv_cdf((1 + confidence) / 2), NormalDist().inv_cdf(POWER)
-    return Typical(float(np.median(means)), low, high, (high - low) / 2 * (ends + seen) / ends)
+    detectable = (high - low) / 2 * (ends + seen) / ends if low < high else math.nan
+    return Typical(float(np.median(means)), low, high, detectable)
 
 
 def _outside(count: int, confidence: float) -> int:

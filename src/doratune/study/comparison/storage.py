@@ -17,7 +17,7 @@ from doratune.study.comparison.recipe import Comparison
 from doratune.study.comparison.trials import Outcome, Trial
 
 HEARTBEAT, GRACE = 10, 60
-"""Seconds between signs of life of a running trial, and without one until its worker counts as killed."""
+"""Seconds between heartbeats of a running trial, and without one until its worker counts as killed."""
 AHEAD = 8
 """So many runs wait at a time: Optuna reads every one that is not over whenever it is asked."""
 TRIES = 6
@@ -38,7 +38,7 @@ def open_study(url: str, name: str, comparison: Comparison, heartbeat: int = HEA
         url: of an Optuna storage.
         name: of the study within the storage.
         comparison: what is compared.
-        heartbeat: seconds between signs of life.
+        heartbeat: seconds between heartbeats.
         grace: seconds without one until a trial counts as lost.
 
     Raises:
@@ -97,10 +97,10 @@ def _differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str
 
 
 def fail_lost(study: Any, watched: set[int]) -> None:
-    """Fail the runs whose workers were killed: they have given no sign of life for the grace period.
+    """Fail the runs whose workers were killed: they have sent no heartbeat for the grace period.
 
-    Optuna passes over a run without any sign: its worker was killed between taking it and giving the first. So one is
-    recorded for every run that is seen for the first time; ``watched`` holds the numbers of those that were.
+    Optuna overlooks a run without any heartbeat: its worker was killed between taking it and sending one. So one is
+    recorded for every run that is seen for the first time; ``watched`` holds the numbers of those already seen.
     """
     optuna = require("optuna")
     with warnings.catch_warnings():

@@ -53,7 +53,7 @@ class Chosen:
 
 
 def sweep(comparison: Comparison) -> list[Trial]:
-    """Every learning rate of every contestant with a few seeds, seed by seed; nobody with a single rate is swept."""
+    """Every learning rate of every contestant with a few seeds, seed by seed; one with a single rate is not swept."""
     return [
         Trial("sweep", one.key, rate, seed)
         for seed in range(comparison.grid.sweep_seeds)
@@ -64,7 +64,7 @@ def sweep(comparison: Comparison) -> list[Trial]:
 
 
 def scoring(comparison: Comparison, chosen: Mapping[str, Chosen]) -> list[Trial]:
-    """Every contestant that has a learning rate with many seeds, none of which chose the rate; seed by seed."""
+    """Every contestant with its chosen rate and many seeds, none of which the sweep used; seed by seed."""
     first = comparison.grid.sweep_seeds
     return [
         Trial("test", one.key, chosen[one.key].learning_rate, seed)
@@ -109,7 +109,7 @@ def choose(comparison: Comparison, outcomes: Iterable[Outcome]) -> dict[str, Cho
 
 
 def _worth(runs: Sequence[Outcome | None], by_accuracy: bool) -> tuple[float, float]:
-    """To be sorted by: mean score, the better the lower, then mean loss."""
+    """Sort key, best first: mean score (negative where it is accuracy), then mean loss; infinite if a run diverged."""
     results = [run.result for run in runs if run is not None and run.result is not None]
     if len(results) < len(runs):
         return math.inf, math.inf
