@@ -19,6 +19,7 @@ from doratune.train.placement import loading_options, take_own_gpu
 from doratune.train.processes import is_first_asked, processes_asked
 from doratune.train.tasks.batches import Padded
 from doratune.train.tasks.prepared import Prepared
+from doratune.train.token_mean import TokenMean
 
 
 def make_model(config: TrainConfig, prepared: Prepared, dtype: torch.dtype) -> tuple[Any, Summary]:
@@ -83,6 +84,9 @@ def make_trainer(config: TrainConfig, model: Any, prepared: Prepared, dtype: tor
     from doratune.train.callbacks import MetricsFile, NewEpoch
     from doratune.train.trainer import AdapterTrainer
 
+    class TokenTrainer(TokenMean, AdapterTrainer):
+        """For language models."""
+
     arguments = TrainingArguments(
         output_dir=str(config.output / CHECKPOINTS),
         max_steps=config.steps or -1,
@@ -126,7 +130,7 @@ def make_trainer(config: TrainConfig, model: Any, prepared: Prepared, dtype: tor
     callbacks = [MetricsFile(config.output / METRICS, prepared.unit, prepared.examples, writes=is_first_asked())]
     if config.augment:
         callbacks.append(NewEpoch(prepared.train))
-    trainer = AdapterTrainer(
+    trainer = (AdapterTrainer if prepared.labels else TokenTrainer)(
         model,
         arguments,
         data_collator=prepared.collate,
