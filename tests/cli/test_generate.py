@@ -245,3 +245,13 @@ def test_an_interrupted_answer_is_forgotten(asked, monkeypatch):
     assert "(/reset forgets what was said)" in chatted(writer, "x" * 200)
     chatted(writer, "more")
     assert notes[-1][1] == ["more"]
+
+
+def test_a_prompt_that_is_there_several_times_gets_several_samples(base, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("once\n" * 4)
+    drawn = ("--file", tmp_path / "prompts.txt", "--json", "--temperature", 1, "--batch-size", 2)
+    assert generate(base, *drawn) == 0
+    first = capsys.readouterr().out
+    assert len(set(first.splitlines())) == 4
+    assert generate(base, *drawn) == 0
+    assert capsys.readouterr().out == first

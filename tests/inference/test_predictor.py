@@ -252,3 +252,13 @@ def test_a_language_model_is_no_classifier(tmp_path):
     llama().save_pretrained(tmp_path)
     with pytest.raises(dt.AdapterError, match="use doratune generate"):
         Classifier.find(tmp_path)
+
+
+def test_several_labels_at_once_are_no_classes(tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    options = {"num_labels": 3, "problem_type": "multi_label_classification"}
+    model = AutoModelForSequenceClassification.from_pretrained(save_encoder(tmp_path), **options)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(dt.AdapterError, match="was trained for multi_label_classification"):
+        Predictor.load(Classifier.find(tmp_path))

@@ -172,3 +172,21 @@ def test_prompts_are_what_they_were_in_training():
     made.chat_template = "<s>{% for m in messages %} {{ m['content'] }}{% endfor %}"
     writer = Writer(llama(), made)
     assert writer.check([Prompt("once upon"), chat("a")]) == [[1, 3, 4], [1, *made("a")["input_ids"][1:-1]]]
+
+
+def test_a_long_prompt_in_the_batch_does_not_shorten_what_others_get(writer):
+    prompts = [Prompt("x" * 120), Prompt("x"), Prompt("once")]
+    together = writer.write(prompts, Sampling(max_tokens=20), "one")
+    assert [one.tokens for one in together] == [8, 20, 20]
+    assert together == [writer.write([prompt], Sampling(max_tokens=20), "one")[0] for prompt in prompts]
+
+
+def test_padding_is_not_taken_for_a_repetition():
+    model, words = llama(), tokenizer()
+    end, other = words.eos_token_id, words("a")["input_ids"][0]
+    model.lm_head = torch.nn.Linear(16, 257)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.bias.zero_()[[end, other]] = torch.tensor([1.0, 0.9])
+    found = Writer(model, words).write([Prompt("xyz"), Prompt("x")], Sampling(max_tokens=4, repetition_penalty=1.5))
+    assert [one.tokens for one in found] == [0, 0], "the likeliest token is the end, in padded rows too"

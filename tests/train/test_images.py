@@ -58,3 +58,7 @@ def test_values_without_a_known_white_are_refused(kind):
     for source in (gray * 4, gray - 1):
         with pytest.raises(BadRow, match=r"expected values from 0 to 255 or from 0 to 1, found"):
             opened(saved(Image.fromarray(source), "TIFF"))
+
+
+def test_true_is_white():
+    assert opened(np.array([[True, False]]))[..., 0].tolist() == [[255, 0]]

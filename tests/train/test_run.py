@@ -15,7 +15,8 @@ import doratune as dt
 from doratune.train import AdapterOptions, TrainConfig, TrainResult, train
 from doratune.train.checkpoints import checkpoints
 from doratune.train.results import read_metrics
-from train.tiny import llama, save_model, write_text
+from doratune.train.tokens import IGNORED, completion
+from train.tiny import llama, save_model, save_rows, tokenizer, write_text
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,8 @@ def config(assets, output, **values):
         "save_every": 2,
         "adapter": AdapterOptions(rank=4),
     }
-    return TrainConfig(model=str(assets[0]), data=(str(assets[1]),), output=output, **{**options, **values})
+    values = {"data": (str(assets[1]),), **values}
+    return TrainConfig(model=str(assets[0]), output=output, **{**options, **values})
 
 
 def test_a_run_learns_and_leaves_what_it_promises(assets, tmp_path):
@@ -411,3 +413,23 @@ def test_paths_may_be_text(assets, tmp_path):
     assert (tmp_path / "run" / "adapter").is_dir()
     assert Information.load(result.adapter).task == "text-generation"
     assert load_base(result.adapter).config.model_type == "llama"
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_held_out_loss_is_a_mean_over_tokens_whatever_shares_a_batch(assets, tmp_path, packing):
+    rows = [{"prompt": "a", "completion": "bcd " * length} for length in (1, 6, 1, 2, 9, 1, 1)]
+    data = (str(save_rows(tmp_path / "rows.jsonl", rows)),)
+    losses = []
+    for size in (1, 2, 4):
+        options = {"packing": packing, "batch_size": size, "steps": 1, "max_length": 64}
+        result = train(config(assets, tmp_path / str(size), data=data, eval_data=data, **options))
+        losses.append(result.loss_before)
+    total, count = torch.zeros(()), 0
+    for row in rows:
+        example = completion(row["prompt"], row["completion"], tokenizer(), learn_prompt=False)
+        labels = torch.tensor(example.labels.tolist())
+        with torch.no_grad():
+            logits = llama()(torch.tensor([example.ids.tolist()])).logits[0]
+        total += torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="sum")
+        count += int((labels[1:] != IGNORED).sum())
+    assert losses == pytest.approx([float(total) / count] * 3, rel=1e-6)

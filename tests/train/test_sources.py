@@ -1,3 +1,4 @@
+import json
 import os
 
 import datasets
@@ -21,8 +22,6 @@ ROWS = [{"a": "1", "b": "ü, ö"}, {"a": "2", "b": "two\nlines"}]
 
 
 def test_every_format_gives_the_same_rows(tmp_path):
-    import json
-
     made = datasets.Dataset.from_list(ROWS)
     made.to_parquet(tmp_path / "x.parquet")
     made.save_to_disk(tmp_path / "folder")
@@ -70,6 +69,8 @@ def test_rows_that_cannot_be_read_have_a_line_and_a_reason(tmp_path):
         ("x.csv", b"a,b\n\xff,1\n", "is not UTF-8 text"),
         ("x.csv", b"a,b,a,,\n1,2,3,,\n", "several columns are called 'a'; rename them"),
         ("x.json", b"\xff\xfe", "is not UTF-8 text"),
+        ("x.tsv", 'a\tb\n1\t2\n"one\t1\ntwo\t2\nthree" four\t3\n', r"x\.tsv:3 cannot be read: .* expected after"),
+        ("x.csv", 'a,b\n1,2\n1,"two\n3,4\n', r"x\.csv:3 cannot be read: unexpected end of data"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, name, content, said):
@@ -116,3 +117,8 @@ def test_a_broken_data_set_folder(tmp_path):
     (tmp_path / "state.json").write_text("{")
     with pytest.raises(dt.AdapterError, match="cannot be read as a data set"):
         values(str(tmp_path))
+
+
+def test_a_chat_alone_in_a_file_is_one_row(tmp_path):
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    assert values(write(tmp_path / "x.json", json.dumps(chat))) == [chat]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -134,7 +134,8 @@ def _groups(
     """What was written after each prompt, by everyone who was asked; in batches."""
     for start in range(0, len(prompts), options.batch_size):
         batch = prompts[start : start + options.batch_size]
-        yield from zip(*(writer.write(batch, options.sampling, name) for name in names), strict=True)
+        sampling = replace(options.sampling, seed=options.sampling.seed + start)  # else equal batches write equal texts
+        yield from zip(*(writer.write(batch, sampling, name) for name in names), strict=True)
 
 
 def _record(completion: Completion) -> str:

@@ -165,6 +165,9 @@ class Predictor:
         kind = type(model).__name__
         if "Classification" not in kind or len(labels) < 2:
             raise AdapterError(f"{found.base} is a {kind} with {len(labels)} labels, not a classifier")
+        problem = getattr(model.config, "problem_type", None)
+        if problem not in (None, "single_label_classification"):
+            raise AdapterError(f"{found.base} was trained for {problem}; predict names the one class of each input")
         if found.takes_images:
             return cls(model, _image_processor(found), labels, forward=dict(about.forward))
         tokenizer = load_tokenizer(tokenizer_source([folder], found.base))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class Writer:
 
     Args:
         model: a causal language model, with adapters attached or without.
-        tokenizer: its tokenizer; padding is set to the left, where generation needs it.
+        tokenizer: its tokenizer.
         merged: what the model is called, if an adapter is in its weights; None: it is the base.
     """
 
@@ -55,7 +55,6 @@ class Writer:
         self.tokenizer = tokenizer
         self.adapters = adapter_names(model)
         self.merged = merged
-        tokenizer.padding_side = "left"
         give_padding(tokenizer)
 
     @classmethod
@@ -140,21 +139,29 @@ class Writer:
         """
         rows = self.check(prompts)
         context = context_length(self.model.config)
-        room = context - max(map(len, rows)) if context else None
-        batch = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.model.device)
+        longest = max(map(len, rows))
+        room = context - longest if context else None
+        if room is not None and room < sampling.max_tokens and min(map(len, rows)) < longest:
+            # Shorter prompts have more room than the longest: their texts must not depend on what shares the batch.
+            ones = (replace(sampling, seed=sampling.seed + number) for number in range(len(prompts)))
+            return [self.write([one], own, adapter)[0] for one, own in zip(prompts, ones, strict=True)]
+        # Padding on the left, where generation needs it. Attention does not see it, but before transformers 5.23 a
+        # repetition penalty does: it is a token of the prompt, or else the end of the text would become less likely.
+        filled = torch.tensor([[row[0]] * (longest - len(row)) + row for row in rows], device=self.model.device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self.model.device)
         require("transformers").set_seed(sampling.seed)
         ends = self._ends()
         with torch.no_grad(), self.using(adapter), explaining_memory(_LESS):
             written = self.model.generate(
-                **batch,
+                input_ids=filled,
+                attention_mask=mask,
                 **sampling.options(room),
                 eos_token_id=ends or None,
                 pad_token_id=self.tokenizer.pad_token_id,
                 streamer=streamer,
             )
-        start = batch["input_ids"].shape[1]
         return [
-            self._completion(prompt, adapter or self.merged, ids, row[start:].tolist(), ends)
+            self._completion(prompt, adapter or self.merged, ids, row[longest:].tolist(), ends)
             for prompt, ids, row in zip(prompts, rows, written, strict=True)
         ]
 

@@ -15,17 +15,19 @@ from doratune.train.device import to_device
 from doratune.train.models import align_padding, load_classifier, load_model, multiplies_bfloat16
 from doratune.train.optimizer import OPTIMIZERS, SCHEDULES, keep_float32, train_only
 from doratune.train.output import CHECKPOINTS, METRICS, TENSORBOARD
+from doratune.train.packing import refuse_leaks
 from doratune.train.placement import loading_options, take_own_gpu
 from doratune.train.processes import is_first_asked, processes_asked
-from doratune.train.tasks.batches import Padded
+from doratune.train.tasks.batches import Packed, Padded
 from doratune.train.tasks.prepared import Prepared
+from doratune.train.token_mean import TokenMean
 
 
 def make_model(config: TrainConfig, prepared: Prepared, dtype: torch.dtype) -> tuple[Any, Summary]:
     """The model with what is to be trained, and what that is.
 
     Raises:
-        AdapterError: if it cannot be loaded or adapted, or does not fit its device.
+        AdapterError: if it cannot be loaded or adapted, does not fit its device, or mixes packed examples.
     """
     head: list[str] = []
     take_own_gpu()
@@ -48,6 +50,8 @@ def make_model(config: TrainConfig, prepared: Prepared, dtype: torch.dtype) -> t
         train_only(model, head)
     else:
         model.requires_grad_(True)
+    if isinstance(prepared.collate, Packed):
+        refuse_leaks(model, config.model)
     return model, summary(model)
 
 
@@ -82,6 +86,9 @@ def make_trainer(config: TrainConfig, model: Any, prepared: Prepared, dtype: tor
     from doratune.train import labels
     from doratune.train.callbacks import MetricsFile, NewEpoch
     from doratune.train.trainer import AdapterTrainer
+
+    class TokenTrainer(TokenMean, AdapterTrainer):
+        """For language models."""
 
     arguments = TrainingArguments(
         output_dir=str(config.output / CHECKPOINTS),
@@ -126,7 +133,7 @@ def make_trainer(config: TrainConfig, model: Any, prepared: Prepared, dtype: tor
     callbacks = [MetricsFile(config.output / METRICS, prepared.unit, prepared.examples, writes=is_first_asked())]
     if config.augment:
         callbacks.append(NewEpoch(prepared.train))
-    trainer = AdapterTrainer(
+    trainer = (AdapterTrainer if prepared.labels else TokenTrainer)(
         model,
         arguments,
         data_collator=prepared.collate,

@@ -86,7 +86,7 @@ def find_last(folder: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
 
 
 def problem_of(folder: str | os.PathLike[str]) -> str | None:
-    """Why a checkpoint cannot be gone on from; None if it can."""
+    """Why a run cannot resume from a checkpoint; None if it can."""
     folder = Path(folder)
     if not is_complete(folder):
         return "has no completion marker, or files that do not fit it"
@@ -95,7 +95,7 @@ def problem_of(folder: str | os.PathLike[str]) -> str | None:
 
 @functools.cache
 def _damage(folder: Path, written: int) -> str | None:
-    """A file that cannot be read, though its size is right, as after a loss of power; torch's files hold checksums."""
+    """Which file has the right size but cannot be read, as after a power cut; torch's files hold checksums."""
     for file in sorted(folder.iterdir()):
         try:
             if file.suffix == ".json":
@@ -113,7 +113,7 @@ def _damage(folder: Path, written: int) -> str | None:
 
 
 def remove_incomplete(folder: str | os.PathLike[str]) -> list[Path]:
-    """Delete checkpoints that were cut short, which nothing can go on from; returns their folders."""
+    """Delete incomplete checkpoints, from which no run can resume; returns their folders."""
     cut_short = [path for path in checkpoints(folder) if not is_complete(path)]
     for path in cut_short:
         shutil.rmtree(path, ignore_errors=True)
@@ -123,7 +123,7 @@ def remove_incomplete(folder: str | os.PathLike[str]) -> list[Path]:
 def rotate(folder: str | os.PathLike[str], keep: int | None, best: str | None = None) -> None:
     """Delete all but the ``keep`` newest complete checkpoints; the best one and incomplete ones are never deleted.
 
-    Incomplete ones do not count: deleting good checkpoints in their favour would leave nothing to go on from.
+    Incomplete ones do not count: deleting good checkpoints in their favour would leave nothing to resume from.
     """
     if not keep or keep < 1:
         return

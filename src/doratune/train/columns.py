@@ -1,4 +1,4 @@
-"""Which column is what: as the options say, or guessed from usual names."""
+"""Which column holds the text, prompt, label, ...: as the options say, or guessed from usual names."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ class TrainConfig:
     """Length of the sample."""
 
     def __post_init__(self) -> None:
-        """Paths may be given as text, and one source alone; the command line gives a sign for what is still to come."""
+        """Paths may be strings, a single source needs no tuple; tyro passes placeholders for what is still missing."""
         output: Any = self.output
         if isinstance(output, str):
             self.output = Path(output)

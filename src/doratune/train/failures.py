@@ -1,4 +1,4 @@
-"""What went wrong during training, in words that say what to change."""
+"""Errors during training, explained: what to change, and what is kept."""
 
 from __future__ import annotations
 

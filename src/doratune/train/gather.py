@@ -72,7 +72,7 @@ def usable(row: Row, use: Callable[[Row], _T]) -> _T:
 
 
 def lacks(row: Row, columns: Iterable[str]) -> str | None:
-    """Which of these columns a row does not have, as its problem; None: it has all."""
+    """The problem of a row that lacks some of these columns; None if it has all."""
     missing = [column for column in columns if column not in row.values]
     if not missing:
         return None

@@ -275,6 +275,6 @@ def _as_bytes(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         return pixels
     if not np.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 255:
         raise ValueError(f"expected values from 0 to 255 or from 0 to 1, found {pixels.min()} to {pixels.max()}")
-    if np.issubdtype(pixels.dtype, np.floating) and pixels.max() <= 1:
+    if pixels.dtype == bool or (np.issubdtype(pixels.dtype, np.floating) and pixels.max() <= 1):
         pixels = pixels * 255
     return pixels.round().astype(np.uint8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -43,8 +44,8 @@ def ordered(names: Iterable[str]) -> tuple[str, ...]:
         raise AdapterError(
             f"a classifier needs at least two classes; the data to train on have {', '.join(sorted(found)) or 'none'}"
         )
-    if all(name.lstrip("-").isdigit() for name in found):
-        return tuple(sorted(found, key=int))
+    if all(re.fullmatch(r"-?\d+", name) for name in found):
+        return tuple(sorted(found, key=lambda name: (int(name), name)))  # "1" and "01" are two names
     return tuple(sorted(found))
 
 

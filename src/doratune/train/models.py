@@ -27,7 +27,7 @@ LOADERS = {
 }
 """transformers' class for each task of ``doratune train``, and for PEFT's task types."""
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""Mean and deviation of red, green and blue, as most vision models but the first ViT were pretrained with."""
+"""Mean and standard deviation of red, green and blue, as most vision models but the first ViT were pretrained with."""
 TOKENIZER_FILES = ("*token*", "vocab*", "*.model", "*.gguf")
 """Without any of these a folder has no tokenizer."""
 NAMELESS = "{} does not name its base model; give it with --base"

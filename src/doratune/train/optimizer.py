@@ -49,8 +49,8 @@ def with_faster_b(model: nn.Module, groups: list[dict[str, Any]], ratio: float) 
 def keeping_rates(optimizer: Any, scheduler: Any) -> Iterator[None]:
     """Within this context a checkpoint's states are loaded; learning rates and weight decay stay those of this run.
 
-    What was learnt so far (moments, the number of steps) is the checkpoint's. Learning rates of schedules that are no
-    function of the step stay the checkpoint's, too: there they are part of what was learnt.
+    Moments and the number of steps are the checkpoint's. So are the learning rates of schedules that are no function of
+    the step (ReduceLROnPlateau): there they are part of the state.
 
     Raises:
         AdapterError: if the checkpoint's optimiser has other groups of parameters.
@@ -113,7 +113,7 @@ def _in_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def refuse_broken_weights(model: nn.Module, step: int) -> None:
-    """No checkpoint of weights that hold NaN or infinity: it would take the place of a good one.
+    """Refuse to save weights that hold NaN or infinity: their checkpoint would take the place of a good one.
 
     Raises:
         DivergedError: naming the first such weights.

@@ -1,4 +1,4 @@
-"""What a run found out: results.json, the final table, and the commands to go on with."""
+"""Results of a run: results.json, the final table, and the commands to go on with."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
 
 
 def _json(path: Path) -> Iterator[Row]:
-    """A list of objects, or an object with one such list; objects line by line are taken, too."""
+    """A list of objects, or an object with one such list that is no chat; objects line by line are taken, too."""
     try:
         whole = json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError:
@@ -164,12 +164,16 @@ def _json(path: Path) -> Iterator[Row]:
         yield from _jsonl(path)
         return
     if isinstance(whole, dict):
-        lists = [value for value in whole.values() if isinstance(value, list)]
+        lists = [value for value in whole.values() if isinstance(value, list) and not _is_chat(value)]
         whole = lists[0] if len(lists) == 1 else [whole]
     if not isinstance(whole, list):
         raise AdapterError(f"{path}: expected a list of objects, found {type(whole).__name__}")
     for number, value in enumerate(whole, 1):
         yield _object(f"{path} row {number}", value)
+
+
+def _is_chat(value: list[Any]) -> bool:
+    return all(isinstance(one, dict) and ("role" in one or "from" in one) for one in value)
 
 
 def _object(where: str, value: Any) -> Row:
@@ -181,22 +185,29 @@ def _object(where: str, value: Any) -> Row:
 def _csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(LARGEST_FIELD)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        # Strict: a quote out of place would make one field of all the rows up to the next one.
+        reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        start = 1
         try:
             names = next(reader, None)
             if not names:
                 raise AdapterError(f"{path} has no header line with the names of its columns")
             if twice := [name for name in dict.fromkeys(names) if name and names.count(name) > 1]:
                 raise AdapterError(f"{path}: several columns are called {', '.join(map(repr, twice))}; rename them")
-            for fields in filter(None, reader):
-                first = reader.line_num - sum(field.count("\n") for field in fields)
-                where = f"{path}:{first}"
+            start = reader.line_num + 1
+            for fields in reader:
+                where, start = f"{path}:{start}", reader.line_num + 1
+                if not fields:
+                    continue
                 if len(fields) != len(names):
                     yield Row(where, problem=f"has {len(fields)} fields, the header {len(names)}")
                 else:
                     yield Row(where, dict(zip(names, fields, strict=True)))
         except csv.Error as error:
-            raise AdapterError(f"{path}:{reader.line_num} cannot be read: {error}") from error
+            raise AdapterError(
+                f"{path}:{start} cannot be read: {error} (a field that begins with a quote ends with one, and those "
+                "inside are doubled)"
+            ) from error
 
 
 def _parquet(path: Path) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""From documents, prompts and chats to tokens, and which of them are learnt."""
+"""Documents, prompts and chats as tokens, and which of these the loss is taken on."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Tokens:
 
 
 def document(text: Any, tokenizer: Any) -> Tokens:
-    """A whole text, with the signs that the tokenizer puts before one and the one that ends it.
+    """A whole text, with the tokenizer's special tokens before it and its end-of-text token after it.
 
     Raises:
         BadRow: if there is no text.
@@ -57,12 +57,12 @@ def document(text: Any, tokenizer: Any) -> Tokens:
 
 
 def opening(prompt: str, tokenizer: Any) -> list[int]:
-    """A prompt's tokens, the same in training and when it is continued: the signs before a text, none after it."""
+    """A prompt's tokens, in training as in generation: special tokens before it, none after it."""
     return [*_start(tokenizer), *plain(prompt, tokenizer)]
 
 
 def plain(text: str, tokenizer: Any) -> list[int]:
-    """A text's tokens without any sign."""
+    """A text's tokens without special tokens."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return ids
 
@@ -155,8 +155,8 @@ def turns_of(messages: Any) -> list[dict[str, Any]]:
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping):
             raise BadRow(f"message {number}: expected role and content, found {_short(message)}")
-        # Tables have null for absent fields, and templates take a field of tool calls for tool calls. They do ask for
-        # an absent content.
+        # Tables store absent fields as null, and templates take a field of tool calls, even null, for tool calls. The
+        # content stays: templates ask for it.
         turn = {k: v for k, v in message.items() if k == "content" or (v is not None and (k != "tool_calls" or v))}
         if "from" in turn and "value" in turn:
             turn = {"role": SHAREGPT.get(turn["from"], turn["from"]), "content": turn["value"]}
@@ -219,7 +219,7 @@ def _rendered(tokenizer: Any, turns: list[dict[str, Any]], **options: Any) -> Ma
 
 
 def _start(tokenizer: Any) -> list[int]:
-    """The signs that the tokenizer puts before a text; BERT's also has one behind."""
+    """The special tokens that the tokenizer puts before a text; BERT's also puts one after it."""
     text = plain("a", tokenizer)
     whole: list[int] = tokenizer("a")["input_ids"]
     fits = (place for place in range(len(whole)) if whole[place : place + len(text)] == text)

@@ -204,7 +204,7 @@ class AdapterTrainerMixin(Trainer):
         if active_adapter(self.model) is None or not is_spread(self.model):
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        # In the one form that any number of processes can go on from, and without the base's weights.
+        # Unsharded, so that any number of processes can resume from it, and without the base's weights.
         state = whole_optimizer_state(self.optimizer)
         if self.args.should_save:
             torch.save(state, Path(output_dir) / "optimizer.pt")
@@ -247,7 +247,7 @@ class AdapterTrainerMixin(Trainer):
 
 
 def _trainable_when_quantised(model: Any) -> Any:
-    """Trainer refuses quantised models unless they are known to carry adapters; ours are not PEFT's, but adapters.
+    """Trainer refuses quantised models unless they carry PEFT's adapters; doratune's will do as well.
 
     Kinds that let no gradient through stay refused; of torchao's the layers know better than transformers.
     """
@@ -262,9 +262,9 @@ def _trainable_when_quantised(model: Any) -> Any:
 
 @contextlib.contextmanager
 def _resumable(model: Any, args: Any) -> Any:
-    """Trainer refuses checkpoints with models sharded while loading, as it could not save what their optimiser knows.
+    """Trainer refuses checkpoints of models that were sharded while loading, as it cannot save their optimiser's state.
 
-    An adapter's is saved here.
+    The state of an adapter's optimiser is saved here.
     """
     if args is None or not isinstance(model, nn.Module) or active_adapter(model) is None:
         yield

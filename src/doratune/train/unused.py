@@ -1,4 +1,4 @@
-"""Adapters that a loss never reaches: they stay as they started, and nothing else would tell."""
+"""Adapters without a gradient: they stay as they started, and nothing else would tell."""
 
 from __future__ import annotations
 

@@ -72,9 +72,10 @@ def _block_maker(reader: Reader, config: TrainConfig) -> Maker:
         left: array[int] = array("i")
         for example in _usable(reader, config, names, split):
             left += example.ids
-            while len(left) >= config.max_length:
-                yield {"input_ids": left[: config.max_length].tolist()}
-                left = left[config.max_length :]
+            used = len(left) // config.max_length * config.max_length
+            for start in range(0, used, config.max_length):
+                yield {"input_ids": left[start : start + config.max_length].tolist()}
+            left = left[used:]
 
     return make
 
