@@ -1,8 +1,8 @@
 """Models that compute with the weight of a layer past the layer itself, where an adapter would do nothing.
 
-What is known to be read so is left alone (``reader``), and so is what is called past its place in the model
-(``held_aside``). For the rest an adapted layer shows, in the place of its weight,
-an ``UnreadWeight``: it tells dtype, shape and device, and is an error in any computation.
+Layers known to be used so are left alone (``reader``), and so are layers that the model calls from elsewhere than their
+place in it (``held_aside``). Any other adapted layer shows an ``UnreadWeight`` as its weight: it tells dtype, shape and
+device, and is an error in any computation.
 """
 
 from __future__ import annotations

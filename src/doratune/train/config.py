@@ -180,7 +180,7 @@ class TrainConfig:
     """Length of the sample."""
 
     def __post_init__(self) -> None:
-        """Paths may be strings, a single source needs no tuple; tyro passes placeholders for what is still missing."""
+        """Paths may be strings, a single source needs no tuple; tyro passes its MISSING for what is not typed yet."""
         output: Any = self.output
         if isinstance(output, str):
             self.output = Path(output)
