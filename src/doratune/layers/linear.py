@@ -28,7 +28,7 @@ from doratune.ops.low_rank import as_rows, dense_low_rank, low_rank_update
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Dtypes of weights that mean what they say."""
 NOT_LINEAR = 0.1
-"""How far twice the input may be from twice the output, relatively: some layers round their input to few bits."""
+"""How far f(2 x) may be from 2 f(x), relatively: some layers round their input to few bits."""
 FEW_TOKENS = 64
 """Up to here 16-bit products cost more to start than float32 ones to compute (measured on CPUs: 46 us against 8)."""
 
