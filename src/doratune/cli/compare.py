@@ -181,7 +181,11 @@ def _print(findings: Findings, page: Path) -> None:
         )
     out.print(table)
     told = [sentences.about_gap(findings, gap) for gap in findings.gaps]
-    for line in (*told, sentences.about_edges(findings), *sentences.about_ranks(findings), *findings.problems):
+    ends = sentences.about_edges(findings)
+    if ends:
+        ends += " If you add some to the recipe's learning_rates, the same command tries them."
+    replaced = sentences.about_replaced(findings)
+    for line in (*told, ends, replaced, *sentences.about_ranks(findings), *findings.problems):
         if line:
             out.print(line, markup=False, highlight=False)
     say(out, f"Written to {page.parent}: {page.name}")

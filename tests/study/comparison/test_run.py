@@ -11,8 +11,10 @@ import doratune as dt
 from doratune.errors import DivergedError
 from doratune.study.comparison import run as module
 from doratune.study.comparison import storage
+from doratune.study.comparison.findings import find
 from doratune.study.comparison.process import KilledError
 from doratune.study.comparison.run import run_all
+from doratune.study.comparison.sentences import about_replaced
 from doratune.study.comparison.trials import Trial, size
 from study.comparison import simulated
 
@@ -63,6 +65,45 @@ def test_more_seeds_train_only_those(tmp_path, of, trained):
     more = dataclasses.replace(of, grid=dataclasses.replace(of.grid, seeds=4))
     run_all(more, opened(tmp_path, more), tmp_path)
     assert sorted(trained) == [(method, 1e-3, seed) for method in ("dora", "lora") for seed in (3, 4)]
+
+
+def with_rates(of, *rates, **more):
+    return dataclasses.replace(of, grid=dataclasses.replace(of.grid, learning_rates=rates, **more))
+
+
+def test_learning_rates_can_be_added(tmp_path, of, trained):
+    """The simulated accuracy is the rate: a higher one is the best, and tests are done again with it."""
+    run_all(of, opened(tmp_path, of), tmp_path)
+    assert not find(of, run_all(of, opened(tmp_path, of), tmp_path)).replaced
+    del trained[:]
+    more = with_rates(of, *of.grid.learning_rates, 2e-3)
+    found = find(more, run_all(more, opened(tmp_path, more), tmp_path))
+    assert sorted(trained) == [(method, 2e-3, seed) for method in ("dora", "lora") for seed in (0, 1, 2)]
+    assert {(one.key, rate): count for (one, rate), count in found.replaced.items()} == {
+        ("lora-4", 1e-3): 2,
+        ("dora-4", 1e-3): 2,
+    }
+    assert about_replaced(found).endswith(": 2 of LoRA rank 4 at 0.001, 2 of DoRA rank 4 at 0.001.")
+    assert found.as_json()["replaced"][0] == {"contestant": "lora-4", "learning_rate": 1e-3, "runs": 2}
+    assert [standing.scores.keys() for standing in found.standings] == [{1, 2}] * 2
+
+
+@pytest.mark.parametrize(
+    ("rates", "more"),
+    [((1e-3,), {}), ((2e-3, 3e-3), {}), ((1e-4, 1e-3, 2e-3), {"learning_rates_of": {"dora": (2e-3,)}})],
+)
+def test_learning_rates_cannot_be_taken_away(tmp_path, of, rates, more):
+    opened(tmp_path, of)()
+    with pytest.raises(dt.AdapterError, match=r"is of another recipe: (?s:.*) compare.learning_rates"):
+        opened(tmp_path, with_rates(of, *rates, **more))()
+    opened(tmp_path, of)()
+
+
+def test_one_method_alone_may_get_more_rates(tmp_path, of):
+    opened(tmp_path, of)()
+    opened(tmp_path, with_rates(of, *of.grid.learning_rates, learning_rates_of={"dora": (1e-4, 1e-3, 5e-3)}))()
+    with pytest.raises(dt.AdapterError, match="learning_rates_of was"):
+        opened(tmp_path, of)()
 
 
 def test_another_recipe_is_refused_by_name(tmp_path, of, trained):

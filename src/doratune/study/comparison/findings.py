@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics as plain
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +91,8 @@ class Findings:
     test_examples: int
     device: str
     problems: Sequence[str]
+    replaced: Mapping[tuple[Contestant, float], int]
+    """Test runs that do not count, by contestant and rate: that was the best before more rates were tried."""
 
     @property
     def runs(self) -> int:
@@ -132,6 +135,10 @@ class Findings:
             "rank_spreads": [dataclasses.asdict(one) for one in self.rank_spreads],
             "rank_difference": None if self.rank_difference is None else dataclasses.asdict(self.rank_difference),
             "problems": list(self.problems),
+            "replaced": [
+                {"contestant": one.key, "learning_rate": rate, "runs": count}
+                for (one, rate), count in self.replaced.items()
+            ],
         }
 
 
@@ -164,6 +171,21 @@ def find(comparison: Comparison, outcomes: Sequence[Outcome]) -> Findings:
         outcomes=over,
         device=results[0]["device"] if results else "",
         problems=[f"{name_of(comparison, o.trial)}: {o.problem}" for o in over if o.problem],
+        replaced=_replaced(comparison, outcomes, chosen),
+    )
+
+
+def _replaced(
+    comparison: Comparison, outcomes: Sequence[Outcome], chosen: Mapping[str, Chosen]
+) -> dict[tuple[Contestant, float], int]:
+    by_key = {one.key: one for one in comparison.contestants if one.key in chosen}
+    tested = [o.trial for o in outcomes if o.trial.stage == "test" and o.trial.contestant in by_key]
+    return dict(
+        Counter(
+            (by_key[trial.contestant], trial.learning_rate)
+            for trial in tested
+            if trial.learning_rate != chosen[trial.contestant].learning_rate
+        )
     )
 
 

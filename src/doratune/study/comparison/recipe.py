@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from doratune.errors import AdapterError
-from doratune.study.comparison.contestants import Contestant, Pair, contestants, pairs, problem_of, uneven
+from doratune.study.comparison.contestants import (
+    RANKED,
+    UNRANKED,
+    Contestant,
+    Pair,
+    contestants,
+    pairs,
+    problem_of,
+    uneven,
+)
 from doratune.train.config import AdapterOptions, TrainConfig
 from doratune.train.recipe import converted, describe, entries, find_recipe, fits, from_toml, read_toml
 from doratune.train.sources import path_of
@@ -55,7 +64,7 @@ class Grid:
         for name, rates in {"learning_rates": self.learning_rates, **self.learning_rates_of}.items():
             if not rates or any(not 0 < rate < 1e3 for rate in rates):
                 yield f"{name}: at least one learning rate above 0 is needed; found {list(rates)}"
-        known = ("lora", "dora", "magnitude", "full", "head")
+        known = (*RANKED, *UNRANKED)
         for name in self.learning_rates_of:
             if name not in known:
                 yield f"learning_rates_of: expected {', '.join(known)}; found {name!r}"

@@ -107,6 +107,14 @@ def about_edges(findings: Findings) -> str:
     return f"Best at an end of the learning rates that were tried, so that a better one may lie beyond: {who}."
 
 
+def about_replaced(findings: Findings) -> str:
+    """Test runs that were done before more learning rates were tried; "" if there are none."""
+    if not findings.replaced:
+        return ""
+    told = ", ".join(f"{count} of {one.name} at {rate:g}" for (one, rate), count in findings.replaced.items())
+    return f"Learning rates were added after scores were seen; left out are the test runs before: {told}."
+
+
 def sweep_mean(one: Standing, rate: float) -> float | None:
     """Mean score on evaluation data at a learning rate; None if a run diverged."""
     values = [value for value in one.sweep[rate] if value is not None]
@@ -152,7 +160,11 @@ def lead(findings: Findings) -> str:
     told = [verdict(findings, gap) for gap in shown]
     if len(told) > 3:
         told = [_summary(findings)]
-    return " ".join([*told, about_edges(findings)]).strip() if told else "There are too few runs for a difference."
+    return (
+        " ".join(filter(None, [*told, about_edges(findings), about_replaced(findings)]))
+        if told
+        else "There are too few runs for a difference."
+    )
 
 
 def _summary(findings: Findings) -> str:

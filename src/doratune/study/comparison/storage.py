@@ -13,6 +13,7 @@ from typing import Any
 
 from doratune.errors import AdapterError, first_line
 from doratune.extras import require
+from doratune.study.comparison.contestants import RANKED, UNRANKED
 from doratune.study.comparison.recipe import Comparison
 from doratune.study.comparison.trials import Outcome, Trial
 
@@ -22,6 +23,8 @@ AHEAD = 8
 """So many runs wait at a time: Optuna reads every one that is not over whenever it is asked."""
 TRIES = 6
 """To create the tables: two workers that do so at the same moment get in each other's way."""
+RATES = ("compare.learning_rates", "compare.learning_rates_of")
+"""Options of a recipe's identity."""
 RECIPE, RESULT, PROBLEM, KILLED = "recipe", "result", "problem", "killed"
 """Attributes of the study and of its trials."""
 
@@ -58,7 +61,7 @@ def open_study(url: str, name: str, comparison: Comparison, heartbeat: int = HEA
             time.sleep(0.2 * attempt)
     mine = comparison.identity()
     theirs = study.user_attrs.get(RECIPE)
-    if theirs is None:
+    if theirs is None or _adds_rates(theirs, mine):
         study.set_user_attr(RECIPE, mine)
     elif theirs != mine:
         what = f"study {name!r} in {_without_password(url)} is of another recipe"
@@ -66,6 +69,20 @@ def open_study(url: str, name: str, comparison: Comparison, heartbeat: int = HEA
             f"{what}: name another --output or --study, or undo the change", _differences(theirs, mine)
         )
     return study
+
+
+def _adds_rates(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
+    """Whether the recipes differ only in learning rates that mine tries besides theirs.
+
+    None can be taken away again: that would be to leave out what was seen.
+    """
+    if theirs == mine or any(theirs.get(key) != mine.get(key) for key in {*theirs, *mine} - set(RATES)):
+        return False
+    both, of_methods = RATES
+    return all(
+        set(theirs[of_methods].get(method, theirs[both])) <= set(mine[of_methods].get(method, mine[both]))
+        for method in (*RANKED, *UNRANKED)
+    )
 
 
 def _storage(optuna: Any, url: str, heartbeat: int, grace: int) -> Any:
