@@ -327,6 +327,28 @@ def test_disabled_nests_and_recovers_from_errors():
     assert torch.equal(output(model, x), moved)
 
 
+def test_the_base_as_a_model_of_its_own_shares_the_weights():
+    model = two_adapters()
+    x, before = ids(), snapshot(model)
+    base = dt.base_model(model)
+    assert torch.equal(output(base, x), output(tiny(), x))
+    assert_same(snapshot(model), before)
+    assert not holders(base)
+    assert not dt.trainable_parameters(base)
+    assert not base.training
+    own = {p.data_ptr() for p in model.parameters()} | {b.data_ptr() for b in model.buffers()}
+    assert all(tensor.data_ptr() in own for tensor in base.state_dict().values())
+    train(model, torch.optim.SGD(dt.trainable_parameters(model).values(), lr=0.1))
+    assert torch.equal(output(base, x), output(tiny(), x))
+    dt.detach(dt.attach(base, DORA))
+    assert not dt.trainable_parameters(base), "these weights are the frozen ones of the other"
+
+
+def test_a_model_without_adapters_is_itself_the_base():
+    with pytest.raises(dt.AdapterError, match="the model has no adapter: it is itself the base"):
+        dt.base_model(tiny())
+
+
 # Around training
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -11,12 +12,12 @@ import torch
 from torch import nn
 
 from doratune.config import AdapterConfig
-from doratune.distributed import is_fully_sharded, refuse_unattachable
+from doratune.distributed import is_fully_sharded, is_spread, refuse_unattachable
 from doratune.errors import AdapterError
 from doratune.layers import AdaptedLayer, AdapterHolder, AttentionHost, SavedModule, StandIn
 from doratune.layers.attention import AttentionProjection
 from doratune.layers.holder import plain
-from doratune.preparation import freeze, let_inputs_require_grad, prepare, thaw
+from doratune.preparation import freeze, keep_frozen, let_inputs_require_grad, prepare, thaw
 from doratune.targets import (
     WRAPPER_NAMES,
     Selection,
@@ -208,6 +209,31 @@ def disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for holder, enabled in before:
             holder.enabled = enabled
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The base as a model of its own, on the same weights: a reference beside the adapted one, for no more memory.
+
+    TRL's DPO and KTO take it as ``ref_model``. It is frozen and in evaluation mode; what changes the weights of one
+    changes those of both.
+
+    Raises:
+        AdapterError: if the model has no adapter, or its weights lie in parts on several processes.
+    """
+    root = unwrap(model)
+    if not holders(root):
+        raise AdapterError("the model has no adapter: it is itself the base; copy it, or attach an adapter first")
+    if is_spread(root):
+        raise AdapterError(
+            "the model's weights lie in parts on several processes, which a second model cannot share; load the base "
+            "again, or use dt.disabled(model)"
+        )
+    shared = {id(tensor): tensor for tensor in (*root.parameters(), *root.buffers())}
+    base: nn.Module = copy.deepcopy(root, shared)
+    for holder in holders(base):
+        unhold(base, holder)
+    keep_frozen(base)
+    return base.eval()
 
 
 @contextlib.contextmanager

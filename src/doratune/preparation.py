@@ -54,6 +54,11 @@ def trained_before(root: nn.Module) -> set[str]:
     return root.__dict__.get(_RECORD, set())
 
 
+def keep_frozen(root: nn.Module) -> None:
+    """Let ``thaw`` leave everything frozen: the weights belong to another model, too."""
+    root.__dict__[_RECORD] = set()
+
+
 def thaw(root: nn.Module) -> None:
     """Undo what ``attach`` set on the model as a whole; the adapters have to be gone."""
     trained = root.__dict__.pop(_RECORD, set())

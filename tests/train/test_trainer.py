@@ -230,6 +230,43 @@ def test_two_bases_one_mixin(tmp_path):
     assert trainer.train().global_step == 1
 
 
+def preferences(folder, kind, ref_model):
+    """TRL's DPO or KTO on a native model whose reference is the same model's base."""
+    import trl
+
+    from doratune.train import AdapterTrainerMixin
+
+    class Preferring(AdapterTrainerMixin, getattr(trl, f"{kind}Trainer")):
+        pass
+
+    columns = {name: [words(6, 3 * seed + i) for seed in range(32)] for i, name in enumerate(("chosen", "rejected"))}
+    if kind == "KTO":
+        columns = {"completion": columns["chosen"], "label": [True, False] * 16}
+    pairs = datasets.Dataset.from_dict({"prompt": [f"{words(4, seed)} " for seed in range(32)], **columns})
+    args = settings(folder, getattr(trl, f"{kind}Config"), bf16=False, max_length=32, logging_steps=1)
+    model = dt.attach(llama(), dt.AdapterConfig(rank=4, alpha=8))
+    reference = ref_model(model)
+    return Preferring(model, reference, args, train_dataset=pairs, processing_class=tokenizer())
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_.*able. is deprecated:FutureWarning")  # TRL's own calls
+@pytest.mark.parametrize("kind", ["DPO", "KTO"])
+def test_the_base_is_the_reference_of_trls_trainers(tmp_path, kind):
+    trainers = [preferences(tmp_path / how.__name__, kind, how) for how in (dt.base_model, loaded_again)]
+    for trainer in trainers:
+        trainer.train()
+    shared, apart = ([entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in trainers)
+    assert shared == apart
+    assert len(set(shared)) > 1
+    for before, after in zip(llama().parameters(), trainers[0].ref_model.parameters(), strict=True):
+        assert torch.equal(before, after)
+
+
+def loaded_again(model):
+    """What takes the memory of a second model."""
+    return llama()
+
+
 def test_300_steps_leave_nothing_behind(tmp_path):
     alive = []
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,7 @@ class AdapterTrainerMixin(Trainer):
         self.magnitude_weight_decay = magnitude_weight_decay
         self.lora_plus_ratio = lora_plus_ratio
         self._has_looked_for_unused = False
-        with _keeping_masters(model), _resumable(model, kwargs.get("args", args[0] if args else None)):
+        with _keeping_masters(model), _resumable(model, [*args, *kwargs.values()]):
             super().__init__(_trainable_when_quantised(model), *args, **kwargs)
         refuse_unserved(self)
         _refuse_bypassed_head(self.model)
@@ -261,11 +262,13 @@ def _trainable_when_quantised(model: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _resumable(model: Any, args: Any) -> Any:
+def _resumable(model: Any, given: Sequence[Any]) -> Any:
     """Trainer refuses checkpoints of models that were sharded while loading, as it cannot save their optimiser's state.
 
-    The state of an adapter's optimiser is saved here.
+    The state of an adapter's optimiser is saved here. Trainers differ in where their arguments stand.
     """
+    kind = require("transformers").TrainingArguments
+    args = next((one for one in given if isinstance(one, kind)), None)
     if args is None or not isinstance(model, nn.Module) or active_adapter(model) is None:
         yield
         return
