@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from doratune.config import matches, without_vain_options
+from doratune.config import AdapterConfig, matches, without_vain_options
 from doratune.contents import BIAS, METADATA, PREFIX, Contents, read_contents
 from doratune.distributed import is_first, is_spread, processes
 from doratune.errors import AdapterError
@@ -179,20 +179,30 @@ def load_adapter(
     Raises:
         AdapterError: listing the problems by file, key and field, the first ten of many; the model is then unchanged.
     """
-    root, folder = unwrap(model), Path(folder)
-    contents = read_adapter(root, folder)
+    root = unwrap(model)
+    contents = read_adapter(root, Path(folder))
+    config = config_of(root, contents)
+    attach_filled(root, contents, replace(config, method="dora") if as_dora else config, name, trainable=trainable)
+    return model
+
+
+def config_of(root: nn.Module, contents: Contents) -> AdapterConfig:
+    """Options that attach to this model what a file holds."""
     modules = plain_modules(root)
     # PEFT lists heads that some other model might have.
     names = [name for name in contents.config.modules_to_save if any(matches(path, [name]) for path in modules)]
     if {path for path in modules if matches(path, names)} != contents.whole:
         names = sorted(contents.whole)
-    config = replace(
+    return replace(
         without_vain_options(contents.config, contents.layers),  # PEFT passes over patterns that fit nothing
-        method="dora" if as_dora else contents.config.method,
         targets=as_targets(list(contents.layers), modules),
         exclude=(),
         modules_to_save=names,
     )
+
+
+def attach_filled(root: nn.Module, contents: Contents, config: AdapterConfig, name: str, *, trainable: bool) -> None:
+    """Attach an adapter on the layers of a file, with the file's values; if that fails, the model is unchanged."""
     before = active_adapter(root)
     attach(root, config, name, trainable=trainable)
     try:
@@ -202,7 +212,6 @@ def load_adapter(
         if before is not None:
             set_adapter(root, before)
         raise
-    return model
 
 
 def read_adapter(root: nn.Module, folder: Path) -> Contents:

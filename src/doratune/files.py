@@ -137,19 +137,34 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def inner_folder(folder: Path) -> str:
+    """Runs keep what they trained one folder further down: a hint that names it."""
+    found = [path for path in (folder / "adapter" / CONFIG, folder / "model" / "config.json") if path.is_file()]
+    return f" (did you mean {found[0].parent}?)" if found else ""
+
+
+def weights_file(folder: Path) -> Path:
+    """Where ``adapter_model.safetensors`` is.
+
+    Raises:
+        AdapterError: if it is missing.
+    """
+    path = folder / WEIGHTS
+    if path.is_file():
+        return path
+    if (folder / PICKLED).exists():
+        raise AdapterError(
+            f"{folder} holds {PICKLED}, a pickle file, which can run code and is never read; "
+            f"save the adapter as {WEIGHTS} with the program that made it"
+        )
+    raise AdapterError(f"{folder} has no {WEIGHTS}")
+
+
 def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read ``adapter_model.safetensors``: tensors on the CPU, and the file's metadata.
 
     Raises:
         AdapterError: if the file is missing, truncated or no safetensors file.
     """
-    path = folder / WEIGHTS
-    if not path.is_file():
-        if (folder / PICKLED).exists():
-            raise AdapterError(
-                f"{folder} holds {PICKLED}, a pickle file, which can run code and is never read; "
-                f"save the adapter as {WEIGHTS} with the program that made it"
-            )
-        raise AdapterError(f"{folder} has no {WEIGHTS}")
-    with opened(path) as file:
+    with opened(weights_file(folder)) as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -274,3 +274,27 @@ def test_a_run_of_two_processes_comes_to_its_end(tmp_path, more):
         assert torch.allclose(theirs(IDS).logits, logits, atol=1e-5)
         with dt.disabled(ours):
             assert not torch.allclose(ours(IDS).logits, logits, atol=1e-6), "the adapter was written before it learnt"
+
+
+def test_parts_of_a_model_go_on_from_an_adapter(tmp_path):
+    save_model(tmp_path / "model")
+    write_text(tmp_path / "text.txt")
+    model = dt.attach(load_tiny(), dt.AdapterConfig(method="lora", rank=4))
+    with torch.no_grad():
+        for parameter in dt.trainable_parameters(model).values():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    dt.save_adapter(model, tmp_path / "lora")
+    data = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "text.txt"), "--max-length", "16"]
+    options = [*data, "--steps", "2", "--batch-size", "2", "--start-from", str(tmp_path / "lora")]
+    found = []
+    for number, program in enumerate(([sys.executable], LAUNCH), 1):
+        arguments = [*options, "--output", str(tmp_path / str(number)), *["--fsdp"][: number - 1]]
+        whole = [*program, "-m", "doratune", "train", *arguments]
+        run = subprocess.run(whole, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        assert run.returncode == 0, run.stderr[-3000:]
+        found.append(json.loads((tmp_path / str(number) / "results.json").read_text()))
+    one, two = found
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert two["loss_before"] == pytest.approx(one["loss_before"], rel=1e-6)
+    assert two["loss_after"] < two["loss_before"]
+    assert two["magnitude"] == one["magnitude"] > 0

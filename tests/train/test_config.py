@@ -59,6 +59,7 @@ def test_one_word_that_is_no_name_is_an_expression(targets, expected):
         ("method head", {"method": "head"}),
         (None, {"method": "head", "task": "text-classification"}),
         ("modules_to_save", {"adapter": AdapterOptions(modules_to_save=("lm_head",))}),
+        (None, {"adapter": AdapterOptions(modules_to_save=("score",)), "task": "text-classification"}),
         ("bias all", {"adapter": AdapterOptions(bias="all")}),
         (None, {"adapter": AdapterOptions(bias="lora_only")}),
     ],

@@ -4,7 +4,8 @@ import pytest
 
 from doratune.cli import main
 from doratune.train import AdapterOptions, TrainConfig
-from doratune.train.without_effect import ADAPTER, LOW_RANK, MAGNITUDE, OF_TASKS, without_effect
+from doratune.train.start import OF_THE_RUN
+from doratune.train.without_effect import ADAPTER, DECIDED, LOW_RANK, MAGNITUDE, OF_TASKS, without_effect
 
 ALL = {f.name for kind in (TrainConfig, AdapterOptions) for f in dataclasses.fields(kind)}
 
@@ -15,7 +16,7 @@ def found(flags, **options):
 
 
 def test_every_name_is_an_option():
-    assert {*ADAPTER, *LOW_RANK, *MAGNITUDE, *(name for names in OF_TASKS.values() for name in names)} <= ALL
+    assert {*ADAPTER, *LOW_RANK, *MAGNITUDE, *DECIDED, *(name for names in OF_TASKS.values() for name in names)} <= ALL
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,11 @@ def test_by_task_and_other_options():
     assert found(others, steps=2, eval_data=("e",), test_data=("t",)) == others
     assert found(others) == {"sample_tokens", "double_quant"}
     assert found(others, streaming=True, steps=2, prompt="a", quantize="nf4") == {"epochs", "eval_fraction"}
+
+
+def test_an_adapter_to_begin_with_decides_what_it_is():
+    assert found({*DECIDED, *OF_THE_RUN, "method"}, start_from="run/adapter") == set(DECIDED)
+    assert {*DECIDED, *OF_THE_RUN, "lora_plus_ratio", "magnitude_learning_rate", "magnitude_weight_decay"} == {*ADAPTER}
 
 
 @pytest.mark.parametrize(

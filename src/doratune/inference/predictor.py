@@ -12,9 +12,9 @@ import torch
 from doratune.checkpoint import load_adapter
 from doratune.errors import AdapterError
 from doratune.extras import require
-from doratune.files import read_config, read_weights
+from doratune.files import inner_folder, read_config, read_weights
 from doratune.inference.inputs import Input
-from doratune.inference.sources import NAMED, inner_folder, is_model, loading_base, tokenizer_source
+from doratune.inference.sources import NAMED, is_model, loading_base, tokenizer_source
 from doratune.targets import HEAD_NAMES
 from doratune.train.device import explaining_memory, to_device
 from doratune.train.information import Information

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from doratune.errors import AdapterError
-from doratune.files import CONFIG, read_weights
+from doratune.files import CONFIG, inner_folder, read_weights
 from doratune.train.information import Information
-from doratune.train.models import CLASSIFIERS, NAMELESS, base_name, model_problem
+from doratune.train.models import CLASSIFIERS, NAMELESS, base_name, model_problem, place_of
 
 BASE = "base"
 """What the model without any adapter is called."""
@@ -61,7 +61,7 @@ def find_sources(folders: Sequence[str], base: str | None = None) -> Sources:
             named[name] = found
     if base is None and not folders:
         problems.append("name an adapter's folder, or a model with --base")
-    if len({_place(model) for model in named.values()}) > 1:
+    if len({place_of(model) for model in named.values()}) > 1:
         listed = ", ".join(f"{name} of {model}" for name, model in named.items())
         problems.append(f"the adapters name different base models ({listed}); give the one to use with --base")
     chosen = base or next(iter(named.values()), "")
@@ -104,18 +104,6 @@ def _refuse_classifier(folder: Path) -> None:
     about = Information.load(folder)
     if about and about.task in CLASSIFIERS:
         raise AdapterError(f"{folder} was trained for {about.task}; use doratune predict {folder} FILES...")
-
-
-def _place(model: str) -> str:
-    """Where a base is: one folder may have several names."""
-    folder = Path(model).expanduser()
-    return str(folder.resolve()) if folder.exists() else model
-
-
-def inner_folder(folder: Path) -> str:
-    """Runs keep what they trained one folder further down: a hint that names it."""
-    found = [path for path in (folder / "adapter" / CONFIG, folder / "model" / "config.json") if path.is_file()]
-    return f" (did you mean {found[0].parent}?)" if found else ""
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from doratune.train.output import CHECKPOINTS, METRICS, TENSORBOARD
 from doratune.train.packing import refuse_leaks
 from doratune.train.placement import loading_options, take_own_gpu
 from doratune.train.processes import is_first_asked, processes_asked
+from doratune.train.start import attach_start
 from doratune.train.tasks.batches import Packed, Padded
 from doratune.train.tasks.prepared import Prepared
 from doratune.train.token_mean import TokenMean
@@ -44,7 +45,9 @@ def make_model(config: TrainConfig, prepared: Prepared, dtype: torch.dtype) -> t
         model = to_device(model)  # norms of large weights are found there in no time
     require("transformers").set_seed(config.seed)
     adapter = config.adapter_config(head)
-    if adapter is not None:
+    if config.start_from is not None:
+        attach_start(model, config, head)
+    elif adapter is not None:
         attach(model, adapter)
     elif config.method == "head":
         train_only(model, head)

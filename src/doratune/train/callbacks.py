@@ -74,7 +74,7 @@ class MetricsFile(TrainerCallback):
     @staticmethod
     def _hopeless(what: str, step: int) -> str:
         if step == 0:
-            return f"{what} before training: the base model itself gives that on these data; try dtype float32"
+            return f"{what} before training: the model itself gives that on these data; try dtype float32"
         advice = "Try a lower learning_rate, a longer warmup, or dtype float32"
         return f"{what} at step {step}: training cannot recover. {advice}"
 

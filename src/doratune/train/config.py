@@ -16,6 +16,7 @@ import tyro
 from doratune.config import ALL_LINEAR, AdapterConfig, Method
 from doratune.errors import AdapterError
 from doratune.extras import installed
+from doratune.targets import HEAD_NAMES
 from doratune.train.processes import processes_asked
 
 TaskName = Literal["text-generation", "text-classification", "image-classification"]
@@ -70,6 +71,9 @@ class TrainConfig:
     """dora; lora; magnitude: row magnitudes only; full: every weight; head: the output head only (linear probe)."""
     adapter: Annotated[AdapterConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=AdapterOptions)
     """The adapter."""
+    start_from: str | None = None
+    """Folder of an adapter (PEFT's format) whose values training begins with; a plain LoRA becomes DoRA with --method
+    dora."""
 
     eval_data: tuple[str, ...] = ()
     """What to measure on; none: a part of the data is held out."""
@@ -282,7 +286,8 @@ def _trained_in_base_dtype(c: TrainConfig) -> str | None:
     """What is, as adapters and the new heads of classifiers are not."""
     if c.method == "full" or (c.method == "head" and c.task == "text-generation"):
         return f"method {c.method}"
-    if c.is_adapter and c.adapter.modules_to_save:
+    heads = HEAD_NAMES if c.task != "text-generation" else ()
+    if c.is_adapter and not set(c.adapter.modules_to_save) <= set(heads):
         return "modules_to_save"
     return "bias all" if c.is_adapter and c.adapter.bias == "all" else None
 

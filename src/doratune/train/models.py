@@ -50,6 +50,12 @@ def model_problem(name: str) -> str | None:
     return None
 
 
+def place_of(name: str) -> str:
+    """Where a model is: one folder may have several names."""
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.exists() else name
+
+
 def load_model(
     name: str,
     dtype: torch.dtype | str = "auto",

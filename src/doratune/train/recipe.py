@@ -15,6 +15,7 @@ from doratune import __version__
 from doratune.errors import AdapterError
 from doratune.files import write_whole
 from doratune.train.config import AdapterOptions, TrainConfig
+from doratune.train.start import decided, resolved
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -196,14 +197,15 @@ def differences(path: Path, config: TrainConfig) -> list[str]:
 
 
 def explain(config: TrainConfig, flags: Collection[str]) -> str:
-    """All options as a recipe, each with where its value comes from: a flag that was typed, the recipe or default."""
+    """All options as a recipe, each with where its value comes from: start_from, a flag, the recipe or default."""
     given: set[str] = set()
     if config.recipe is not None:
         raw = read_toml(find_recipe(config.recipe))
         given = {key.replace("-", "_") for key in (*raw, *raw.get("adapter", {}))}
     lines = []
-    for key, value in entries(config).items():
-        source = "flag" if key in flags else "recipe" if key in given else "default"
+    sources = {"start_from": decided(config), "flag": flags, "recipe": given}
+    for key, value in entries(resolved(config)).items():
+        source = next((source for source, keys in sources.items() if key in keys), "default")
         lines.append((f"{key} = {as_toml(value)}", source))
     width = max(len(line) for line, _ in lines if len(line) < 60)
     return "\n".join(f"{line:<{width}}  # {source}" for line, source in lines)

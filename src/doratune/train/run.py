@@ -12,7 +12,7 @@ from doratune.errors import AdapterError
 from doratune.extras import require
 from doratune.files import output_problem
 from doratune.summary import Summary
-from doratune.train import recipe
+from doratune.train import recipe, start
 from doratune.train.assemble import autocast, make_model, make_trainer, precision
 from doratune.train.checkpoints import checkpoints, find_last, remove_incomplete
 from doratune.train.config import TrainConfig
@@ -43,7 +43,7 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
             cannot be loaded or adapted, or training fails for a reason that is understood.
         KeyboardInterrupt: on Ctrl-C or SIGTERM; in the loop the step is finished, and its checkpoint written.
     """
-    if found := problems(config):
+    if found := problems(config) or ([] if config.recipe else start.overruled(config)):
         raise AdapterError.of("these options cannot work", found)
     require("transformers")
     from rich.console import Console
@@ -62,6 +62,9 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
     def say(line: str) -> None:
         console.print(line, emoji=False, markup=False, highlight=False, soft_wrap=True)
 
+    for line in start.described(config):
+        say(line)
+    config = start.resolved(config)
     dtype = choose_dtype(config.dtype, not config.is_adapter)
     if far := [name for name in (config.model, *config.data, *config.eval_data) if not path_of(name).exists()]:
         say(f"not here, so looked for on the hub: {', '.join(far)}")
@@ -124,7 +127,9 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
 
 def problems(config: TrainConfig) -> list[str]:
     """What can be found wrong before anything large is loaded."""
-    found = [*config.problems(), *task_of(config.task).problems(config)]
+    found = list(start.problems(config))
+    whole = config if found else start.resolved(config)
+    found += [*whole.problems(), *task_of(config.task).problems(config)]
     problem = model_problem(config.model) if config.model else None
     if problem:
         found.append(problem)
@@ -148,6 +153,11 @@ def problems(config: TrainConfig) -> list[str]:
             f"optimizer was {was} when the run began, is {config.optimizer}: it cannot go on with the other's state; "
             "leave it as it was, or begin in another output"
         )
+    elif config.resume and (was := _other(config, "start_from")) and "none" in (was, config.start_from or "none"):
+        found.append(
+            f"start_from was {was} when the run began, is {config.start_from or 'none'}: what the held-out loss is "
+            "compared with would be another; leave it as it was, or begin in another output"
+        )
     elif not config.resume and output.is_dir() and any(output.iterdir()):
         found.append(f"output {output} is not empty; name another folder, or go on with what is there: --resume")
     return found
@@ -158,8 +168,8 @@ def _other(config: TrainConfig, option: str) -> str | None:
     path = config.output / RECIPE
     if find_last(config.output / CHECKPOINTS)[0] is None or not path.is_file():
         return None
-    was: str = recipe.load_recipe(path).get(option, getattr(TrainConfig, option))
-    return was if was != getattr(config, option) else None
+    was = recipe.load_recipe(path).get(option, getattr(TrainConfig, option))
+    return str(was or recipe.NOTHING) if was != getattr(config, option) else None
 
 
 def _finished(config: TrainConfig) -> str | None:
@@ -225,7 +235,7 @@ def _fit(
     trainer.add_callback(interruption)
     if config.resume:
         trainer.add_callback(OnceBegun(lambda: _resumed(config, trainer.state)))
-    start = time.perf_counter()
+    began = time.perf_counter()
     last, _ = find_last(config.output / CHECKPOINTS)
     try:
         trainer.train(resume_from_checkpoint=str(last) if config.resume and last else None)
@@ -235,7 +245,7 @@ def _fit(
     finally:
         progress.close()
         interruption.close()
-    return time.perf_counter() - start, speed
+    return time.perf_counter() - began, speed
 
 
 def _resumed(config: TrainConfig, state: Any) -> None:

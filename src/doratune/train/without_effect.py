@@ -13,6 +13,11 @@ from doratune.train.config import AdapterOptions, TrainConfig
 LOW_RANK = ("rank", "alpha", "dropout", "rank_pattern", "alpha_pattern", "rank_stabilized", "init", "lora_plus_ratio")
 MAGNITUDE = ("norm_gradient", "norm_refresh", "eight_bit_outputs", "magnitude_learning_rate", "magnitude_weight_decay")
 ADAPTER = (*(f.name for f in dataclasses.fields(AdapterOptions) if f.name != "method"), *LOW_RANK, *MAGNITUDE)
+DECIDED = (
+    *("rank", "alpha", "targets", "exclude", "rank_pattern", "alpha_pattern", "rank_stabilized", "init", "bias"),
+    "modules_to_save",
+)
+"""What the file of an adapter says that training begins with; its other options say how it is trained."""
 WRITTEN = ("prompt_column", "completion_column", "messages_column", "prompt_template", "as_chat", "packing", "loss_on")
 IMAGES = ("image_column", "image_size")
 OF_TASKS = {
@@ -37,6 +42,8 @@ def _reasons(c: TrainConfig) -> Iterator[tuple[str, Collection[str]]]:
         yield "method magnitude trains neither A nor B", (*LOW_RANK, "norm_gradient")
     elif c.method == "lora":
         yield "method lora has no magnitudes", MAGNITUDE
+    if c.is_adapter and c.start_from is not None:
+        yield "the adapter of start_from has its own", DECIDED
     yield f"the task is {c.task}", OF_TASKS[c.task]
     if c.messages_column:
         yield "messages_column is given", ("prompt_column", "completion_column", "prompt_template", "text_column")

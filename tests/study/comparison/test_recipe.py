@@ -57,6 +57,11 @@ def test_a_single_problem_comes_with_the_recipe_named_once(tmp_path):
     assert str(caught.value) == f"recipe {tmp_path / 'recipe.toml'}: steps: expected whole number or 'none', found True"
 
 
+def test_an_adapter_to_begin_with_is_refused(tmp_path):
+    with pytest.raises(dt.AdapterError, match="start_from: the methods and ranks that are compared begin afresh"):
+        load(write(tmp_path, run=RUN + 'start_from = "run/adapter"\n'))
+
+
 def test_every_problem_is_listed(tmp_path):
     compare = 'methods = ["lora r"]\nseed = 3\nranks = "8"\nlearning_rates = [0]'
     with pytest.raises(dt.AdapterError) as caught:

@@ -25,7 +25,9 @@ from doratune.train.config import AdapterOptions, TrainConfig
 from doratune.train.recipe import converted, describe, entries, find_recipe, fits, from_toml, read_toml
 from doratune.train.sources import path_of
 
-NOT_COMPARED = ("output", "resume", "seed", "learning_rate", "method", "rank", "alpha", "log_every", "workers")
+NOT_COMPARED = (
+    *("output", "resume", "seed", "learning_rate", "method", "rank", "alpha", "start_from", "log_every", "workers"),
+)
 """Options of a run that a comparison sets itself, or that change no result."""
 
 
@@ -191,6 +193,8 @@ def _of_the_run(train: TrainConfig) -> Iterator[str]:
         yield "test_data or test_fraction is needed: learning rates are chosen on the evaluation data, scores are not"
     if train.adapter.rank < 1:
         yield f"rank must be at least 1, for alpha / rank; found {train.adapter.rank}"
+    if train.start_from is not None:
+        yield "start_from: the methods and ranks that are compared begin afresh; leave it out"
     if train.prompt is not None:
         yield "prompt asks for samples, which a comparison does not make"
 

@@ -65,7 +65,7 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
         gather(rows(data, split), use, config, say) if data else None
         for data, split in ((config.eval_data, config.eval_split), (config.test_data, config.test_split))
     )
-    names, examples, others, test = divided(examples, own, own_test, config)
+    names, examples, others, test = divided(examples, own, own_test, config, say)
     train_set, held_out, tested = (
         _encoded(part, names, tokenizer, config.max_length, say) if part else None for part in (examples, others, test)
     )

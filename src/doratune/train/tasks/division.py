@@ -6,19 +6,20 @@ from typing import Any
 
 from doratune.errors import AdapterError
 from doratune.train.config import TrainConfig
-from doratune.train.gather import set_aside
+from doratune.train.gather import Say, set_aside
 from doratune.train.labels import ordered, refuse_unknown
+from doratune.train.start import classes
 
 
 def divided(
-    found: list[Any], others: list[Any] | None, test: list[Any] | None, config: TrainConfig
+    found: list[Any], others: list[Any] | None, test: list[Any] | None, config: TrainConfig, say: Say
 ) -> tuple[tuple[str, ...], list[Any], list[Any], list[Any]]:
     """The classes, and the examples of each part; a part that is None is set aside from those to train on.
 
     Raises:
         AdapterError: if there are fewer than two classes, a part has others, or nothing is left to measure on.
     """
-    names = ordered(one.label for one in found)
+    names = classes(config, ordered(one.label for one in found), say)
     if test is None:
         found, test = set_aside(found, config.test_fraction, lambda one: names.index(one.label))
     if others is None:

@@ -54,7 +54,7 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
         _gathered(names, config, split, "test", say, {}) if names else None
         for names, split in ((eval_data, config.eval_split), (config.test_data, config.test_split))
     )
-    names, found, others, test = divided(found, own, own_test, config)
+    names, found, others, test = divided(found, own, own_test, config, say)
     forward = _forward_options(config, size)
     told = f", {len(test)} to test on" if test else ""
     say(
