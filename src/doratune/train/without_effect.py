@@ -10,13 +10,11 @@ from collections.abc import Collection, Iterator
 
 from doratune.train.config import AdapterOptions, TrainConfig
 
-LOW_RANK = ("rank", "alpha", "dropout", "rank_pattern", "alpha_pattern", "rank_stabilized", "init", "lora_plus_ratio")
+SIZES = ("rank", "alpha", "rank_pattern", "alpha_pattern", "rank_stabilized")
+LOW_RANK = (*SIZES, "dropout", "init", "lora_plus_ratio")
 MAGNITUDE = ("norm_gradient", "norm_refresh", "eight_bit_outputs", "magnitude_learning_rate", "magnitude_weight_decay")
 ADAPTER = (*(f.name for f in dataclasses.fields(AdapterOptions) if f.name != "method"), *LOW_RANK, *MAGNITUDE)
-DECIDED = (
-    *("rank", "alpha", "targets", "exclude", "rank_pattern", "alpha_pattern", "rank_stabilized", "init", "bias"),
-    "modules_to_save",
-)
+DECIDED = (*SIZES, "init", "targets", "exclude", "bias", "modules_to_save")
 """What the file of an adapter says that training begins with; its other options say how it is trained."""
 WRITTEN = ("prompt_column", "completion_column", "messages_column", "prompt_template", "as_chat", "packing", "loss_on")
 IMAGES = ("image_column", "image_size")

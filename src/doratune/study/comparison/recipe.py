@@ -25,9 +25,8 @@ from doratune.train.config import AdapterOptions, TrainConfig
 from doratune.train.recipe import converted, describe, entries, find_recipe, fits, from_toml, read_toml
 from doratune.train.sources import path_of
 
-NOT_COMPARED = (
-    *("output", "resume", "seed", "learning_rate", "method", "rank", "alpha", "start_from", "log_every", "workers"),
-)
+SET_FOR_EACH = ("output", "resume", "seed", "learning_rate", "method", "rank", "alpha")
+NOT_COMPARED = (*SET_FOR_EACH, "start_from", "log_every", "workers")
 """Options of a run that a comparison sets itself, or that change no result."""
 
 
