@@ -1,6 +1,7 @@
 """A DoRA adapter's folder as a plain LoRA adapter's: what is printed, what lies in it, what is refused."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -65,6 +66,19 @@ def test_the_table(adapter, tmp_path, capsys):
         assert part in said
     assert f"written to {tmp_path / 'lora'}\n" in said
     assert "LoRA adapter of rank 16 (0.0 MB, was 0.0)" in said
+
+
+def test_it_says_when_the_whole_model_is_not_compared(adapter, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("doratune.cli.convert.random_inputs", lambda model: {})
+    assert convert(adapter, tmp_path / "lora") == 0
+    printed, status = capsys.readouterr()
+    printed = " ".join(re.sub(r"\x1b\[[\d;]*m", "", printed).split())
+    assert "the whole model was not compared" in printed
+    assert "logits" not in printed
+    for part in ("Loading", "Fitting", "Writing"):
+        assert part in status
 
 
 def test_it_writes_what_the_adapter_writes(adapter, tmp_path, capsys):
