@@ -107,7 +107,8 @@ def test_flags_of_commands_are_there(capsys):
                 known[command] = set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out))
             flags = set(re.findall(r"--[a-z0-9-]+", rest.partition("#")[0]))
             assert flags <= known[command], (page.name, command)
-    assert set(known) == {"train", "generate", "predict", "inspect", "analyze", "merge", "compare", "estimate", "bench"}
+    used = {"train", "generate", "predict", "inspect", "analyze", "merge", "convert", "compare", "estimate", "bench"}
+    assert set(known) == used
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -5,6 +5,7 @@ from types import ModuleType
 
 from doratune.checkpoint import load_adapter, save_adapter
 from doratune.config import AdapterConfig
+from doratune.convert import Conversion, LayerFit, convert_to_lora
 from doratune.errors import AdapterError
 from doratune.merge import MergeCheck, merge, verify_merge
 from doratune.model import (
@@ -27,12 +28,15 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterConfig",
     "AdapterError",
+    "Conversion",
+    "LayerFit",
     "MergeCheck",
     "Summary",
     "active_adapter",
     "adapter_names",
     "attach",
     "base_model",
+    "convert_to_lora",
     "delete_adapter",
     "detach",
     "disabled",

@@ -77,19 +77,25 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
         "init": config.init,
     }
     options = to_peft(root, config, layers, saved, transposed)
-    inexpressible = {
-        layer.kind.file_refusal(layer.base_layer): path
+    for reason, path in inexpressible(root, name).items():
+        options["peft_type"] = OWN_TYPE
+        log.warning("%s is written for doratune only. %s: %s", folder, path, reason)
+    write_adapter(Path(folder), tensors, options, {METADATA: json.dumps(own)})
+
+
+def inexpressible(root: nn.Module, name: str) -> dict[str, str]:
+    """Why PEFT and all that read its format cannot have an adapter, each reason with a layer that it holds for."""
+    layers = {path: layer for path, layer in adapted_layers(root).items() if name in layer.adapters}
+    found = {
+        reason: path
         for path, layer in layers.items()
-        if layer.kind.file_refusal(layer.base_layer) is not None
+        if (reason := layer.kind.file_refusal(layer.base_layer)) is not None
     }
     redirected = taken_for_experts(root, layers)
     if redirected:
         names = ", ".join(sorted({path.rpartition(".")[2] for path in redirected}))
-        inexpressible[f"PEFT takes {names} of a {root.config.model_type} for its experts'"] = redirected[0]  # type: ignore[union-attr]
-    for reason, path in inexpressible.items():
-        options["peft_type"] = OWN_TYPE
-        log.warning("%s is written for doratune only. %s: %s", folder, path, reason)
-    write_adapter(Path(folder), tensors, options, {METADATA: json.dumps(own)})
+        found[f"PEFT takes {names} of a {root.config.model_type} for its experts'"] = redirected[0]  # type: ignore[union-attr]
+    return found
 
 
 def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:

@@ -52,7 +52,7 @@ def merged_weight(layer: AdaptedLayer, name: str) -> Tensor:
     A, B, _ = layer.whole_parts(name)
     parts = []
     with without_autocast(rows.stored.device):
-        g = _exact_scale(layer, name)
+        g = exact_scale(layer, name)
         if g is not None and rows.part is not None:
             g = g[rows.part[0]]
         if A is not None and B is not None:
@@ -70,7 +70,8 @@ def merged_weight(layer: AdaptedLayer, name: str) -> Tensor:
     return merged if rows.part is None else sharded.as_part_of(rows.stored, merged)
 
 
-def _exact_scale(layer: AdaptedLayer, name: str) -> Tensor | None:
+def exact_scale(layer: AdaptedLayer, name: str) -> Tensor | None:
+    """g of one adapter, float32 ``[out]``, from a norm of dense tiles; None without magnitudes."""
     if name not in layer.magnitude:
         return None
     return row_norm.row_scale(sharded.whole(layer.magnitude[name]), layer.squared_norm(name), layer.base_squared())

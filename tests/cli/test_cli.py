@@ -311,7 +311,7 @@ def test_merge_prints_a_table_without_json(adapter, assets, tmp_path, capsys, mo
 def test_merge_says_when_the_whole_model_is_not_compared(adapter, assets, tmp_path, capsys, monkeypatch):
     from doratune.cli import merge
 
-    monkeypatch.setattr(merge, "_inputs", lambda model: {})
+    monkeypatch.setattr(merge, "random_inputs", lambda model: {})
     arguments = ["merge", str(adapter), "--base", str(assets[0]), "--output", str(tmp_path / "m"), "--verify"]
     assert main(arguments) == 0
     assert "the whole model was not compared" in " ".join(capsys.readouterr().out.split())

@@ -179,6 +179,7 @@ def test_what_is_not_served_is_refused_by_name(two):
     assert "attach before fully_shard" in found["attach to FSDP2"]
     assert "accelerate runs it on accelerators only" in found["FSDP2 on a CPU"]
     assert "doratune merge" in found["merge under FSDP2"]
+    assert "doratune convert" in found["convert under FSDP2"]
 
 
 def test_weights_that_deepspeed_has_taken_away_are_refused():

@@ -156,6 +156,7 @@ def refused() -> dict[str, str]:
     model = attached(load(MODEL))
     fully_shard(model)
     attempt("merge under FSDP2", lambda: dt.merge(model))
+    attempt("convert under FSDP2", lambda: dt.convert_to_lora(model))
     return found
 
 

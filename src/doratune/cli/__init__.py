@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import tyro
 
 from doratune import __version__
-from doratune.cli import analyze, bench, compare, estimate, generate, inspect, merge, nothing, predict, train
+from doratune.cli import analyze, bench, compare, convert, estimate, generate, inspect, merge, nothing, predict, train
 from doratune.errors import AdapterError, Interrupted
 
 RUNNERS: dict[type, Any] = {
@@ -26,6 +26,7 @@ RUNNERS: dict[type, Any] = {
     generate.Generate: generate.run,
     predict.Predict: predict.run,
     merge.Merge: merge.run,
+    convert.Convert: convert.run,
     inspect.Inspect: inspect.run,
     analyze.Analyze: analyze.run,
     bench.Bench: bench.run,
@@ -37,7 +38,7 @@ RUNNERS: dict[type, Any] = {
 
 @dataclass
 class Program:
-    """DoRA fine-tuning: train adapters on language and vision models, use them, look at them, merge them.
+    """DoRA fine-tuning: train adapters on language and vision models, use them, look at them, merge or convert them.
 
     doratune --version tells the version.
     """
@@ -47,6 +48,7 @@ class Program:
         | Annotated[generate.Generate, tyro.conf.subcommand("generate")]
         | Annotated[predict.Predict, tyro.conf.subcommand("predict")]
         | Annotated[merge.Merge, tyro.conf.subcommand("merge")]
+        | Annotated[convert.Convert, tyro.conf.subcommand("convert")]
         | Annotated[inspect.Inspect, tyro.conf.subcommand("inspect")]
         | Annotated[analyze.Analyze, tyro.conf.subcommand("analyze")]
         | Annotated[compare.Compare, tyro.conf.subcommand("compare")]

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 
 from doratune.checkpoint import load_adapter
 from doratune.cli.common import say
-from doratune.errors import AdapterError, first_line
-from doratune.files import output_problem, read_weights
+from doratune.cli.new_folder import check_new, new_folder
+from doratune.cli.probe import logits, random_inputs
+from doratune.errors import AdapterError
 from doratune.merge import MergeCheck, merge, verify_merge
 from doratune.train.config import Dtype
 
@@ -47,19 +46,12 @@ def run(options: Merge) -> int:
     from rich.console import Console
     from rich.text import Text
 
-    from doratune.inference.sources import loading_base, reading_adapter
-    from doratune.train.models import NAMELESS, align_padding, base_name, load_base
+    from doratune.inference.sources import base_of, loading_base
+    from doratune.train.models import align_padding, load_base
     from doratune.train.quiet import quiet_libraries
 
-    with reading_adapter(options.adapter):
-        base = base_name(options.adapter, options.base)
-    read_weights(options.adapter)  # a broken file is found before a large model is loaded
-    if base is None:
-        raise AdapterError(NAMELESS.format(options.adapter))
-    if problem := output_problem(options.output):
-        raise AdapterError(problem)
-    if options.output.exists() and any(options.output.iterdir()):
-        raise AdapterError(f"output {options.output} exists and is not empty; name a new folder")
+    base = base_of(options.adapter, options.base)
+    check_new(options.output)
     quiet_libraries()
     status = Console(stderr=True, emoji=False).status
     with status(Text(f"Loading {base}")):
@@ -97,34 +89,16 @@ class _Logits:
 
     def __init__(self, model: Any) -> None:
         self.model = model.eval()
-        self.inputs = _inputs(model)
+        self.inputs = random_inputs(model)
         if self.inputs:
-            self.before = self._logits()
-
-    def _logits(self) -> Any:
-        with torch.no_grad():
-            return self.model(**self.inputs)[0].float()
+            self.before = logits(model, self.inputs)
 
     def compare(self) -> dict[str, float] | None:
         """Largest difference, and the largest value for comparison."""
         if not self.inputs:
             return None
-        difference = (self._logits() - self.before).abs().max()
+        difference = (logits(self.model, self.inputs) - self.before).abs().max()
         return {"difference": float(difference), "largest": float(self.before.abs().max())}
-
-
-def _inputs(model: Any) -> dict[str, Any]:
-    """Random tokens or images of the model's own size; empty for models that take neither."""
-    generator = torch.Generator().manual_seed(0)
-    name, config = getattr(model, "main_input_name", None), model.config
-    words, pixels = getattr(config, "vocab_size", None), getattr(config, "image_size", None)
-    if name == "input_ids" and words:
-        return {name: torch.randint(0, words, (2, 32), generator=generator).to(model.device)}
-    if name == "pixel_values" and pixels:
-        height, width = (pixels, pixels) if isinstance(pixels, int) else pixels
-        images = torch.randn(2, config.num_channels, height, width, generator=generator)
-        return {name: images.to(model.device, model.dtype)}
-    return {}
 
 
 def _tokenizer(model: Any, adapter: Path, base: str) -> Any:
@@ -155,31 +129,17 @@ def _image_settings(model: Any, adapter: Path, base: str) -> Path | None:
 
 
 def _write(model: Any, tokenizer: Any, adapter: Path, base: str, output: Path) -> None:
-    """Write beside the output folder and rename, so that a broken attempt leaves nothing behind."""
-    from safetensors import SafetensorError
-
-    from doratune.train.failures import NO_ROOM, NO_ROOM_SIGNS
+    """All files, in one new folder."""
     from doratune.train.information import FILE
 
     images = _image_settings(model, adapter, base)
-    partial = output.parent / f".{output.name}.{secrets.token_hex(4)}.partial"
-    try:
-        partial.mkdir(parents=True)
-        model.save_pretrained(partial)
+    with new_folder(output, "the merged model") as folder:
+        model.save_pretrained(folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+            tokenizer.save_pretrained(folder)
         for path in (adapter / FILE, images):  # what predict needs besides the weights
             if path and path.is_file():
-                shutil.copyfile(path, partial / path.name)
-        partial.replace(output)
-    except (OSError, SafetensorError) as error:
-        number, reason = (error.errno, error.strerror) if isinstance(error, OSError) else (None, None)
-        said = f"cannot write the merged model to {output}: {reason or first_line(error)}"
-        if number in NO_ROOM or any(sign in str(error).lower() for sign in NO_ROOM_SIGNS):
-            said += ". Make room, or name an output on another disk"
-        raise AdapterError(said) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+                shutil.copyfile(path, folder / path.name)
 
 
 def _table(checks: list[MergeCheck], whole: dict[str, float] | None) -> Any:

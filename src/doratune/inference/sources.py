@@ -13,6 +13,7 @@ from doratune.files import CONFIG, inner_folder, read_weights
 from doratune.train.information import Information
 from doratune.train.models import CLASSIFIERS, NAMELESS, base_name, model_problem, place_of
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 BASE = "base"
 """What the model without any adapter is called."""
 NAMED = "named by the adapter; another place can be given with --base"
@@ -73,6 +74,20 @@ def find_sources(folders: Sequence[str], base: str | None = None) -> Sources:
     return Sources(chosen, adapters, named=base is None)
 
 
+def base_of(adapter: Path, given: str | None) -> str:
+    """The base model of an adapter; that the adapter can be read is found before a large model is loaded.
+
+    Raises:
+        AdapterError: if the adapter is broken, or names no base where none is given.
+    """
+    with reading_adapter(adapter):
+        base = base_name(adapter, given)
+    read_weights(adapter)
+    if base is None:
+        raise AdapterError(NAMELESS.format(adapter))
+    return base
+
+
 @contextlib.contextmanager
 def loading_base(base: str, named: bool) -> Iterator[None]:
     """An error about a base model that an adapter names, and that cannot be loaded, says how to name another place."""
@@ -96,7 +111,7 @@ def tokenizer_source(folders: Iterable[Path], base: str) -> str:
     the adapter was trained with, which the base lacks.
     """
     listed = list(folders)
-    own = [folder for folder in listed if (folder / "tokenizer_config.json").is_file()]
+    own = [folder for folder in listed if (folder / TOKENIZER_CONFIG).is_file()]
     return str(own[0]) if len(listed) == 1 and own else base
 
 

@@ -1,0 +1,53 @@
+"""The folder that a command writes: a new one, there when it is whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from doratune.errors import AdapterError, first_line
+from doratune.files import output_problem
+
+
+def check_new(output: Path) -> None:
+    """Look before anything large is loaded whether the folder can be made.
+
+    Raises:
+        AdapterError: if it cannot, or something is in it.
+    """
+    if problem := output_problem(output):
+        raise AdapterError(problem)
+    if output.exists() and any(output.iterdir()):
+        raise AdapterError(f"output {output} exists and is not empty; name a new folder")
+
+
+@contextlib.contextmanager
+def new_folder(output: Path, what: str) -> Iterator[Path]:
+    """A folder beside the output, which takes its name at the end: a broken attempt leaves nothing behind.
+
+    Raises:
+        AdapterError: if it cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    from doratune.train.failures import NO_ROOM, NO_ROOM_SIGNS
+
+    partial = output.parent / f".{output.name}.{secrets.token_hex(4)}.partial"
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.replace(output)
+    except (OSError, SafetensorError, AdapterError) as raised:
+        error = raised.__cause__ or raised  # save_adapter's own message names the folder beside
+        if not isinstance(error, OSError | SafetensorError):
+            raise
+        number, reason = (error.errno, error.strerror) if isinstance(error, OSError) else (None, None)
+        said = f"cannot write {what} to {output}: {reason or first_line(error)}"
+        if number in NO_ROOM or any(sign in str(error).lower() for sign in NO_ROOM_SIGNS):
+            said += ". Make room, or name an output on another disk"
+        raise AdapterError(said) from raised
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,199 @@
+"""A DoRA adapter's folder as a plain LoRA adapter's: what is printed, what lies in it, what is refused."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoTokenizer
+
+import doratune as dt
+from doratune.cli import main
+from doratune.files import WEIGHTS
+from helpers import move
+from inference.small import save_moved, save_writer
+from train.tiny import (
+    CHAT_TEMPLATE,
+    chat_tokenizer,
+    llama,
+    save_image_folder,
+    save_model,
+    save_vision_model,
+    write_text,
+)
+
+
+def convert(adapter, output, *more):
+    return main(["convert", str(adapter), "--output", str(output), *map(str, more)])
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    return save_moved(tmp_path / "adapter", save_writer(tmp_path / "base"))
+
+
+def test_it_says_what_is_kept(adapter, tmp_path, capsys):
+    assert convert(adapter, tmp_path / "lora", "--rank", 4, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    model = dt.load_adapter(llama(), adapter)
+    report = dt.convert_to_lora(model, 4)
+    assert found["output"] == str(tmp_path / "lora")
+    assert found["rank"] == 4
+    assert found["kept"] == pytest.approx(report.kept, abs=1e-6)
+    assert [layer["path"] for layer in found["layers"]] == [layer.path for layer in report.layers]
+    for layer, expected in zip(found["layers"], report.layers, strict=True):
+        assert layer["kept"] == pytest.approx(expected.kept, abs=1e-6)
+        assert layer["change"] == pytest.approx(expected.change, rel=1e-5)
+    assert found["bytes"] == (tmp_path / "lora" / WEIGHTS).stat().st_size
+    inputs = torch.randint(0, 257, (2, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        converted = model(inputs).logits
+        dt.set_adapter(model, "default")
+        adapted = model(inputs).logits
+        with dt.disabled(model):
+            base = model(inputs).logits
+    kept = 1 - (converted - adapted).square().sum() / (adapted - base).square().sum()
+    assert found["logits"]["kept"] == pytest.approx(float(kept), abs=1e-5)
+    assert found["logits"]["difference"] == pytest.approx(float((converted - adapted).abs().max()), rel=1e-4)
+
+
+def test_the_table(adapter, tmp_path, capsys):
+    assert convert(adapter, tmp_path / "lora", "--rank", 16) == 0
+    said = capsys.readouterr().out
+    for part in ("at rank 16", "q_proj", "all weights", "14", "100.00%", "logits of the model", "shares of squares"):
+        assert part in said
+    assert f"written to {tmp_path / 'lora'}\n" in said
+    assert "LoRA adapter of rank 16 (0.0 MB, was 0.0)" in said
+
+
+def test_it_says_when_the_whole_model_is_not_compared(adapter, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("doratune.cli.convert.random_inputs", lambda model: {})
+    assert convert(adapter, tmp_path / "lora") == 0
+    printed, status = capsys.readouterr()
+    printed = " ".join(re.sub(r"\x1b\[[\d;]*m", "", printed).split())
+    assert "the whole model was not compared" in printed
+    assert "logits" not in printed
+    for part in ("Loading", "Fitting", "Writing"):
+        assert part in status
+
+
+def test_it_writes_what_the_adapter_writes(adapter, tmp_path, capsys):
+    chat_tokenizer().save_pretrained(adapter)
+    assert convert(adapter, tmp_path / "lora", "--rank", 16) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "lora").chat_template == CHAT_TEMPLATE
+    capsys.readouterr()
+    written = []
+    for folder in (adapter, tmp_path / "lora"):
+        assert main(["generate", str(folder), "--chat", "--prompt", "hello", "--max-tokens", "6"]) == 0
+        written.append(capsys.readouterr().out)
+    assert written[0] == written[1]
+    assert main(["inspect", str(tmp_path / "lora"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["config"]["method"] == "lora"
+
+
+def test_a_run_of_images_predicts_the_same(tmp_path, capsys):
+    base, photos = save_vision_model(tmp_path / "vit"), save_image_folder(tmp_path / "photos", 4)
+    options = [
+        "--task",
+        "image-classification",
+        "--steps",
+        "3",
+        "--rank",
+        "2",
+        "--batch-size",
+        "2",
+        "--save-every",
+        "None",
+    ]
+    run = ["train", "--model", base, "--data", photos, "--output", tmp_path / "run", *options]
+    assert main([str(word) for word in run]) == 0
+    adapter = tmp_path / "run" / "adapter"
+    assert convert(adapter, tmp_path / "lora", "--rank", 16) == 0
+    for name in ("doratune.json", "preprocessor_config.json"):
+        assert (tmp_path / "lora" / name).exists() == (adapter / name).exists()
+    about = json.loads((tmp_path / "lora" / "doratune.json").read_text())
+    assert about == {**json.loads((adapter / "doratune.json").read_text()), "method": "lora"}
+    capsys.readouterr()
+    found = []
+    for folder in (adapter, tmp_path / "lora"):
+        assert main(["predict", str(folder), str(photos), "--json"]) == 0
+        found.append([json.loads(line)["probability"] for line in capsys.readouterr().out.splitlines()])
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
+
+
+def test_a_checkpoint_leaves_its_training_behind(tmp_path):
+    base, text = save_model(tmp_path / "base"), write_text(tmp_path / "text.txt")
+    fast = ["--max-length", 16, "--steps", 2, "--batch-size", 2, "--rank", 4, "--save-every", 1]
+    run = ["train", "--model", base, "--data", text, "--output", tmp_path / "run", *fast]
+    assert main([str(word) for word in run]) == 0
+    assert convert(tmp_path / "run" / "checkpoints" / "checkpoint-2", tmp_path / "lora") == 0
+    names = {path.name for path in (tmp_path / "lora").iterdir()}
+    assert {"adapter_config.json", WEIGHTS} <= names
+    assert not names & {"optimizer.pt", "trainer_state.json", "complete.json", "scheduler.pt", "rng_state.pth"}
+
+
+# What cannot be
+
+
+def test_what_others_could_not_read_is_refused(tmp_path, capsys, monkeypatch):
+    class Grouped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 6, 3, groups=2)
+
+    torch.manual_seed(0)
+    model = move(dt.attach(Grouped(), dt.AdapterConfig(rank=2, targets=["conv"])))
+    dt.save_adapter(model, tmp_path / "adapter")
+    monkeypatch.setattr("doratune.train.models.load_base", lambda *_: Grouped())
+    assert convert(tmp_path / "adapter", tmp_path / "lora", "--base", "any") == 1
+    said = capsys.readouterr().err
+    assert "cannot be a LoRA adapter that others read: conv: PEFT's A for a grouped convolution" in said
+    assert not (tmp_path / "lora").exists()
+
+
+def test_a_rank_that_cannot_be(adapter, tmp_path, capsys):
+    assert convert(adapter, tmp_path / "lora", "--rank", 0) == 1
+    assert "error: rank must be a whole number from 1 to 16" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}, "nothing is left behind"
+
+
+def test_an_output_that_is_there(adapter, tmp_path, capsys):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "mine").touch()
+    assert convert(adapter, tmp_path / "lora") == 1
+    assert f"output {tmp_path / 'lora'} exists and is not empty; name a new folder" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "lora").iterdir()] == ["mine"]
+
+
+def test_a_broken_adapter_is_found_before_a_model_is_loaded(adapter, tmp_path, capsys, monkeypatch):
+    (adapter / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes()[:100])
+    monkeypatch.setattr("doratune.train.models.load_base", lambda *_: pytest.fail("loaded"))
+    assert convert(adapter, tmp_path / "lora") == 1
+    assert WEIGHTS in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["safetensors.torch.save_file", "shutil.copyfile"])
+def test_a_full_disk_is_one_message(adapter, tmp_path, capsys, monkeypatch, part):
+    (adapter / "preprocessor_config.json").write_text("{}")
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(part, fail)
+    assert convert(adapter, tmp_path / "lora") == 1
+    assert f"cannot write the adapter to {tmp_path / 'lora'}: No space left on device. Make" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}, "nothing is left behind"
+
+
+def test_magnitudes_that_are_far_too_large(adapter, tmp_path, capsys):
+    whole = load_file(adapter / WEIGHTS)
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector"
+    save_file({**whole, name: whole[name] * 1e30}, adapter / WEIGHTS, {"format": "pt"})
+    assert convert(adapter, tmp_path / "lora") == 1
+    said = capsys.readouterr().err
+    assert "adapter 'default' cannot be converted: model.layers.0.mlp.up_proj: its change is not finite" in said
+    assert not (tmp_path / "lora").exists()
