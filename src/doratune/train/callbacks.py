@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any
 from doratune.errors import DivergedError
 from doratune.extras import require
 from doratune.files import write_whole
+from doratune.train.config import TrainConfig
+from doratune.train.output import METRICS
+from doratune.train.processes import is_first_asked
 from doratune.train.results import peak_memory, read_metrics
+from doratune.train.tasks.prepared import Prepared
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -159,6 +163,12 @@ class NewEpoch(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the number."""
         self.data.epoch = int(state.epoch or 0)
+
+
+def recording(config: TrainConfig, prepared: Prepared) -> list[TrainerCallback]:
+    """What a run needs from its first measurement on: the record, and changes of images where they are asked for."""
+    record = MetricsFile(config.output / METRICS, prepared.unit, prepared.examples, writes=is_first_asked())
+    return [record, NewEpoch(prepared.train)] if config.augment else [record]
 
 
 class OnceBegun(TrainerCallback):

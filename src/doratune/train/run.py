@@ -59,6 +59,8 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
 def _train(config: TrainConfig, console: Console) -> TrainResult:
     import transformers
 
+    from doratune.train.callbacks import recording
+
     def say(line: str) -> None:
         console.print(line, emoji=False, markup=False, highlight=False, soft_wrap=True)
 
@@ -73,7 +75,7 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
     if is_first_asked():
         _make_folder(config.output)
         _note_recipe(config, say)
-    trainer = make_trainer(config, model, prepared, dtype, mixed)
+    trainer = make_trainer(config, model, prepared, dtype, mixed, recording(config, prepared))
     with explained(config, config.output / CHECKPOINTS):
         before = trainer.evaluate()
         sample_before = _sample(config, model, prepared)
