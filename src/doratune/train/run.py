@@ -279,6 +279,7 @@ def _save(config: TrainConfig, model: Any, prepared: Prepared) -> Path:
         model.save_pretrained(folder)
     if prepared.unit == "images" or not config.is_adapter:
         prepared.processor.save_pretrained(folder)
+    generates = config.task == "text-generation"
     Information(
         task=config.task,
         base=config.model,
@@ -286,7 +287,10 @@ def _save(config: TrainConfig, model: Any, prepared: Prepared) -> Path:
         labels=prepared.labels,
         columns=prepared.columns,
         prompt_template=config.prompt_template,
+        as_chat=config.as_chat if generates else None,
+        loss_on=config.loss_on if generates else None,
         max_length=None if prepared.unit == "images" else config.max_length,
+        packing=config.packing if generates else None,
         image_size=prepared.image_size,
         forward=prepared.forward,
     ).save(folder)
