@@ -18,13 +18,14 @@ from typing import Annotated, Any
 import tyro
 
 from doratune import __version__
-from doratune.cli import analyze, bench, compare, estimate, generate, inspect, merge, nothing, predict, train
+from doratune.cli import analyze, bench, compare, estimate, evaluate, generate, inspect, merge, nothing, predict, train
 from doratune.errors import AdapterError, Interrupted
 
 RUNNERS: dict[type, Any] = {
     train.TrainConfig: train.run,
     generate.Generate: generate.run,
     predict.Predict: predict.run,
+    evaluate.Evaluate: evaluate.run,
     merge.Merge: merge.run,
     inspect.Inspect: inspect.run,
     analyze.Analyze: analyze.run,
@@ -37,7 +38,7 @@ RUNNERS: dict[type, Any] = {
 
 @dataclass
 class Program:
-    """DoRA fine-tuning: train adapters on language and vision models, use them, look at them, merge them.
+    """DoRA fine-tuning: train adapters on language and vision models, use, measure, look at and merge them.
 
     doratune --version tells the version.
     """
@@ -46,6 +47,7 @@ class Program:
         Annotated[train.TrainConfig, tyro.conf.subcommand("train")]
         | Annotated[generate.Generate, tyro.conf.subcommand("generate")]
         | Annotated[predict.Predict, tyro.conf.subcommand("predict")]
+        | Annotated[evaluate.Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[merge.Merge, tyro.conf.subcommand("merge")]
         | Annotated[inspect.Inspect, tyro.conf.subcommand("inspect")]
         | Annotated[analyze.Analyze, tyro.conf.subcommand("analyze")]

@@ -182,6 +182,17 @@ class OnceBegun(TrainerCallback):
         self.what()
 
 
+class AfterBatch(TrainerCallback):
+    """Does something after every batch of a measurement."""
+
+    def __init__(self, what: Callable[[], object]) -> None:
+        self.what = what
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Do it."""
+        self.what()
+
+
 def seen(unit: str, examples: int | None, args: Any, state: Any) -> int:
     """Tokens, or texts or images, that the run has trained on so far, of so many examples; None: of a stream."""
     if unit == "tokens":

@@ -20,6 +20,9 @@ class TokenMean(Trainer):
     The Trainer weighs the mean of each batch by its examples, so that the loss depends on which examples share a batch.
     """
 
+    tokens = 0
+    """On which the last loss was taken."""
+
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Note the sum of the losses of a batch, and of how many tokens."""
         inputs = self._prepare_inputs(inputs)
@@ -34,5 +37,5 @@ class TokenMean(Trainer):
         self._measured: list[torch.Tensor] = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         total, count = self.accelerator.reduce(torch.stack(self._measured).sum(0)).tolist()
-        output.metrics[f"{metric_key_prefix}_loss"] = total / count
+        output.metrics[f"{metric_key_prefix}_loss"], self.tokens = total / count, int(count)
         return output
