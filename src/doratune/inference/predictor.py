@@ -184,13 +184,14 @@ class Predictor:
         model = to_device(model)
         if not whole:
             load_adapter(model, folder)
-        labels, processor = found.labels, found.load_processor()
+        labels = found.labels
         kind = type(model).__name__
         if "Classification" not in kind or len(labels) < 2:
             raise AdapterError(f"{found.base} is a {kind} with {len(labels)} labels, not a classifier")
         problem = getattr(model.config, "problem_type", None)
         if problem not in (None, "single_label_classification"):
-            raise AdapterError(f"{found.base} was trained for {problem}; predict names the one class of each input")
+            raise AdapterError(f"{found.base} was trained for {problem}, and not to name the one class of each input")
+        processor = found.load_processor()
         if found.takes_images:
             return cls(model, processor, labels, forward=dict(about.forward))
         most = [processor.model_max_length, context_length(model.config), rows_of_table(model)]
