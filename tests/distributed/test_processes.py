@@ -28,6 +28,7 @@ from distributed.common import (
     steps,
     trainer,
 )
+from doratune.inference.evaluation import evaluate
 from doratune.train.launch import refuse_unserved, refuse_unsynchronised
 from train.tiny import save_model, save_rows, write_text
 
@@ -261,13 +262,17 @@ def test_a_run_of_two_processes_comes_to_its_end(tmp_path, more):
 
     save_model(tmp_path / "model")
     write_text(tmp_path / "text.txt")
-    arguments = command(tmp_path, "--steps", "4", *more)
+    held_out = str(write_text(tmp_path / "held-out.txt", 82))
+    arguments = command(tmp_path, "--steps", "4", "--eval-data", held_out, *more)
     run = subprocess.run([*LAUNCH, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("held-out loss") == 1, "one table, of the first process"
     found = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (found["processes"], found["steps"]) == (2, 4)
     adapter = tmp_path / "run" / "adapter"
+    assert found["held_out_examples"] % 4, "else no batch is filled up"
+    expected = [one.loss for one in evaluate([str(adapter)], [held_out]).measured]
+    assert [found["loss_before"], found["loss_after"]] == pytest.approx(expected, rel=1e-6)
     ours = dt.load_adapter(load(tmp_path / "model"), adapter).eval()
     theirs = PeftModel.from_pretrained(load(tmp_path / "model"), adapter).eval()
     with torch.no_grad():

@@ -18,13 +18,27 @@ from typing import Annotated, Any
 import tyro
 
 from doratune import __version__
-from doratune.cli import analyze, bench, compare, convert, estimate, generate, inspect, merge, nothing, predict, train
+from doratune.cli import (
+    analyze,
+    bench,
+    compare,
+    convert,
+    estimate,
+    evaluate,
+    generate,
+    inspect,
+    merge,
+    nothing,
+    predict,
+    train,
+)
 from doratune.errors import AdapterError, Interrupted
 
 RUNNERS: dict[type, Any] = {
     train.TrainConfig: train.run,
     generate.Generate: generate.run,
     predict.Predict: predict.run,
+    evaluate.Evaluate: evaluate.run,
     merge.Merge: merge.run,
     convert.Convert: convert.run,
     inspect.Inspect: inspect.run,
@@ -38,7 +52,7 @@ RUNNERS: dict[type, Any] = {
 
 @dataclass
 class Program:
-    """DoRA fine-tuning: train adapters on language and vision models, use them, look at them, merge or convert them.
+    """DoRA fine-tuning: train adapters on language and vision models, use, measure, look at, merge and convert them.
 
     doratune --version tells the version.
     """
@@ -47,6 +61,7 @@ class Program:
         Annotated[train.TrainConfig, tyro.conf.subcommand("train")]
         | Annotated[generate.Generate, tyro.conf.subcommand("generate")]
         | Annotated[predict.Predict, tyro.conf.subcommand("predict")]
+        | Annotated[evaluate.Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[merge.Merge, tyro.conf.subcommand("merge")]
         | Annotated[convert.Convert, tyro.conf.subcommand("convert")]
         | Annotated[inspect.Inspect, tyro.conf.subcommand("inspect")]

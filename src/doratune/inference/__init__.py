@@ -1,4 +1,4 @@
-"""Using what was trained: base model and adapters from their folders, text written, texts and images classified.
+"""Using what was trained: models and adapters found and loaded, text written, inputs classified, both measured.
 
 Nothing here imports transformers before it is used.
 """

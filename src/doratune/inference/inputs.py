@@ -17,7 +17,7 @@ from doratune.train.config import TrainConfig
 from doratune.train.gather import BadRow, Say, gather
 from doratune.train.images import SUFFIXES, Picture, pictures
 from doratune.train.labels import name_of
-from doratune.train.sources import TABLES, Row, is_dataset_folder, path_of
+from doratune.train.sources import Row, path_of
 from doratune.train.tasks.image import CheckedRow
 from doratune.train.tokens import string
 
@@ -135,8 +135,7 @@ def _texts(name: str, config: TrainConfig) -> Iterator[Row]:
 
 def _with_columns(config: TrainConfig, name: str, trained: Mapping[str, str]) -> TrainConfig:
     """With the columns of training where the source has them and the options do not say others."""
-    path = path_of(name)
-    if (path.is_dir() and not is_dataset_folder(path)) or (path.is_file() and path.suffix.lower() not in TABLES):
+    if not sources.has_columns(name):
         return config
     found, _ = sources.columns_of([name], SPLIT)
     flags: dict[str, Any] = {f"{role}_column": column for role, column in trained.items() if column in found}

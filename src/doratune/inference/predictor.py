@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from doratune.errors import AdapterError
 from doratune.extras import require
 from doratune.files import inner_folder, read_config, read_weights
 from doratune.inference.inputs import Input
-from doratune.inference.sources import NAMED, is_model, loading_base, tokenizer_source
+from doratune.inference.sources import NAMED, guessed_task, is_model, loading_base, tokenizer_source
 from doratune.targets import HEAD_NAMES
 from doratune.train.device import explaining_memory, to_device
 from doratune.train.information import Information
@@ -32,6 +33,7 @@ from doratune.train.models import (
     load_tokenizer,
     model_problem,
     peft_task,
+    saved_classes,
 )
 from doratune.train.optimizer import keep_float32
 from doratune.train.positions import rows_of_table
@@ -95,7 +97,7 @@ class Classifier:
             raise AdapterError(f"{problem} ({NAMED})" if named else problem)
         if about is None:
             with loading_base(name, named):
-                about = Information(_task(name, None if whole else peft_task(read_config(folder))), name, "")
+                about = Information(guessed_task(name, None if whole else peft_task(read_config(folder))), name, "")
         if about.task not in CLASSIFIERS:
             raise AdapterError(f"{folder} was trained for {about.task}; use doratune generate {folder}")
         return cls(folder, name, about, named)
@@ -104,6 +106,27 @@ class Classifier:
     def takes_images(self) -> bool:
         """Whether it classifies images, not texts."""
         return self.about.task == "image-classification"
+
+    @functools.cached_property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the logits."""
+        known = self.about.labels
+        if not known and not is_model(self.folder) and peft_task(read_config(self.folder)) in CLASSIFIERS:
+            known = tuple(saved_classes(self.folder, self.base))
+        return known or tuple(str(label) for _, label in sorted((load_config(self.base).id2label or {}).items()))
+
+    def load_processor(self) -> Any:
+        """Load the tokenizer or image processor.
+
+        Raises:
+            AdapterError: if it cannot be loaded.
+        """
+        if not self.takes_images:
+            return load_tokenizer(tokenizer_source([self.folder], self.base))
+        if (self.folder / "preprocessor_config.json").is_file():
+            return require("transformers").AutoImageProcessor.from_pretrained(self.folder)
+        size = self.about.image_size
+        return load_image_processor(self.base, size[0] if size else None)
 
 
 class Predictor:
@@ -161,18 +184,18 @@ class Predictor:
         model = to_device(model)
         if not whole:
             load_adapter(model, folder)
-        labels = about.labels or tuple(str(label) for _, label in sorted((model.config.id2label or {}).items()))
+        labels = found.labels
         kind = type(model).__name__
         if "Classification" not in kind or len(labels) < 2:
             raise AdapterError(f"{found.base} is a {kind} with {len(labels)} labels, not a classifier")
         problem = getattr(model.config, "problem_type", None)
         if problem not in (None, "single_label_classification"):
-            raise AdapterError(f"{found.base} was trained for {problem}; predict names the one class of each input")
+            raise AdapterError(f"{found.base} was trained for {problem}, and not to name the one class of each input")
+        processor = found.load_processor()
         if found.takes_images:
-            return cls(model, _image_processor(found), labels, forward=dict(about.forward))
-        tokenizer = load_tokenizer(tokenizer_source([folder], found.base))
-        most = [tokenizer.model_max_length, context_length(model.config), rows_of_table(model)]
-        return cls(model, tokenizer, labels, about.max_length or min(filter(None, most)))
+            return cls(model, processor, labels, forward=dict(about.forward))
+        most = [processor.model_max_length, context_length(model.config), rows_of_table(model)]
+        return cls(model, processor, labels, about.max_length or min(filter(None, most)))
 
     def predict(self, inputs: Sequence[Input]) -> list[Prediction]:
         """Classify texts or images, all in one batch.
@@ -223,21 +246,3 @@ def _open(one: Any) -> Any:
         return one.open()
     except ValueError as error:
         raise AdapterError(f"{one.where}: {error}; it was there a moment ago") from error
-
-
-def _image_processor(found: Classifier) -> Any:
-    if (found.folder / "preprocessor_config.json").is_file():
-        return require("transformers").AutoImageProcessor.from_pretrained(found.folder)
-    size = found.about.image_size
-    return load_image_processor(found.base, size[0] if size else None)
-
-
-def _task(name: str, noted: str | None) -> str:
-    """The task of what was not made by doratune, from PEFT's task type and the model's config."""
-    if noted == "CAUSAL_LM":
-        return "text-generation"
-    config = load_config(name)
-    if hasattr(config, "patch_size") and hasattr(config, "num_channels"):
-        return "image-classification"
-    causal = not noted and any("CausalLM" in kind for kind in config.architectures or ())
-    return "text-generation" if causal else "text-classification"

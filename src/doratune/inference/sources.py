@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from doratune.errors import AdapterError
-from doratune.files import CONFIG, inner_folder, read_weights
+from doratune.files import CONFIG, inner_folder, read_config, read_weights
 from doratune.train.information import Information
-from doratune.train.models import CLASSIFIERS, NAMELESS, base_name, model_problem, place_of
+from doratune.train.models import CLASSIFIERS, NAMELESS, base_name, load_config, model_problem, peft_task, place_of
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 BASE = "base"
@@ -54,7 +54,7 @@ def find_sources(folders: Sequence[str], base: str | None = None) -> Sources:
         except AdapterError as error:
             problems.append(f"{error}{inner_folder(folder)}")
             continue
-        name = _name(folder, adapters)
+        name = folder_name(folder, adapters)
         adapters[name] = folder
         if found is None:
             problems.append(NAMELESS.format(folder))
@@ -104,6 +104,41 @@ def is_model(folder: Path) -> bool:
     return (folder / "config.json").is_file() and not (folder / CONFIG).is_file()
 
 
+def task_of_folder(folder: Path, base: str | None = None) -> str:
+    """The task that an adapter or a whole model was trained for, found without loading a model.
+
+    Raises:
+        AdapterError: if the folder holds neither, or the base model is not known.
+    """
+    if about := Information.load(folder):
+        return about.task
+    if is_model(folder):
+        return guessed_task(str(folder))
+    try:
+        name = base_name(folder, base)
+    except AdapterError as error:
+        raise AdapterError(f"{error}{inner_folder(folder)}") from error
+    if name is None:
+        raise AdapterError(NAMELESS.format(folder))
+    with loading_base(name, base is None):
+        return guessed_task(name, peft_task(read_config(folder)))
+
+
+def guessed_task(model: str, noted: str | None = None) -> str:
+    """The task of what was not made by doratune, from PEFT's task type and the model's config.
+
+    Raises:
+        AdapterError: if the config cannot be loaded.
+    """
+    if noted == "CAUSAL_LM":
+        return "text-generation"
+    config = load_config(model)
+    if hasattr(config, "patch_size") and hasattr(config, "num_channels"):
+        return "image-classification"
+    causal = not noted and any("CausalLM" in kind for kind in config.architectures or ())
+    return "text-generation" if causal else "text-classification"
+
+
 def tokenizer_source(folders: Iterable[Path], base: str) -> str:
     """Where the tokenizer is: with the adapter if that is a single one that brings its own, else with the base model.
 
@@ -132,9 +167,10 @@ def reading_adapter(folder: Path) -> Iterator[None]:
         raise AdapterError(f"{error}{inner_folder(folder)}") from error
 
 
-def _name(folder: Path, taken: dict[str, Path]) -> str:
+def folder_name(folder: Path, taken: Collection[str] = ()) -> str:
     """The folder's name, or that of its run; a number is added where that is taken."""
     path = folder.resolve()
-    name = re.sub(r"[^A-Za-z0-9_-]", "_", path.parent.name if path.name == "adapter" else path.name) or "adapter"
+    own = path.parent.name if path.name in ("adapter", "model") else path.name
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", own) or "adapter"
     names = [name, *(f"{name}-{number}" for number in range(2, len(taken) + 4))]
     return next(n for n in names if n not in taken and n != BASE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ from doratune.train.config import TrainConfig
 from doratune.train.device import to_device
 from doratune.train.models import align_padding, load_classifier, load_model, multiplies_bfloat16
 from doratune.train.optimizer import OPTIMIZERS, SCHEDULES, keep_float32, train_only
-from doratune.train.output import CHECKPOINTS, METRICS, TENSORBOARD
+from doratune.train.output import CHECKPOINTS, TENSORBOARD
 from doratune.train.packing import refuse_leaks
 from doratune.train.placement import loading_options, take_own_gpu
-from doratune.train.processes import is_first_asked, processes_asked
+from doratune.train.processes import processes_asked
 from doratune.train.start import attach_start
 from doratune.train.tasks.batches import Packed, Padded
 from doratune.train.tasks.prepared import Prepared
@@ -81,13 +82,19 @@ def precision(config: TrainConfig, dtype: torch.dtype, mixed: bool) -> str:
     return f"{device}: base weights in {base}, {trained}{arithmetic}{spread}"
 
 
-def make_trainer(config: TrainConfig, model: Any, prepared: Prepared, dtype: torch.dtype, mixed: bool) -> Any:
-    """transformers' Trainer for this run."""
+def make_trainer(
+    config: TrainConfig,
+    model: Any,
+    prepared: Prepared,
+    dtype: torch.dtype,
+    mixed: bool,
+    callbacks: Sequence[Any] = (),
+) -> Any:
+    """transformers' Trainer, to train and measure or, where nothing is prepared to train on, to measure only."""
     from transformers import PrinterCallback, TrainingArguments
     from transformers.integrations import TensorBoardCallback
 
     from doratune.train import labels
-    from doratune.train.callbacks import MetricsFile, NewEpoch
     from doratune.train.trainer import AdapterTrainer
 
     class TokenTrainer(TokenMean, AdapterTrainer):
@@ -133,9 +140,6 @@ def make_trainer(config: TrainConfig, model: Any, prepared: Prepared, dtype: tor
     )
     # Trainer would run the model on all GPUs in threads (nn.DataParallel), with a batch each; processes are the way.
     arguments._n_gpu = min(1, arguments.n_gpu)
-    callbacks = [MetricsFile(config.output / METRICS, prepared.unit, prepared.examples, writes=is_first_asked())]
-    if config.augment:
-        callbacks.append(NewEpoch(prepared.train))
     trainer = (AdapterTrainer if prepared.labels else TokenTrainer)(
         model,
         arguments,
@@ -148,7 +152,7 @@ def make_trainer(config: TrainConfig, model: Any, prepared: Prepared, dtype: tor
         magnitude_learning_rate=config.magnitude_learning_rate,
         magnitude_weight_decay=config.magnitude_weight_decay,
         lora_plus_ratio=config.lora_plus_ratio,
-        callbacks=callbacks,
+        callbacks=list(callbacks),
     )
     if prepared.labels:
         # Classifiers take any argument and pass over the number of examples to divide by: Trainer has to divide.

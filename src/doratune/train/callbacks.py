@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any
 from doratune.errors import DivergedError
 from doratune.extras import require
 from doratune.files import write_whole
+from doratune.train.config import TrainConfig
+from doratune.train.output import METRICS
+from doratune.train.processes import is_first_asked
 from doratune.train.results import peak_memory, read_metrics
+from doratune.train.tasks.prepared import Prepared
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -161,6 +165,12 @@ class NewEpoch(TrainerCallback):
         self.data.epoch = int(state.epoch or 0)
 
 
+def recording(config: TrainConfig, prepared: Prepared) -> list[TrainerCallback]:
+    """What a run needs from its first measurement on: the record, and changes of images where they are asked for."""
+    record = MetricsFile(config.output / METRICS, prepared.unit, prepared.examples, writes=is_first_asked())
+    return [record, NewEpoch(prepared.train)] if config.augment else [record]
+
+
 class OnceBegun(TrainerCallback):
     """Does something when training begins, a resumed run's checkpoint restored."""
 
@@ -168,6 +178,17 @@ class OnceBegun(TrainerCallback):
         self.what = what
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Do it."""
+        self.what()
+
+
+class AfterBatch(TrainerCallback):
+    """Does something after every batch of a measurement."""
+
+    def __init__(self, what: Callable[[], object]) -> None:
+        self.what = what
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Do it."""
         self.what()
 

@@ -1,6 +1,6 @@
 """doratune.json: what something trained is for, beside an adapter or in a model's folder.
 
-PEFT's files say nothing about labels, image sizes or the task; ``doratune predict`` needs them.
+PEFT's files say nothing about labels, image sizes or the task; ``doratune predict`` and ``evaluate`` need them.
 """
 
 from __future__ import annotations
@@ -35,8 +35,14 @@ class Information:
     """Columns of the data that were trained on, by what they were: text, label, image, ..."""
     prompt_template: str | None = None
     """What prompts were made with, out of several columns."""
+    as_chat: bool | None = None
+    """Whether prompts and completions were put into the chat template."""
+    loss_on: str | None = None
+    """Where there was a prompt or chat: what the loss was taken on, completion or all."""
     max_length: int | None = None
     """Tokens at which texts were cut."""
+    packing: bool | None = None
+    """Whether several texts were put into one block; None: documents were, prompts and chats were not."""
     image_size: tuple[int, int] | None = None
     """Height and width that the model was trained on; the folder's preprocessor_config.json says how to get there."""
     forward: Mapping[str, Any] = field(default_factory=dict)

@@ -122,7 +122,7 @@ def load_base(folder: str | os.PathLike[str], base: str | None = None, dtype: to
         raise AdapterError(NAMELESS.format(folder))
     if about is None:
         task = peft_task(read_config(folder))
-        return load_model(name, dtype, task, _saved_classes(folder, name) if task in CLASSIFIERS else ())
+        return load_model(name, dtype, task, saved_classes(folder, name) if task in CLASSIFIERS else ())
     return load_model(name, dtype, about.task, about.labels)
 
 
@@ -151,7 +151,7 @@ def peft_task(raw: Mapping[str, Any]) -> str | None:
     return raw.get("task_type") or next((task for end, task in ends.items() if kind.endswith(end)), None)
 
 
-def _saved_classes(folder: Path, base: str) -> list[str]:
+def saved_classes(folder: Path, base: str) -> list[str]:
     """Names for the classes of the head that lies with an adapter; none where there is no head, or the base's fits."""
     shapes = [tensor.shape for key, tensor in read_weights(folder)[0].items() if SAVED_HEAD.search(key)]
     if not shapes or shapes[0][0] == load_config(base).num_labels:  # the base may have better names

@@ -76,12 +76,12 @@ class TrainResult:
     @property
     def perplexity_before(self) -> float:
         """exp of the held-out loss before training."""
-        return _exp(self.loss_before)
+        return perplexity(self.loss_before)
 
     @property
     def perplexity_after(self) -> float:
         """exp of the held-out loss after training."""
-        return _exp(self.loss_after)
+        return perplexity(self.loss_after)
 
     @property
     def extra_over_lora(self) -> float:
@@ -176,8 +176,9 @@ def _in_python(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < LARGEST_EXPONENT else math.inf
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats per token; infinite where that fits no float."""
+    return math.inf if loss >= LARGEST_EXPONENT else math.exp(loss)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -59,6 +59,8 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
 def _train(config: TrainConfig, console: Console) -> TrainResult:
     import transformers
 
+    from doratune.train.callbacks import recording
+
     def say(line: str) -> None:
         console.print(line, emoji=False, markup=False, highlight=False, soft_wrap=True)
 
@@ -76,7 +78,7 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
     if is_first_asked():
         _make_folder(config.output)
         _note_recipe(config, say)
-    trainer = make_trainer(config, model, prepared, dtype, mixed)
+    trainer = make_trainer(config, model, prepared, dtype, mixed, recording(config, prepared))
     with explained(config, config.output / CHECKPOINTS):
         before = trainer.evaluate()
         sample_before = _sample(config, model, prepared)
@@ -287,6 +289,7 @@ def _save(config: TrainConfig, model: Any, prepared: Prepared) -> Path:
         model.save_pretrained(folder)
     if prepared.unit == "images" or not config.is_adapter:
         prepared.processor.save_pretrained(folder)
+    generates = config.task == "text-generation"
     Information(
         task=config.task,
         base=config.model,
@@ -294,7 +297,10 @@ def _save(config: TrainConfig, model: Any, prepared: Prepared) -> Path:
         labels=prepared.labels,
         columns=prepared.columns,
         prompt_template=config.prompt_template,
+        as_chat=config.as_chat if generates else None,
+        loss_on=config.loss_on if generates else None,
         max_length=None if prepared.unit == "images" else config.max_length,
+        packing=config.packing if generates else None,
         image_size=prepared.image_size,
         forward=prepared.forward,
     ).save(folder)

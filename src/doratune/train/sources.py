@@ -52,6 +52,14 @@ def is_dataset_folder(path: Path) -> bool:
     return any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json"))
 
 
+def has_columns(name: str) -> bool:
+    """Whether a source is a table or a data set, and not text or images as they are."""
+    path = path_of(name)
+    if path.is_dir():
+        return is_dataset_folder(path)
+    return not path.is_file() or path.suffix.lower() in TABLES
+
+
 def problem_of(name: str) -> str | None:
     """What is wrong with a text source as far as one can see without reading it."""
     path = path_of(name)

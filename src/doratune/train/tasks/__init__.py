@@ -1,4 +1,8 @@
-"""What can be learnt: one file a task, each with ``problems(config)`` and ``prepare(config, say)``."""
+"""What can be learnt: one file a task.
+
+Each has ``problems(config)``, ``prepare(config, say)`` for a run, and ``to_measure(...)``, which makes of ``data`` what
+the run makes of held-out data, for a model that is there already.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,17 +49,7 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
         AdapterError: listing every row that cannot be used, or if there are fewer than two classes.
     """
     tokenizer = load_tokenizer(config.model)
-    found, where = sources.columns_of(config.data, config.split)
-    if not found:
-        raise AdapterError(f"{where}: no row can be read")
-    columns = choose(config, found, ["text", "label"], where)
-    say(f"columns: {described(columns, config)}")
-
-    def use(row: Row) -> Example:
-        if problem := lacks(row, columns.values()):
-            raise BadRow(problem)
-        return Example(string(row.values[columns["text"]], "text"), classes.name_of(row.values[columns["label"]]))
-
+    columns, use = _reading(config, say)
     examples = gather(rows(config.data, config.split), use, config, say)
     own, own_test = (
         gather(rows(data, split), use, config, say) if data else None
@@ -72,9 +62,45 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
     check_length(config, longest_of((train_set, held_out, tested)), say)
     told = f", {len(test)} to test on" if test else ""
     say(f"{len(examples)} texts in {len(names)} classes to train on, {len(others)} held out{told}")
+    return _prepared(tokenizer, names, columns, train_set, held_out, tested)
+
+
+def to_measure(config: TrainConfig, tokenizer: Any, labels: tuple[str, ...], say: Say) -> Prepared:
+    """Read ``data``, and prepare them as a run prepares its held-out data.
+
+    Raises:
+        AdapterError: listing every row that cannot be used, or classes that are not among the labels.
+    """
+    columns, use = _reading(config, say)
+    examples = gather(rows(config.data, config.split), use, config, say)
+    classes.refuse_unknown({example.label for example in examples}, labels, "data")
+    found = _encoded(examples, labels, tokenizer, config.max_length, say)
+    check_length(config, longest_of((found,)), say)
+    return _prepared(tokenizer, labels, columns, None, found, None)
+
+
+def _reading(config: TrainConfig, say: Say) -> tuple[dict[str, str], Callable[[Row], Example]]:
+    """The columns, and what makes an example of a row."""
+    found, where = sources.columns_of(config.data, config.split)
+    if not found:
+        raise AdapterError(f"{where}: no row can be read")
+    columns = choose(config, found, ["text", "label"], where)
+    say(f"columns: {described(columns, config)}")
+
+    def use(row: Row) -> Example:
+        if problem := lacks(row, columns.values()):
+            raise BadRow(problem)
+        return Example(string(row.values[columns["text"]], "text"), classes.name_of(row.values[columns["label"]]))
+
+    return columns, use
+
+
+def _prepared(
+    tokenizer: Any, names: tuple[str, ...], columns: dict[str, str], train: Any, held_out: Any, test: Any
+) -> Prepared:
     give_padding(tokenizer)
     return Prepared(
-        train_set,
+        train,
         held_out,
         collate=require("transformers").DataCollatorWithPadding(tokenizer),
         processor=tokenizer,
@@ -82,7 +108,7 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
         example="texts",
         labels=names,
         columns=columns,
-        test=tested,
+        test=test,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from doratune.train.columns import described
 from doratune.train.config import TrainConfig
 from doratune.train.gather import BadRow, Say, gather
 from doratune.train.images import Picture, picture, pictures
+from doratune.train.labels import refuse_unknown
 from doratune.train.models import choose_dtype, load_config, load_image_processor
 from doratune.train.sources import Row
 from doratune.train.tasks.division import divided
@@ -76,6 +77,38 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
     )
 
 
+def to_measure(
+    config: TrainConfig, processor: Any, labels: tuple[str, ...], forward: Mapping[str, Any], say: Say
+) -> Prepared:
+    """Find ``data``, and prepare them as a run prepares its held-out data.
+
+    Args:
+        config: the options.
+        processor: turns images into the model's input.
+        labels: names of the classes, in the order of the logits.
+        forward: further arguments of the model's forward.
+        say: told what is found.
+
+    Raises:
+        AdapterError: listing every image that cannot be used, or classes that are not among the labels.
+    """
+    columns: dict[str, str] = {}
+    found = _gathered(config.data, config, config.split, "test", say, columns)
+    if columns:
+        say(f"columns: {described(columns, config)}")
+    refuse_unknown({one.label or "" for one in found}, labels, "data")
+    return Prepared(
+        None,
+        Images(found, labels, processor),
+        collate=_Collate(forward, choose_dtype(config.dtype, not config.is_adapter)),
+        processor=processor,
+        unit="images",
+        example="images",
+        labels=labels,
+        columns=columns,
+    )
+
+
 class Images(Dataset[dict[str, Any]]):
     """Pixels and class of each image, opened when asked for."""
 
@@ -113,7 +146,7 @@ class Images(Dataset[dict[str, Any]]):
 class _Collate:
     """A batch, in the base's dtype: some models, such as Swin, do not cast what they are given."""
 
-    def __init__(self, forward: dict[str, Any], dtype: torch.dtype) -> None:
+    def __init__(self, forward: Mapping[str, Any], dtype: torch.dtype) -> None:
         self.forward, self.dtype = forward, dtype
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:

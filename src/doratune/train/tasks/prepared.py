@@ -14,6 +14,7 @@ class Prepared:
     """Data of a run, checked and ready."""
 
     train: Any
+    """None: there is nothing to train on, only to measure."""
     held_out: Any
     collate: Callable[[list[Any]], dict[str, Any]]
     processor: Any
@@ -32,5 +33,5 @@ class Prepared:
 
     @property
     def examples(self) -> int | None:
-        """Rows to train on; None for a stream."""
+        """Rows to train on; None for a stream, and where there are none."""
         return len(self.train) if hasattr(self.train, "__len__") else None

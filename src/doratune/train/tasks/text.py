@@ -32,15 +32,10 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
     Raises:
         AdapterError: listing every row that cannot be used, or if there is too little text.
     """
-    tokenizer = load_tokenizer(config.model)
-    _refuse_encoders(config)
-    reader = Reader(config, tokenizer, say)
-    blocks = reader.documents if config.packing is None else config.packing
-    if config.streaming or (blocks and reader.documents):
-        check_length(config, config.max_length, say)
+    reader, blocks = _reader(config, load_tokenizer(config.model), say)
     if config.streaming:
         train, held_out, test = prepare_stream(config, reader, blocks, say)
-        return _prepared(config, reader, train, held_out, test, blocks and reader.documents, False)
+        return _prepared(config, reader, train, held_out, test, blocks)
     examples, others, tested = (
         gather(reader.rows(names, split), reader.use, config, say) if names else None
         for names, split in (
@@ -56,28 +51,55 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
             f"{len(train)} blocks of {config.max_length} tokens to train on, {len(held_out)} held out{told}; "
             f"{unused} tokens at the end fill no block"
         )
-        return _prepared(config, reader, train, held_out, test, True, False)
+        return _prepared(config, reader, train, held_out, test, blocks)
     if tested is None:
         examples, tested = set_aside(examples or [], config.test_fraction)
     if others is None:
         examples, others = set_aside(examples or [], config.eval_fraction)
-    train, held_out, test = (
-        _rows(fitted(part or [], config.max_length, say, what), config)
-        for part, what in ((examples, "to train on"), (others, "held out"), (tested, "to test on"))
-    )
+    parts = {"to train on": examples, "held out": others, "to test on": tested}
+    train, held_out, test = _fitted_rows(parts, blocks, config, say)
     if not len(train) or not len(held_out):
         raise AdapterError(
             f"{len(train)} examples to train on and {len(held_out)} to measure on are left, at least one of each is "
             "needed; give more data, or a larger max_length"
         )
-    check_length(config, longest_of((train, held_out, test)), say)
-    if blocks:
-        parts = (train, held_out, test)
-        train, held_out, test = (_pack(part, config.max_length) if len(part) else part for part in parts)
-    what = f"packed blocks of up to {config.max_length} tokens" if blocks else "examples"
     told = f", {len(test)} to test on" if len(test) else ""
+    what = f"packed blocks of up to {config.max_length} tokens" if blocks else "examples"
     say(f"{len(train)} {what} to train on, {len(held_out)} held out{told}")
-    return _prepared(config, reader, train, held_out, test, False, blocks)
+    return _prepared(config, reader, train, held_out, test, blocks)
+
+
+def to_measure(config: TrainConfig, tokenizer: Any, say: Say) -> Prepared:
+    """Read ``data``, and prepare them as a run prepares its held-out data.
+
+    Raises:
+        AdapterError: listing every row that cannot be used, or if there is too little text.
+    """
+    reader, blocks = _reader(config, tokenizer, say)
+    examples = gather(reader.rows(config.data, config.split), reader.use, config, say)
+    if blocks and reader.documents:
+        found, unused = _joined(examples, config.max_length)
+        if not len(found):
+            raise AdapterError(
+                f"the text is too short: it fills no block of {config.max_length} tokens; give more text or a smaller "
+                "max_length"
+            )
+        say(f"{unused} tokens at the end fill no block of {config.max_length} tokens")
+    else:
+        (found,) = _fitted_rows({"to measure on": examples}, blocks, config, say)
+        if not len(found):
+            raise AdapterError("no example is left to measure on; give more data, or a larger max_length")
+    return _prepared(config, reader, None, found, None, blocks)
+
+
+def _reader(config: TrainConfig, tokenizer: Any, say: Say) -> tuple[Reader, bool]:
+    """What reads the rows, and whether several of them are put into one block."""
+    _refuse_encoders(config)
+    reader = Reader(config, tokenizer, say)
+    blocks = reader.documents if config.packing is None else config.packing
+    if config.streaming or (blocks and reader.documents):
+        check_length(config, config.max_length, say)
+    return reader, blocks
 
 
 def _refuse_encoders(config: TrainConfig) -> None:
@@ -110,6 +132,15 @@ def fitted(examples: Sequence[Tokens], length: int, say: Say, what: str) -> list
     if lost:
         say(f"{lost} examples {what} were left out: nothing is to be learnt within {length} tokens (max_length)")
     return kept
+
+
+def _fitted_rows(
+    parts: Mapping[str, Sequence[Tokens] | None], packed: bool, config: TrainConfig, say: Say
+) -> list[Any]:
+    """Prompts or chats of each part, cut and packed; a part is called by what it is for."""
+    found = [_rows(fitted(part or [], config.max_length, say, what), config) for what, part in parts.items()]
+    check_length(config, longest_of(found), say)
+    return [_pack(part, config.max_length) if packed and len(part) else part for part in found]
 
 
 def _blocks(
@@ -165,23 +196,22 @@ def _pack(examples: Any, length: int) -> Any:
     return require("trl").pack_dataset(examples, length, "bfd")
 
 
-def _prepared(
-    config: TrainConfig, reader: Reader, train: Any, held_out: Any, test: Any, blocks: bool, packed: bool
-) -> Prepared:
+def _prepared(config: TrainConfig, reader: Reader, train: Any, held_out: Any, test: Any, blocks: bool) -> Prepared:
     tokenizer = reader.tokenizer
+    packed = blocks and not reader.documents
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     collate: Callable[[list[Any]], dict[str, Any]]
-    if blocks:
-        collate = collate_blocks
+    if packed:
+        collate = Packed(pad)
     else:
-        collate = Packed(pad) if packed else Padded(pad)
+        collate = collate_blocks if blocks else Padded(pad)
     return Prepared(
         train,
         held_out,
         collate,
         tokenizer,
         unit="tokens",
-        example=f"blocks of {config.max_length} tokens" if blocks else "packed blocks" if packed else "examples",
+        example="packed blocks" if packed else f"blocks of {config.max_length} tokens" if blocks else "examples",
         columns=reader.columns,
         test=test if test is not None and len(test) else None,
     )
