@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from doratune.study.speed import cache_of
+
 
 class Task(Protocol):
     """One forward pass on fixed inputs, and its backward pass."""
@@ -76,19 +78,19 @@ class DecodeTask(ModelTask):
     def __init__(self, base: Any, cached: int) -> None:
         super().__init__(base, cached + 1)
         self.inputs = self.inputs.detach()
-        self.caches: dict[int, Any] = {}
+        self.caches: dict[int, dict[str, Any]] = {}
 
     @torch.no_grad()
     def prefill(self, model: Any) -> None:
         """Fill the model's cache anew."""
         result = model(inputs_embeds=self.inputs[:, :-1], use_cache=True)
-        self.caches[id(model)] = result.past_key_values
+        self.caches[id(model)] = cache_of(result)
 
     @torch.no_grad()
     def decode(self, model: Any) -> Tensor:
         """One step; it uses up the cache."""
         cache = self.caches.pop(id(model))
-        return model(inputs_embeds=self.inputs[:, -1:], past_key_values=cache, use_cache=True).logits
+        return model(inputs_embeds=self.inputs[:, -1:], **cache, use_cache=True).logits
 
     def output(self, model: nn.Module) -> Tensor:
         self.prefill(model)

@@ -107,12 +107,18 @@ def _move(model: Any) -> None:
                     layer.magnitude[name].copy_(moved.m)
 
 
+def cache_of(output: Any) -> dict[str, Any]:
+    """Keys and values of a forward, as an argument of the next; transformers before 5.24 has another name for it."""
+    name = "cache" if hasattr(output, "cache") else "past_key_values"
+    return {name: getattr(output, name, None)}
+
+
 class _Contest:
     """The model in all its roles: one set of weights, adapters switched between timed runs."""
 
     def __init__(self, model: Any, ids: Tensor, names: list[str]) -> None:
         self.model, self.ids, self.names = model, ids, names
-        self.past: Any = None
+        self.cache: dict[str, Any] = {}
         self.start = {
             name: [(p, p.detach().clone()) for layer in adapted_layers(model).values() if name in layer.adapters
                    for p in layer.adapter_parameters(name)]
@@ -170,15 +176,15 @@ class _Contest:
 
     @torch.no_grad()
     def prefill(self) -> None:
-        self.past = self.model(input_ids=self.ids[:1, :CACHED], use_cache=True)
+        self.cache = cache_of(self.model(input_ids=self.ids[:1, :CACHED], use_cache=True))
 
     @torch.no_grad()
     def decode(self) -> Any:
-        return self.model(input_ids=self.ids[:1, -1:], past_key_values=self.past.past_key_values, use_cache=True)
+        return self.model(input_ids=self.ids[:1, -1:], **self.cache, use_cache=True)
 
     def has_cache(self) -> bool:
         self.prefill()
-        return getattr(self.past, "past_key_values", None) is not None
+        return None not in self.cache.values()
 
     def verify(self) -> None:
         """Compare each layer with its merged weight."""
