@@ -156,7 +156,7 @@ def test_what_others_could_not_read_is_refused(tmp_path, capsys, monkeypatch):
 
 
 def test_a_rank_that_cannot_be(adapter, tmp_path, capsys):
-    assert convert(adapter, tmp_path / "lora", "--rank", 0) == 1
+    assert convert(adapter, tmp_path / "lora", "--rank", 17) == 1
     assert "error: rank must be a whole number from 1 to 16" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}, "nothing is left behind"
 
@@ -164,8 +164,10 @@ def test_a_rank_that_cannot_be(adapter, tmp_path, capsys):
 def test_an_output_that_is_there(adapter, tmp_path, capsys):
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "mine").touch()
-    assert convert(adapter, tmp_path / "lora") == 1
-    assert f"output {tmp_path / 'lora'} exists and is not empty; name a new folder" in capsys.readouterr().err
+    assert convert(adapter, tmp_path / "lora", "--rank", 0) == 1
+    said = capsys.readouterr().err
+    assert f"output {tmp_path / 'lora'} exists and is not empty; name a new folder" in said
+    assert "rank must be at least 1; found 0" in said
     assert [path.name for path in (tmp_path / "lora").iterdir()] == ["mine"]
 
 

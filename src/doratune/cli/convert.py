@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from typing import Any
 import tyro
 
 from doratune.checkpoint import inexpressible, load_adapter, save_adapter
-from doratune.cli.common import say
-from doratune.cli.new_folder import check_new, new_folder
+from doratune.cli.common import check, say
+from doratune.cli.new_folder import new_folder, problem_of_new
 from doratune.cli.probe import logits, random_inputs
 from doratune.convert import Conversion, LayerFit, convert_to_lora
 from doratune.errors import AdapterError
@@ -47,7 +48,7 @@ def run(options: Convert) -> int:
     from doratune.train.quiet import quiet_libraries
 
     base = base_of(options.adapter, options.base)
-    check_new(options.output)
+    check(_problems(options))
     quiet_libraries()
     status = Console(stderr=True, emoji=False).status
     with status(Text(f"Loading {base}")):
@@ -75,6 +76,13 @@ def run(options: Convert) -> int:
         sizes = f"{size / 1e6:.1f} MB, was {before / 1e6:.1f}"
         say(out, f"LoRA adapter of rank {found.rank} ({sizes}) written to {options.output}")
     return 0
+
+
+def _problems(options: Convert) -> Iterator[str]:
+    if problem := problem_of_new(options.output):
+        yield problem
+    if options.rank is not None and options.rank < 1:
+        yield f"rank must be at least 1; found {options.rank}"
 
 
 def _outputs(model: Any) -> dict[str, float] | None:

@@ -12,8 +12,8 @@ from typing import Any
 import tyro
 
 from doratune.checkpoint import load_adapter
-from doratune.cli.common import say
-from doratune.cli.new_folder import check_new, new_folder
+from doratune.cli.common import check, say
+from doratune.cli.new_folder import new_folder, problem_of_new
 from doratune.cli.probe import logits, random_inputs
 from doratune.errors import AdapterError
 from doratune.merge import MergeCheck, merge, verify_merge
@@ -51,7 +51,7 @@ def run(options: Merge) -> int:
     from doratune.train.quiet import quiet_libraries
 
     base = base_of(options.adapter, options.base)
-    check_new(options.output)
+    check(filter(None, [problem_of_new(options.output)]))
     quiet_libraries()
     status = Console(stderr=True, emoji=False).status
     with status(Text(f"Loading {base}")):
@@ -151,8 +151,8 @@ def _table(checks: list[MergeCheck], whole: dict[str, float] | None) -> Any:
     for name in ("layers", "number", "largest difference", "rounding explains"):
         table.add_column(name, justify="left" if name == "layers" else "right")
     groups: dict[str, list[MergeCheck]] = {}
-    for check in checks:
-        groups.setdefault(check.path.rpartition(".")[2], []).append(check)
+    for one in checks:
+        groups.setdefault(one.path.rpartition(".")[2], []).append(one)
     for name, group in groups.items():
         worst = max(c.difference for c in group)
         table.add_row(escape(name), str(len(group)), f"{worst:.1e}", f"{max(c.tolerance for c in group):.1e}")

@@ -12,16 +12,13 @@ from doratune.errors import AdapterError, first_line
 from doratune.files import output_problem
 
 
-def check_new(output: Path) -> None:
-    """Look before anything large is loaded whether the folder can be made.
-
-    Raises:
-        AdapterError: if it cannot, or something is in it.
-    """
+def problem_of_new(output: Path) -> str | None:
+    """Why the folder cannot be made, or that something is in it; asked before anything large is loaded."""
     if problem := output_problem(output):
-        raise AdapterError(problem)
+        return problem
     if output.exists() and any(output.iterdir()):
-        raise AdapterError(f"output {output} exists and is not empty; name a new folder")
+        return f"output {output} exists and is not empty; name a new folder"
+    return None
 
 
 @contextlib.contextmanager

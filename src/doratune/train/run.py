@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,17 +185,18 @@ def _finished(config: TrainConfig) -> str | None:
     if last is None:
         found = f"output {output} holds the results of {told} steps, and no checkpoint to go on from"
         return f"{found}; begin in another output" if told else None
-    state = require("transformers").TrainerState.load_from_json(str(last / "trainer_state.json"))
-    done = state.global_step >= config.steps if config.steps else (state.epoch or 0) >= config.epochs
-    if done and told == state.global_step:  # else the results are of an earlier end
+    state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))
+    step = state["global_step"]
+    done = step >= config.steps if config.steps else (state["epoch"] or 0) >= config.epochs
+    if done and told == step:  # else the results are of an earlier end
         return f"output {output} holds the results of {told} steps; ask for more"
-    if config.steps and state.global_step > config.steps:
-        return _past(state, config.steps)
+    if config.steps and step > config.steps:
+        return _past(step, config.steps)
     return None
 
 
-def _past(state: Any, steps: int) -> str:
-    return f"the last checkpoint is at step {state.global_step}, and {steps} steps are asked for; ask for more"
+def _past(step: int, steps: int) -> str:
+    return f"the last checkpoint is at step {step}, and {steps} steps are asked for; ask for more"
 
 
 def _make_folder(output: Path) -> None:
@@ -257,7 +259,7 @@ def _resumed(config: TrainConfig, state: Any) -> None:
         AdapterError: if the epochs asked for, which only now are a number of steps, are over.
     """
     if state.global_step > state.max_steps:
-        raise AdapterError(f"nothing is left to train: {_past(state, state.max_steps)}")
+        raise AdapterError(f"nothing is left to train: {_past(state.global_step, state.max_steps)}")
     if is_first():
         recipe.save_recipe(config.output / RECIPE, config)
 

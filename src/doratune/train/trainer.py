@@ -267,8 +267,7 @@ def _resumable(model: Any, given: Sequence[Any]) -> Any:
 
     The state of an adapter's optimiser is saved here. Trainers differ in where their arguments stand.
     """
-    kind = require("transformers").TrainingArguments
-    args = next((one for one in given if isinstance(one, kind)), None)
+    args = next((one for one in given if hasattr(one, "save_only_model")), None)
     if args is None or not isinstance(model, nn.Module) or active_adapter(model) is None:
         yield
         return
