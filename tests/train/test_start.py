@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import re
 import shutil
 
 import pytest
@@ -198,8 +199,8 @@ def test_options_that_the_file_decides_are_not_passed_over_in_silence(assets, st
     assert "targets is" not in said
     assert "alpha is" not in said
     assert main(["train", "--recipe", str(recipe), *flags, "--print-recipe"]) == 0
-    lines = dict(line.split("  # ") for line in capsys.readouterr().out.replace("   ", " ").splitlines())
-    assert {key.strip(): value for key, value in lines.items() if key.startswith(("rank =", "dropout"))} == {
+    lines = dict(re.split(r"\s+# ", line) for line in capsys.readouterr().out.splitlines())
+    assert {key: value for key, value in lines.items() if key.startswith(("rank =", "dropout"))} == {
         "rank = 4": "start_from",
         "dropout = 0.0": "default",
     }
