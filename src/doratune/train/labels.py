@@ -42,7 +42,8 @@ def ordered(names: Iterable[str]) -> tuple[str, ...]:
     found = set(names)
     if len(found) < 2:
         raise AdapterError(
-            f"a classifier needs at least two classes; the data to train on have {', '.join(sorted(found)) or 'none'}"
+            "a classifier needs at least two classes; the data to train on have "
+            + (f"only {sorted(found)[0]!r}" if found else "none")
         )
     if all(re.fullmatch(r"-?\d+", name) for name in found):
         return tuple(sorted(found, key=lambda name: (int(name), name)))  # "1" and "01" are two names

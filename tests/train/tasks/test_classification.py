@@ -131,7 +131,7 @@ def test_cuts_and_splits_are_said(tmp_path, model):
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([{"review": "x", "label": "a"}] * 3, "at least two classes; the data to train on have a"),
+        ([{"review": "x", "label": "a"}] * 3, "at least two classes; the data to train on have only 'a'"),
         ([*reviews(3), {"review": "", "label": "good"}], "rows.jsonl:4: text is empty"),
         ([*reviews(3), {"review": "x", "label": None}], "rows.jsonl:4: label is empty"),
         ([*reviews(3), {"review": "x", "label": 0.5}], "rows.jsonl:4: label: expected a name or a whole number"),
