@@ -313,6 +313,12 @@ def _libraries(c: TrainConfig) -> Iterator[str]:
             yield f"{what} needs {library}, which is not installed: pip install 'doratune[quant]'"
 
 
+def comparable(value: Any) -> Any:
+    """An option's value, alike where it means the same: names in any order, a single one alone or in a list."""
+    value = [value] if isinstance(value, str) else value
+    return sorted(value) if isinstance(value, list | tuple) else value
+
+
 def _names_or_expression(value: object) -> object:
     """One word that is more than a name is a regular expression, as in AdapterConfig; all else are names."""
     words = [value] if isinstance(value, str) else list(value)  # type: ignore[call-overload]

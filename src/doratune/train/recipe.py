@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from doratune import __version__
 from doratune.errors import AdapterError
 from doratune.files import write_whole
-from doratune.train.config import AdapterOptions, TrainConfig
+from doratune.train.config import AdapterOptions, TrainConfig, comparable
 from doratune.train.start import decided, resolved
 
 if sys.version_info >= (3, 11):
@@ -189,10 +189,12 @@ def differences(path: Path, config: TrainConfig) -> list[str]:
     """Options that are not as in a recipe that was saved, one line each."""
     saved = entries(TrainConfig(**load_recipe(path)))
     ignored = ("resume", "output")
+    adapter = {field.name for field in dataclasses.fields(AdapterOptions)}
     return [
         f"{key} was {as_toml(saved[key])}, is {as_toml(value)}"
         for key, value in entries(config).items()
         if key not in ignored and as_toml(value) != as_toml(saved[key])
+        if key not in adapter or comparable(value) != comparable(saved[key])
     ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +12,9 @@ from doratune.errors import AdapterError
 from doratune.extras import require
 from doratune.files import output_problem
 from doratune.summary import Summary
-from doratune.train import recipe, start
+from doratune.train import recipe, resuming, start
 from doratune.train.assemble import autocast, make_model, make_trainer, precision
-from doratune.train.checkpoints import checkpoints, find_last, remove_incomplete
+from doratune.train.checkpoints import find_last, remove_incomplete
 from doratune.train.config import TrainConfig
 from doratune.train.curves import draw_curves
 from doratune.train.failures import explained
@@ -137,66 +136,15 @@ def problems(config: TrainConfig) -> list[str]:
     if problem:
         found.append(problem)
     output = config.output
-    begun = bool(checkpoints(output / CHECKPOINTS)) or (output / RECIPE).is_file()
     if not is_first_asked():
-        begun = True  # the first process looks, and writes there while others are still on their way
+        pass  # the first process looks, and writes there while others are still on their way
     elif why := output_problem(output):
         found.append(why)
-    elif config.resume and not begun:
-        found.append(f"output {output} holds no checkpoint to resume from")
-    elif config.resume and (why := _finished(config)):
-        found.append(f"nothing is left to train: {why}")
-    elif config.resume and (was := _other(config, "method")):
-        found.append(
-            f"method was {was} when the run began, is {config.method}: it cannot go on with what the other trained; "
-            "leave it as it was, or begin in another output"
-        )
-    elif config.resume and (was := _other(config, "optimizer")):
-        found.append(
-            f"optimizer was {was} when the run began, is {config.optimizer}: it cannot go on with the other's state; "
-            "leave it as it was, or begin in another output"
-        )
-    elif config.resume and (was := _other(config, "start_from")) and "none" in (was, config.start_from or "none"):
-        found.append(
-            f"start_from was {was} when the run began, is {config.start_from or 'none'}: what the held-out loss is "
-            "compared with would be another; leave it as it was, or begin in another output"
-        )
-    elif not config.resume and output.is_dir() and any(output.iterdir()):
+    elif config.resume:
+        found += resuming.problems(config)
+    elif output.is_dir() and any(output.iterdir()):
         found.append(f"output {output} is not empty; name another folder, or go on with what is there: --resume")
     return found
-
-
-def _other(config: TrainConfig, option: str) -> str | None:
-    """What the checkpoint to resume was made with, if it is not what this run is to have."""
-    path = config.output / RECIPE
-    if find_last(config.output / CHECKPOINTS)[0] is None or not path.is_file():
-        return None
-    was = recipe.load_recipe(path).get(option, getattr(TrainConfig, option))
-    return str(was or recipe.NOTHING) if was != getattr(config, option) else None
-
-
-def _finished(config: TrainConfig) -> str | None:
-    """Why a run has no more to do: it has left its results, or is past the steps asked for; None if it has."""
-    output, (last, _) = config.output, find_last(config.output / CHECKPOINTS)
-    try:
-        told = TrainResult.load(output).steps
-    except (OSError, ValueError, KeyError, TypeError):  # there are none, or not whole
-        told = 0
-    if last is None:
-        found = f"output {output} holds the results of {told} steps, and no checkpoint to go on from"
-        return f"{found}; begin in another output" if told else None
-    state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))
-    step = state["global_step"]
-    done = step >= config.steps if config.steps else (state["epoch"] or 0) >= config.epochs
-    if done and told == step:  # else the results are of an earlier end
-        return f"output {output} holds the results of {told} steps; ask for more"
-    if config.steps and step > config.steps:
-        return _past(step, config.steps)
-    return None
-
-
-def _past(step: int, steps: int) -> str:
-    return f"the last checkpoint is at step {step}, and {steps} steps are asked for; ask for more"
 
 
 def _make_folder(output: Path) -> None:
@@ -259,7 +207,7 @@ def _resumed(config: TrainConfig, state: Any) -> None:
         AdapterError: if the epochs asked for, which only now are a number of steps, are over.
     """
     if state.global_step > state.max_steps:
-        raise AdapterError(f"nothing is left to train: {_past(state.global_step, state.max_steps)}")
+        raise AdapterError(f"nothing is left to train: {resuming.past(state.global_step, state.max_steps)}")
     if is_first():
         recipe.save_recipe(config.output / RECIPE, config)
 

@@ -19,7 +19,7 @@ from doratune.files import CONFIG, inner_folder, read_config, weights_file
 from doratune.peft_config import from_peft, with_own_options
 from doratune.targets import plain_path, unwrap
 from doratune.train.checkpoints import find_last
-from doratune.train.config import TrainConfig
+from doratune.train.config import TrainConfig, comparable
 from doratune.train.gather import Say
 from doratune.train.information import Information
 from doratune.train.models import SAVED_HEAD, base_name, place_of
@@ -139,13 +139,9 @@ def overruled(config: TrainConfig) -> list[str]:
     lines = []
     for name in decided(config):
         given, own = getattr(config.adapter, name), getattr(start.config, name)
-        if _comparable(given) not in (_comparable(getattr(plain, name)), _comparable(own)):
+        if comparable(given) not in (comparable(getattr(plain, name)), comparable(own)):
             lines.append(f"{name} is {_told(own)} as in {start.folder}, not {_told(given)}")
     return lines
-
-
-def _comparable(value: Any) -> Any:
-    return sorted(value) if isinstance(value, list | tuple) else value
 
 
 def _told(value: Any) -> str:
@@ -184,7 +180,7 @@ def described(config: TrainConfig) -> Iterator[str]:
     for name in OF_THE_RUN:
         was, now = getattr(own, name), getattr(config.adapter, name)
         was_used = name in start.used and (name == "dropout" or start.method != "lora")
-        if was_used and _comparable(was) != _comparable(now):
+        if was_used and comparable(was) != comparable(now):
             yield f"{name} is {_told(now)} in this run, was {_told(was)} in {start.folder}"
     yield from overruled(config)
 
