@@ -151,6 +151,12 @@ def test_an_adapter_of_another_rank_is_refused_and_nothing_changes(tmp_path):
     assert all(torch.equal(p, before[n]) for n, p in dt.trainable_parameters(model).items())
 
 
+def test_an_adapter_at_another_scale_is_refused(tmp_path):
+    dt.save_adapter(moved(dt.AdapterConfig(rank=4, alpha=8), 1), tmp_path)
+    with pytest.raises(dt.AdapterError, match=r"adapter has dora of rank 4, scaled by 4, the checkpoint .* by 2"):
+        restore_adapter(moved(dt.AdapterConfig(rank=4, alpha=16), 2), tmp_path)
+
+
 def test_a_broken_file_is_refused_and_the_model_unchanged(tmp_path):
     model = moved(dt.AdapterConfig(rank=4), 1)
     dt.save_adapter(model, tmp_path)

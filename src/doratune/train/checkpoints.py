@@ -145,7 +145,8 @@ def restore_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     written does not matter.
 
     Raises:
-        AdapterError: if the file is broken, or of an adapter with other layers or ranks; the model is then unchanged.
+        AdapterError: if the file is broken, or of an adapter with other layers, ranks or scales; the model is then
+            unchanged.
     """
     root = unwrap(model)
     name = active_adapter(root)
@@ -158,13 +159,14 @@ def restore_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 def _compare(root: nn.Module, name: str, contents: Contents, folder: str | os.PathLike[str]) -> None:
     own: dict[str, object] = {
-        path: (adapter.rank, adapter.config.method, name in layer.adapter_bias)
+        path: (adapter.config.method, adapter.rank, adapter.config.scale_of(path), name in layer.adapter_bias)
         for path, layer in adapted_layers(root).items()
         if (adapter := layer.adapters.get(name))
     }
     config = contents.config
     found: dict[str, object] = {
-        path: (config.rank_of(path), config.method, BIAS in parts) for path, parts in contents.layers.items()
+        path: (config.method, config.rank_of(path), config.scale_of(path), BIAS in parts)
+        for path, parts in contents.layers.items()
     }
     own |= {path: "trained whole" for path, saved in saved_modules(root).items() if name in saved.copies}
     found |= dict.fromkeys(contents.saved, "trained whole")
@@ -180,6 +182,6 @@ def _compare(root: nn.Module, name: str, contents: Contents, folder: str | os.Pa
 
 def _told(kind: object) -> str:
     if isinstance(kind, tuple):
-        rank, method, bias = kind
-        return f"{method} of rank {rank}" + (" and a bias" if bias else "")
+        method, rank, scale, bias = kind
+        return f"{method} of rank {rank}, scaled by {scale:g}" + (", and a bias" if bias else "")
     return str(kind or "nothing")
