@@ -52,6 +52,14 @@ def test_a_table_and_the_same_as_json(moved, capsys):
     assert json.loads(capsys.readouterr().out)["measured"] == found["measured"][:1]
 
 
+def test_of_several_processes_the_first_prints(moved, capsys, monkeypatch):
+    _, adapter, data = moved
+    monkeypatch.setattr("doratune.cli.evaluate.is_first_asked", lambda: False)
+    assert run(adapter, "--data", data, "--max-length", 32) == 0
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "")
+
+
 def test_a_classifier(tmp_path, capsys):
     result = train_on_images(tmp_path)
     capsys.readouterr()

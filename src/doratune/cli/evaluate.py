@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from doratune.cli.common import say
+from doratune.distributed import leave_group
 from doratune.inference.measuring import Measuring
+from doratune.train.processes import is_first_asked
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,8 +48,11 @@ def run(options: Evaluate) -> int:
     from doratune.train.quiet import quiet_libraries
 
     quiet_libraries()
-    status = Console(stderr=True, emoji=False)
+    status = Console(stderr=True, emoji=False, quiet=not is_first_asked())
     found = evaluate(options.adapters, options.data, options.base, options.measuring, status)
+    leave_group()
+    if not is_first_asked():
+        return 0
     if options.json:
         print(json.dumps(without_nan(found.as_json()), ensure_ascii=False))
     else:
