@@ -48,6 +48,15 @@ def test_a_prompt_is_continued_as_it_is_written(base, adapters, capsys):
     assert capsys.readouterr().out == with_adapter
 
 
+def test_a_base_in_four_bits_writes_too(base, adapters, capsys):
+    assert generate(adapters[0], "--prompt", "once", "--quantize", "nf4") == 0
+    assert capsys.readouterr().out.startswith("once")
+    sources = find_sources([str(adapters[0])], str(base))
+    assert Writer.load(sources, quantize="nf4").model.is_quantized
+    assert generate(adapters[0], "--prompt", "once", "--quantize", "nf4", "--merge") == 1
+    assert "merging needs the base's weights whole; leave out --quantize or --merge" in capsys.readouterr().err
+
+
 def test_commands_take_the_base_that_doratune_json_names(base, tmp_path, capsys):
     folder = save_moved(tmp_path / "nameless", None)
     Information("text-generation", str(base), "dora").save(folder)

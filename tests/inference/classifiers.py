@@ -37,7 +37,7 @@ def train_on_images(folder, method="dora"):
     return train(config, Console(quiet=True))
 
 
-def train_on_texts(folder, method="dora", kind="encoder", dtype="auto"):
+def train_on_texts(folder, method="dora", kind="encoder", **options):
     """A run on reviews; held out are those of ``test.jsonl``."""
     test = [{"review": row["review"] + " and so on", "label": row["label"]} for row in reviews(20)]
     config = TrainConfig(
@@ -48,7 +48,7 @@ def train_on_texts(folder, method="dora", kind="encoder", dtype="auto"):
         task="text-classification",
         method=method,
         max_length=24,
-        dtype=dtype,
+        **options,
         **common(),
     )
     return train(config, Console(quiet=True))

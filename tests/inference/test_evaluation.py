@@ -2,16 +2,18 @@ import dataclasses
 import io
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import doratune as dt
 from doratune.inference.evaluation import Measured, evaluate
 from doratune.inference.measuring import Measuring
 from doratune.train import AdapterOptions, TrainConfig, train
+from doratune.train.config import Quantize
 from doratune.train.placement import quantization
 from inference.classifiers import train_on_images, train_on_texts
 from inference.small import save_moved, save_writer
@@ -87,6 +89,26 @@ def test_it_measures_what_the_run_measured(base, tmp_path, case, batch_size):
         assert one.examples == result.held_out_examples
     assert found.example == result.example
     assert len({one.tokens for one in found.measured}) == 1
+
+
+@pytest.mark.parametrize("kind", get_args(Quantize))
+def test_a_base_in_fewer_bits_as_in_the_run(tmp_path, kind):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=257, **sizes)).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    result, held_out = run(tmp_path, tmp_path / "model", "documents", max_length=16, quantize=kind)
+    found = evaluate([result.adapter], [held_out], measuring=Measuring(quantize=kind)).measured
+    assert [one.loss for one in found] == pytest.approx([result.loss_before, result.loss_after], rel=ROUNDING)
+    assert abs(evaluate([result.adapter], [held_out]).measured[0].loss - result.loss_before) > 1e-5
+
+
+def test_a_classifier_s_base_in_fewer_bits_as_in_the_run(tmp_path):
+    result = train_on_texts(tmp_path, quantize="nf4")
+    test = str(tmp_path / "test.jsonl")
+    (one,) = evaluate([result.adapter], [test], measuring=Measuring(quantize="nf4")).measured
+    assert one.loss == pytest.approx(result.loss_after, rel=ROUNDING)
+    assert evaluate([result.adapter], [test]).measured[0].loss != pytest.approx(result.loss_after, rel=ROUNDING)
 
 
 @pytest.mark.parametrize("method", ["dora", "full", "head"])

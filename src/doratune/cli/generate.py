@@ -13,7 +13,7 @@ import tyro
 from doratune.cli.common import check
 from doratune.errors import AdapterError
 from doratune.inference.sampling import Sampling
-from doratune.train.config import Dtype
+from doratune.train.config import Dtype, Quantize, quantize_problems
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,6 +54,8 @@ class Generate:
     """Prompts of a file at a time."""
     dtype: Dtype = "auto"
     """Of the base weights; auto: bfloat16 on a GPU that has it, else float32, as in training."""
+    quantize: Quantize | None = None
+    """Load the base in 4 or 8 bits, as `doratune train` does with it: for an adapter trained so, or little memory."""
     merge: bool = False
     """Put the adapter into the weights first: the fastest way to write much. Takes a single adapter."""
     json: bool = False
@@ -78,6 +80,9 @@ class Generate:
             yield "system is for chats; add --chat"
         if self.compare and self.merge:
             yield "a merged adapter cannot be compared with the base; leave out --compare or --merge"
+        if self.quantize and self.merge:
+            yield "merging needs the base's weights whole; leave out --quantize or --merge"
+        yield from quantize_problems(self.quantize)
         if self.batch_size < 1:
             yield f"batch_size must be above 0; found {self.batch_size}"
         yield from self.sampling.problems()
@@ -108,7 +113,7 @@ def run(options: Generate) -> int:
     quiet_libraries()
     status = Console(stderr=True, emoji=False)
     with status.status(Text(f"Loading {sources.base}")):
-        writer = Writer.load(sources, options.dtype, options.merge)
+        writer = Writer.load(sources, options.dtype, options.merge, options.quantize)
         writer.check(prompts)
     out = Console(emoji=False)
     if not prompts:

@@ -14,7 +14,7 @@ import tyro
 
 from doratune.cli.common import check, say
 from doratune.errors import AdapterError
-from doratune.train.config import Dtype, TrainConfig
+from doratune.train.config import Dtype, Quantize, TrainConfig, quantize_problems
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,11 +56,14 @@ class Predict:
     """Texts or images at a time."""
     dtype: Dtype = "auto"
     """Of the base weights; auto: bfloat16 on a GPU that has it, else float32, as in training."""
+    quantize: Quantize | None = None
+    """Load the base in 4 or 8 bits, as `doratune train` does with it: for an adapter trained so, or little memory."""
 
     def problems(self) -> Iterator[str]:
         """Options that cannot work."""
         if not self.files:
             yield "name at least one file or folder to classify"
+        yield from quantize_problems(self.quantize)
         if self.batch_size < 1:
             yield f"batch_size must be above 0; found {self.batch_size}"
         if self.output is None:
@@ -101,7 +104,7 @@ def run(options: Predict) -> int:
     read: Any = read_pictures if found.takes_images else read_texts
     inputs = read(reading, found.about.columns, lambda line: say(status, line))
     with status.status(Text(f"Loading {found.base}")):
-        predictor = Predictor.load(found, options.dtype)
+        predictor = Predictor.load(found, options.dtype, options.quantize)
     score = Score(predictor.labels)
     first: list[Prediction] = []
     with contextlib.ExitStack() as stack:

@@ -160,7 +160,7 @@ class _Run:
             tokenizer = load_tokenizer(tokenizer_source(sources.adapters.values(), sources.base))
             prepared = text.to_measure(config, tokenizer, self.say)
         with self.loading(sources.base):
-            writer = Writer.load(sources, _dtype(config))
+            writer = Writer.load(sources, _dtype(config), quantize=config.quantize)
         if isinstance(prepared.collate, Packed):
             refuse_leaks(writer.model, sources.base)
         trainer = self.trainer(config, writer.model, prepared)
@@ -192,7 +192,7 @@ class _Run:
     def classifier(self, name: str, found: Classifier, config: TrainConfig, prepared: Prepared) -> Measured:
         """Load and measure one; nothing of it is kept while the next is loaded."""
         with self.loading(found.base):
-            predictor = Predictor.load(found, _dtype(config))
+            predictor = Predictor.load(found, _dtype(config), config.quantize)
         return self.measure(self.trainer(config, predictor.model, prepared), name, str(found.folder), found.base)
 
     def say(self, line: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from doratune.errors import AdapterError
 from doratune.train.columns import as_flag
-from doratune.train.config import Dtype, TaskName, TrainConfig
+from doratune.train.config import Dtype, Quantize, TaskName, TrainConfig, quantize_problems
 from doratune.train.information import Information
 from doratune.train.prompt_template import fields_of
 from doratune.train.sources import columns_of, has_columns
@@ -59,6 +59,8 @@ class Measuring:
     """Examples or blocks at a time."""
     dtype: Dtype = "auto"
     """Of the base weights; auto: bfloat16 on a GPU that has it, else float32, as in training."""
+    quantize: Quantize | None = None
+    """Load the base in 4 or 8 bits, as `doratune train` does with it."""
 
     def problems(self, task: str | None) -> Iterator[str]:
         """Options that cannot work, or have no effect on a task, if that is known."""
@@ -66,6 +68,7 @@ class Measuring:
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"{name} must be above 0; found {value!r}"
+        yield from quantize_problems(self.quantize)
         some = {option for options in TAKEN.values() for option in options}
         for option in self._given():
             if task and option in some and option not in TAKEN[task]:

@@ -36,6 +36,7 @@ from doratune.train.models import (
     saved_classes,
 )
 from doratune.train.optimizer import keep_float32
+from doratune.train.placement import quantized
 from doratune.train.positions import rows_of_table
 from doratune.weight_files import header, read_tensor, weight_files
 
@@ -159,23 +160,25 @@ class Predictor:
             align_padding(model, processor)
 
     @classmethod
-    def load(cls, found: Classifier, dtype: str = "auto") -> Predictor:
+    def load(cls, found: Classifier, dtype: str = "auto", quantize: str | None = None) -> Predictor:
         """Load base model, adapter, and tokenizer or image processor.
 
         Args:
             found: where they are.
             dtype: of the base weights; "auto": as ``doratune train`` chooses it.
+            quantize: load the base in 4 or 8 bits, a kind of ``doratune train``.
 
         Raises:
             AdapterError: if something cannot be loaded, or the model is no classifier.
         """
         about, folder = found.about, found.folder
-        whole = is_model(folder)
+        whole, weights = is_model(folder), choose_dtype(dtype)
+        options = quantized(quantize, weights, classifier=True)
         with loading_base(found.base, found.named):
             if about.labels and not whole:  # as in training, where what is new is known
-                model, heads = load_classifier(found.base, choose_dtype(dtype), about.task, about.labels)
+                model, heads = load_classifier(found.base, weights, about.task, about.labels, options)
             else:
-                model = load_base(folder, found.base, choose_dtype(dtype))
+                model = load_base(folder, found.base, weights, options)
                 heads = [name for name, _ in model.named_children() if name in HEAD_NAMES]
         if about.method != "full":
             keep_float32(model, heads)

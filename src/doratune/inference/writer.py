@@ -20,6 +20,7 @@ from doratune.merge import merge
 from doratune.model import adapter_names, disabled, set_adapter
 from doratune.train.device import explaining_memory, to_device
 from doratune.train.models import choose_dtype, context_length, give_padding, load_model, load_tokenizer
+from doratune.train.placement import quantized
 from doratune.train.tokens import opening, plain, written
 from doratune.weight_files import header, weight_files
 
@@ -58,13 +59,14 @@ class Writer:
         give_padding(tokenizer)
 
     @classmethod
-    def load(cls, sources: Sources, dtype: str = "auto", merged: bool = False) -> Writer:
+    def load(cls, sources: Sources, dtype: str = "auto", merged: bool = False, quantize: str | None = None) -> Writer:
         """Load base model, adapters and tokenizer.
 
         Args:
             sources: where they are.
             dtype: of the base weights; "auto": as ``doratune train`` chooses it.
             merged: put the adapter into the weights, which writes fastest; then it cannot be switched off.
+            quantize: load the base in 4 or 8 bits, a kind of ``doratune train``.
 
         Raises:
             AdapterError: if something cannot be loaded, the model has no head that writes, or several adapters are to
@@ -74,7 +76,8 @@ class Writer:
             raise AdapterError(f"merging takes one adapter; found {len(sources.adapters)}")
         with loading_base(sources.base, sources.named):
             tokenizer = load_tokenizer(tokenizer_source(sources.adapters.values(), sources.base))
-            model = load_model(sources.base, choose_dtype(dtype))
+            weights = choose_dtype(dtype)
+            model = load_model(sources.base, weights, options=quantized(quantize, weights))
         if not hasattr(model, "generate"):
             raise AdapterError(f"model {sources.base} is a {type(model).__name__}, which does not write text")
         if not sources.adapters:  # an adapter may bring a head

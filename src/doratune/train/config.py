@@ -305,12 +305,20 @@ def _libraries(c: TrainConfig) -> Iterator[str]:
     for name in c.report_to:
         if not installed(name):
             yield f"report_to {name}: {name} is not installed (pip install {name})"
-    needs = {f"optimizer {c.optimizer}": "bitsandbytes"} if "8bit" in c.optimizer else {}
-    if c.quantize:
-        needs[f"quantize {c.quantize}"] = "torchao" if c.quantize.startswith("torchao") else "bitsandbytes"
-    for what, library in needs.items():
-        if not installed(library):
-            yield f"{what} needs {library}, which is not installed: pip install 'doratune[quant]'"
+    if "8bit" in c.optimizer:
+        yield from _lacking(f"optimizer {c.optimizer}", "bitsandbytes")
+    yield from quantize_problems(c.quantize)
+
+
+def quantize_problems(kind: str | None) -> Iterator[str]:
+    """That the library which loads a base in fewer bits is not there."""
+    if kind:
+        yield from _lacking(f"quantize {kind}", "torchao" if kind.startswith("torchao") else "bitsandbytes")
+
+
+def _lacking(what: str, library: str) -> Iterator[str]:
+    if not installed(library):
+        yield f"{what} needs {library}, which is not installed: pip install 'doratune[quant]'"
 
 
 def comparable(value: Any) -> Any:

@@ -102,13 +102,19 @@ def load_classifier(
     return model, [*heads, *leaves]
 
 
-def load_base(folder: str | os.PathLike[str], base: str | None = None, dtype: torch.dtype | str = "auto") -> Any:
+def load_base(
+    folder: str | os.PathLike[str],
+    base: str | None = None,
+    dtype: torch.dtype | str = "auto",
+    options: Mapping[str, Any] | None = None,
+) -> Any:
     """Load the model that an adapter was trained on, with the head and labels that its folder tells of.
 
     Args:
         folder: of the adapter, or of a whole model that ``doratune train`` wrote.
         base: the base model; None: the one that the folder names.
         dtype: of the weights; "auto": as they are stored.
+        options: more arguments of transformers' ``from_pretrained``.
 
     Raises:
         AdapterError: if the base is not named, or cannot be loaded.
@@ -116,14 +122,14 @@ def load_base(folder: str | os.PathLike[str], base: str | None = None, dtype: to
     folder = Path(folder)
     about = Information.load(folder)
     if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():  # Axolotl puts one beside adapters
-        return load_model(str(folder), dtype, about.task if about else None, about.labels if about else ())
+        return load_model(str(folder), dtype, about.task if about else None, about.labels if about else (), options)
     name = base_name(folder, base)
     if name is None:
         raise AdapterError(NAMELESS.format(folder))
     if about is None:
         task = peft_task(read_config(folder))
-        return load_model(name, dtype, task, saved_classes(folder, name) if task in CLASSIFIERS else ())
-    return load_model(name, dtype, about.task, about.labels)
+        return load_model(name, dtype, task, saved_classes(folder, name) if task in CLASSIFIERS else (), options)
+    return load_model(name, dtype, about.task, about.labels, options)
 
 
 def base_name(folder: str | os.PathLike[str], given: str | None = None) -> str | None:

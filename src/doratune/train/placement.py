@@ -33,16 +33,21 @@ def _own_gpu() -> int:
 
 def loading_options(config: TrainConfig, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of transformers' ``from_pretrained`` for this run."""
-    options: dict[str, Any] = {}
-    if config.quantize:
-        classifier = config.task != "text-generation"
-        options["quantization_config"] = quantization(config.quantize, dtype, config.double_quant, classifier)
-        if torch.cuda.is_available():
-            # Each process its own GPU: transformers would quantise all of them on the first, where DDP refuses them.
-            options["device_map"] = {"": _own_gpu()}
+    options = quantized(config.quantize, dtype, config.double_quant, config.task != "text-generation")
     if config.fsdp:
         shards = require("transformers.distributed").DistributedConfig(fsdp_size=processes_asked())
         options["distributed_config"] = shards
+    return options
+
+
+def quantized(kind: str | None, dtype: torch.dtype, double: bool = True, classifier: bool = False) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` for a kind of quantisation, as in ``quantization``; none for None."""
+    if kind is None:
+        return {}
+    options: dict[str, Any] = {"quantization_config": quantization(kind, dtype, double, classifier)}
+    if torch.cuda.is_available():
+        # Each process its own GPU: transformers would quantise all of them on the first, where DDP refuses them.
+        options["device_map"] = {"": _own_gpu()}
     return options
 
 
