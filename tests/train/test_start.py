@@ -341,7 +341,6 @@ def test_a_run_that_began_afresh_is_not_resumed_from_an_adapter(assets, starts, 
 
 
 def test_quantised_bases_serve(assets, starts, tmp_path):
-    pytest.importorskip("bitsandbytes")
     start = str(starts / "lora")
     kept, made = (
         train(config(assets, tmp_path / method, method=method, quantize="nf4", start_from=start, steps=1))

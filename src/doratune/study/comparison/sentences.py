@@ -160,11 +160,8 @@ def lead(findings: Findings) -> str:
     told = [verdict(findings, gap) for gap in shown]
     if len(told) > 3:
         told = [_summary(findings)]
-    return (
-        " ".join(filter(None, [*told, about_edges(findings), about_replaced(findings)]))
-        if told
-        else "There are too few runs for a difference."
-    )
+    told = told or ["There are too few runs for a difference."]
+    return " ".join(filter(None, [*told, about_edges(findings), about_replaced(findings)]))
 
 
 def _summary(findings: Findings) -> str:
