@@ -20,6 +20,7 @@ from doratune.contents import BIAS, METADATA, PREFIX, Contents, read_contents
 from doratune.distributed import is_first, is_spread, processes
 from doratune.errors import AdapterError
 from doratune.files import CONFIG, WEIGHTS, read_config, read_weights, write_adapter
+from doratune.hub import adapter_folder
 from doratune.layers import AdaptedLayer, SavedModule
 from doratune.layers.sharded import assign, whole
 from doratune.layers.weights import is_transformers_conv1d
@@ -174,7 +175,7 @@ def load_adapter(
 
     Args:
         model: the model the adapter was made for.
-        folder: where its two files are.
+        folder: where its two files are, or a name on the model hub, such as "user/adapter".
         name: what to call it here.
         trainable: True to go on training it.
         as_dora: read a plain LoRA file as the start of a DoRA adapter, ``m = |W + s B A|``: the same function.
@@ -186,7 +187,7 @@ def load_adapter(
         AdapterError: listing the problems by file, key and field, the first ten of many; the model is then unchanged.
     """
     root = unwrap(model)
-    contents = read_adapter(root, Path(folder))
+    contents = read_adapter(root, adapter_folder(folder))
     config = config_of(root, contents)
     attach_filled(root, contents, replace(config, method="dora") if as_dora else config, name, trainable=trainable)
     return model

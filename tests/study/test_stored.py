@@ -4,7 +4,7 @@ from safetensors.torch import save_file
 
 import doratune as dt
 from doratune.study.decompose import decompose, weights_of
-from doratune.study.runs import base_folder, labels_of, snapshots
+from doratune.study.runs import labels_of, snapshots
 from doratune.study.stored import StoredWeights
 from study.checkpoints_on_disk import base_weights, write
 
@@ -145,24 +145,3 @@ def test_labels_tell_folders_apart(tmp_path):
     assert labels_of([a, tmp_path / "c"]) == ["run", "c"]
     assert labels_of([a, b]) == ["a/run", "b/run"]
     assert labels_of([a, a]) == ["run (1)", "run (2)"]
-
-
-def test_a_base_on_the_hub(tmp_path, monkeypatch):
-    import huggingface_hub
-
-    assert base_folder(str(tmp_path)) == tmp_path
-    with pytest.raises(dt.AdapterError, match="does not exist"):
-        base_folder("./absent")
-    asked = []
-
-    def download(name, allow_patterns):
-        asked.append(name)
-        if name == "org/gone":
-            raise OSError("offline\nand more")
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert base_folder("org/model") == tmp_path
-    with pytest.raises(dt.AdapterError, match="looked for on the model hub: offline; without a network"):
-        base_folder("org/gone")
-    assert asked == ["org/model", "org/gone"]

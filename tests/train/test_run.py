@@ -53,6 +53,12 @@ def test_a_run_learns_and_leaves_what_it_promises(assets, tmp_path):
         "recipe.toml",
         "results.json",
     }
+    assert {p.name for p in (folder / "adapter").iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "doratune.json",
+    }
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     records = read_metrics(folder / "metrics.jsonl")
     assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]

@@ -12,9 +12,10 @@ import tyro
 
 from doratune.cli.common import check, say
 from doratune.extras import require
+from doratune.hub import base_folder
 from doratune.study.analysis import PAPER, Analysis, Spectra, analyze
 from doratune.study.correlation import CONFIDENCE
-from doratune.study.runs import base_folder, labels_of
+from doratune.study.runs import labels_of
 
 if TYPE_CHECKING:
     from rich.table import Table

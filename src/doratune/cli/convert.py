@@ -19,6 +19,7 @@ from doratune.cli.probe import logits, random_inputs
 from doratune.convert import Conversion, LayerFit, convert_to_lora
 from doratune.errors import AdapterError
 from doratune.files import WEIGHTS
+from doratune.hub import adapter_folder
 from doratune.model import disabled, set_adapter
 
 
@@ -27,7 +28,7 @@ class Convert:
     """Write the plain LoRA adapter that comes nearest to a DoRA adapter, and say how near that is."""
 
     adapter: tyro.conf.Positional[Path]
-    """Folder of the adapter, as written by doratune or PEFT."""
+    """Folder of the adapter, as written by doratune or PEFT, or its name on the hub."""
     output: Path
     """Folder for the LoRA adapter; it must not exist, or be empty. It appears when it is whole, or not at all."""
     rank: int | None = None
@@ -47,23 +48,24 @@ def run(options: Convert) -> int:
     from doratune.train.models import load_base
     from doratune.train.quiet import quiet_libraries
 
-    base = base_of(options.adapter, options.base)
+    adapter = adapter_folder(options.adapter)
+    base = base_of(adapter, options.base)
     check(_problems(options))
     quiet_libraries()
     status = Console(stderr=True, emoji=False).status
     with status(Text(f"Loading {base}")):
         with loading_base(base, named=options.base is None):
-            model = load_base(options.adapter, base)
-        load_adapter(model, options.adapter)
+            model = load_base(adapter, base)
+        load_adapter(model, adapter)
     if reasons := inexpressible(model, "default"):
         lines = [f"{path}: {reason}" for reason, path in reasons.items()]
-        raise AdapterError.of(f"{options.adapter} cannot be a LoRA adapter that others read", lines)
+        raise AdapterError.of(f"{adapter} cannot be a LoRA adapter that others read", lines)
     with status("Fitting"):
         found = convert_to_lora(model, options.rank)
     with status("Comparing outputs"):
         whole = _outputs(model)
     with status(Text(f"Writing {options.output}")):
-        _write(model, options.adapter, options.output)
+        _write(model, adapter, options.output)
     size = (options.output / WEIGHTS).stat().st_size
     if options.json:
         layers = [{**asdict(layer), "kept": layer.kept} for layer in found.layers]
@@ -72,7 +74,7 @@ def run(options: Convert) -> int:
     else:
         out = Console(emoji=False)
         out.print(_table(found, whole))
-        before = (options.adapter / WEIGHTS).stat().st_size
+        before = (adapter / WEIGHTS).stat().st_size
         sizes = f"{size / 1e6:.1f} MB, was {before / 1e6:.1f}"
         say(out, f"LoRA adapter of rank {found.rank} ({sizes}) written to {options.output}")
     return 0

@@ -10,6 +10,7 @@ import tyro
 
 from doratune.cli.common import say
 from doratune.distributed import leave_group
+from doratune.hub import adapter_folder
 from doratune.inference.measuring import Measuring
 from doratune.train.processes import is_first_asked
 
@@ -30,7 +31,8 @@ class Evaluate:
     data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE ...")]
     """What to measure on: files, folders and data sets, as in training. All of it is measured on."""
     adapters: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[ADAPTER ...]")] = ()
-    """Folders of adapters, as written by doratune or PEFT, or of a whole model; none: --base is measured."""
+    """Adapters, as written by doratune or PEFT (folders, or names on the hub), or the folder of a whole model; none:
+    --base is measured."""
     base: str | None = None
     """Base model, a folder or hub name; none: the one that the adapters name."""
     measuring: Annotated[Measuring, tyro.conf.OmitArgPrefixes] = field(default_factory=Measuring)
@@ -49,7 +51,8 @@ def run(options: Evaluate) -> int:
 
     quiet_libraries()
     status = Console(stderr=True, emoji=False, quiet=not is_first_asked())
-    found = evaluate(options.adapters, options.data, options.base, options.measuring, status)
+    adapters = [str(adapter_folder(name)) for name in options.adapters]
+    found = evaluate(adapters, options.data, options.base, options.measuring, status)
     leave_group()
     if not is_first_asked():
         return 0

@@ -12,6 +12,7 @@ import tyro
 
 from doratune.cli.common import check
 from doratune.errors import AdapterError
+from doratune.hub import adapter_folder
 from doratune.inference.sampling import Sampling
 from doratune.train.config import Dtype, Quantize, quantize_problems
 
@@ -30,7 +31,7 @@ class Generate:
     """
 
     adapters: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[ADAPTER ...]")] = ()
-    """Folders of adapters, as written by doratune or PEFT; or the folder of one whole model."""
+    """Adapters, as written by doratune or PEFT: folders, or names on the hub; or the folder of one whole model."""
     base: str | None = None
     """Base model, a folder or hub name; none: the one that the adapters name."""
     prompt: str | None = None
@@ -100,7 +101,7 @@ def run(options: Generate) -> int:
     from doratune.train.quiet import quiet_libraries
 
     check(options.problems())
-    sources = find_sources(options.adapters, options.base)
+    sources = find_sources([str(adapter_folder(name)) for name in options.adapters], options.base)
     if options.compare and not sources.adapters:
         raise AdapterError("compare needs an adapter; found the base model only")
     prompts: list[Prompt] = []

@@ -12,12 +12,12 @@ import tyro
 from rich.markup import escape
 
 from doratune.cli.common import say
+from doratune.hub import adapter_folder, base_folder
 from doratune.inference.sources import reading_adapter
 from doratune.study.adapter_file import FileReport, inspect_adapter
 from doratune.study.analysis import analyze
 from doratune.study.decompose import Decomposition
 from doratune.study.page import without_nan
-from doratune.study.runs import base_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +31,7 @@ class Inspect:
     """Show an adapter: ranks, targets, sizes, values that look wrong. Exit code 1 if it cannot be used."""
 
     adapter: tyro.conf.Positional[Path]
-    """Folder of the adapter, as written by doratune or PEFT."""
+    """Folder of the adapter, as written by doratune or PEFT, or its name on the hub."""
     base: str | None = None
     """Base model, a folder or hub name: adds what the adapter does to each layer, as `doratune analyze` has it."""
     json: bool = False
@@ -42,12 +42,13 @@ def run(options: Inspect) -> int:
     """Read the folder, with a base model load that too, and print."""
     from rich.console import Console
 
-    with reading_adapter(options.adapter):
-        report = inspect_adapter(options.adapter)
+    adapter = adapter_folder(options.adapter)
+    with reading_adapter(adapter):
+        report = inspect_adapter(adapter)
     moved: dict[str, Decomposition] = {}
     unfit: dict[str, str] = {}
     if options.base and not report.broken:
-        moved, unfit = _moved(options.adapter, options.base)
+        moved, unfit = _moved(adapter, options.base)
     if options.json:
         print(json.dumps(without_nan({**_as_json(report, moved), "not_compared": unfit})))
     else:

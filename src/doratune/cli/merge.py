@@ -16,6 +16,7 @@ from doratune.cli.common import check, say
 from doratune.cli.new_folder import new_folder, problem_of_new
 from doratune.cli.probe import logits, random_inputs
 from doratune.errors import AdapterError
+from doratune.hub import adapter_folder
 from doratune.merge import MergeCheck, merge, verify_merge
 from doratune.train.config import Dtype
 
@@ -27,7 +28,7 @@ class Merge:
     """Put an adapter into the weights of its base model, and write the whole model to a folder."""
 
     adapter: tyro.conf.Positional[Path]
-    """Folder of the adapter, as written by doratune or PEFT."""
+    """Folder of the adapter, as written by doratune or PEFT, or its name on the hub."""
     output: Path
     """Folder for the merged model; it must not exist, or be empty. It appears when it is whole, or not at all."""
     base: str | None = None
@@ -50,17 +51,18 @@ def run(options: Merge) -> int:
     from doratune.train.models import align_padding, load_base
     from doratune.train.quiet import quiet_libraries
 
-    base = base_of(options.adapter, options.base)
+    adapter = adapter_folder(options.adapter)
+    base = base_of(adapter, options.base)
     check(filter(None, [problem_of_new(options.output)]))
     quiet_libraries()
     status = Console(stderr=True, emoji=False).status
     with status(Text(f"Loading {base}")):
         with loading_base(base, named=options.base is None):
-            model = load_base(options.adapter, base, options.dtype)
-            tokenizer = _tokenizer(model, options.adapter, base)
+            model = load_base(adapter, base, options.dtype)
+            tokenizer = _tokenizer(model, adapter, base)
         if tokenizer is not None:
             align_padding(model, tokenizer)
-        load_adapter(model, options.adapter)
+        load_adapter(model, adapter)
     with status("Comparing layers"):
         checks = verify_merge(model) if options.verify else []
     bad = [f"{c.path}: {c.difference:.2e}, rounding explains {c.tolerance:.2e}" for c in checks if not c.holds]
@@ -71,7 +73,7 @@ def run(options: Merge) -> int:
         merge(model)
         whole = probe.compare() if probe else None
     with status(Text(f"Writing {options.output}")):
-        _write(model, tokenizer, options.adapter, base, options.output)
+        _write(model, tokenizer, adapter, base, options.output)
     if options.json:
         worst = max((c.difference for c in checks), default=None)
         found = {"output": str(options.output), "layers": len(checks), "largest_difference": worst, "logits": whole}

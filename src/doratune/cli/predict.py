@@ -14,6 +14,7 @@ import tyro
 
 from doratune.cli.common import check, say
 from doratune.errors import AdapterError
+from doratune.hub import adapter_folder
 from doratune.train.config import Dtype, Quantize, TrainConfig, quantize_problems
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Predict:
     """
 
     adapter: tyro.conf.Positional[Path]
-    """Folder of an adapter, as written by doratune or PEFT, or of a whole model."""
+    """Folder of an adapter, as written by doratune or PEFT, or its name on the hub; or the folder of a whole model."""
     files: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE ...")]
     """What to classify."""
     output: Path | None = None
@@ -89,10 +90,11 @@ def run(options: Predict) -> int:
     choose_dtype(options.dtype)
     quiet_libraries()
     status = Console(stderr=True, emoji=False)
-    found = Classifier.find(options.adapter, options.base)
+    adapter = adapter_folder(options.adapter)
+    found = Classifier.find(adapter, options.base)
     what, column = ("images", "text_column") if found.takes_images else ("texts", "image_column")
     if getattr(options, column) is not None:
-        raise AdapterError(f"{options.adapter} classifies {what}; leave {column} out")
+        raise AdapterError(f"{adapter} classifies {what}; leave {column} out")
     reading = TrainConfig(
         model=found.base,
         data=options.files,

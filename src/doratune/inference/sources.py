@@ -171,6 +171,8 @@ def folder_name(folder: Path, taken: Collection[str] = ()) -> str:
     """The folder's name, or that of its run; a number is added where that is taken."""
     path = folder.resolve()
     own = path.parent.name if path.name in ("adapter", "model") else path.name
+    if path.parent.name == "snapshots":  # the hub's cache: models--user--name/snapshots/revision
+        own = path.parent.parent.name.rpartition("--")[2]
     name = re.sub(r"[^A-Za-z0-9_-]", "_", own) or "adapter"
     names = [name, *(f"{name}-{number}" for number in range(2, len(taken) + 4))]
     return next(n for n in names if n not in taken and n != BASE)

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from doratune.errors import AdapterError, first_line
-from doratune.extras import require
+from doratune.errors import AdapterError
 from doratune.files import CONFIG, PICKLED, WEIGHTS
 from doratune.study.stored import StoredWeights, Weights
 from doratune.study.stored_adapter import StoredAdapter
@@ -111,24 +110,3 @@ def _steps(run: Path) -> int | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return steps if isinstance(steps, int) else None
-
-
-def base_folder(name: str) -> Path:
-    """Where a base model's files are: a folder or file, or what the hub has under a name.
-
-    Raises:
-        AdapterError: if there is neither.
-    """
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
-    if name.startswith((".", "~", "/")) or name.count("/") > 1:
-        raise AdapterError(f"base {name} does not exist; name a folder with safetensors files, or a model of the hub")
-    hub = require("huggingface_hub")
-    try:
-        return Path(hub.snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
-    except Exception as error:  # whatever an absent model or an absent network makes it raise
-        raise AdapterError(
-            f"base {name}: there is no folder of that name, so it was looked for on the model hub: "
-            f"{first_line(error)}; without a network, name the folder of a downloaded model"
-        ) from error

@@ -72,8 +72,8 @@ class TrainConfig:
     adapter: Annotated[AdapterConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=AdapterOptions)
     """The adapter."""
     start_from: str | None = None
-    """Folder of an adapter (PEFT's format) whose values training begins with; a plain LoRA becomes DoRA with --method
-    dora."""
+    """Adapter (PEFT's format; a folder, or a name on the hub) whose values training begins with; a plain LoRA becomes
+    DoRA with --method dora."""
 
     eval_data: tuple[str, ...] = ()
     """What to measure on; none: a part of the data is held out."""

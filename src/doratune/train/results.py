@@ -109,11 +109,12 @@ class TrainResult:
 
         title = f"{self.task} by {self.method}, {self.steps} steps on {self.device} in {self.dtype}"
         table = Table(title=title, show_header=False)
-        for name, value in self._rows():
+        for name, value in self.rows():
             table.add_row(name, value)
         return table
 
-    def _rows(self) -> list[tuple[str, str]]:
+    def rows(self) -> list[tuple[str, str]]:
+        """What was trained and what it reached, in words."""
         rows = [("trained parameters", f"{self.trained:,} of {self.base:,} ({self.trained / self.base:.3%})")]
         if self.magnitude and self.direction:
             share = f"{self.extra_over_lora:.2%} of LoRA's, {self.extra_over_model:.4%} of the model's"

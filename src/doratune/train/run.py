@@ -14,6 +14,7 @@ from doratune.files import output_problem
 from doratune.summary import Summary
 from doratune.train import recipe, resuming, start
 from doratune.train.assemble import autocast, make_model, make_trainer, precision
+from doratune.train.card import write_card
 from doratune.train.checkpoints import find_last, remove_incomplete
 from doratune.train.config import TrainConfig
 from doratune.train.curves import draw_curves
@@ -123,6 +124,7 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
             sample_after=sample_after,
         )
         if is_first():
+            write_card(folder, config, result)
             result.save(config.output)
     return result
 

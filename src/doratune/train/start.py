@@ -16,6 +16,7 @@ from doratune.config import AdapterConfig
 from doratune.contents import KEY, METADATA, PREFIX
 from doratune.errors import AdapterError
 from doratune.files import CONFIG, inner_folder, read_config, weights_file
+from doratune.hub import adapter_folder
 from doratune.peft_config import from_peft, with_own_options
 from doratune.targets import plain_path, unwrap
 from doratune.train.checkpoints import find_last
@@ -65,7 +66,7 @@ class Start:
         Raises:
             AdapterError: if it holds no adapter that can be used.
         """
-        folder = Path(name).expanduser()
+        folder = adapter_folder(name)
         try:
             raw = read_config(folder)
         except AdapterError as error:
@@ -221,7 +222,7 @@ def attach_start(model: nn.Module, config: TrainConfig, head: list[str]) -> None
     """
     assert config.start_from is not None
     root = unwrap(model)
-    contents = read_adapter(root, Path(config.start_from).expanduser())
+    contents = read_adapter(root, adapter_folder(config.start_from))
     given = config.adapter_config()
     assert given is not None
     own = config_of(root, contents)

@@ -1,0 +1,91 @@
+"""README.md beside what was trained: what it is, what it reached, how to use it. The model hub shows it as its page."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from doratune.config import AdapterConfig
+from doratune.extras import require
+from doratune.files import write_whole
+from doratune.train.config import TrainConfig
+from doratune.train.models import LOADERS
+from doratune.train.results import TrainResult
+from doratune.train.sources import is_hub_name
+
+FILE = "README.md"
+HERE = "FOLDER"
+"""Stands for the adapter: nobody knows yet what it will be called."""
+NAMES = {"dora": "DoRA adapter", "lora": "LoRA adapter", "magnitude": "Magnitudes", "full": "Fine-tuned model"}
+NAMES["head"] = "Classifier (its head alone was trained)"
+
+
+def write_card(folder: Path, config: TrainConfig, result: TrainResult) -> None:
+    """Write a model card; folders of this machine are not named in it."""
+    write_whole(folder / FILE, f"---\n{_metadata(config)}\n---\n\n{_text(config, result)}")
+
+
+def _metadata(config: TrainConfig) -> str:
+    data = require("huggingface_hub").ModelCardData(
+        base_model=config.model if is_hub_name(config.model) else None,
+        library_name="peft" if config.is_adapter else "transformers",
+        pipeline_tag=config.task,
+        tags=["doratune", *([config.method] if config.is_adapter else [])],
+        datasets=[name for name in config.data if is_hub_name(name)] or None,
+    )
+    return str(data.to_yaml())
+
+
+def _text(config: TrainConfig, result: TrainResult) -> str:
+    from doratune import __version__
+
+    rows = "\n".join(f"| {name} | {value} |" for name, value in result.rows())
+    return f"""# {NAMES[config.method]} of {Path(config.model).name}
+
+{_about(config)} Trained with doratune {__version__} for {config.task}: {result.steps:,} steps, {result.dtype}, seed \
+{result.seed}. One run; losses are in nats per {"token" if result.unit == "tokens" else "example"}.
+
+| | |
+|---|---|
+{rows}
+
+## Use
+
+{HERE} is this folder, or its name on the model hub.
+
+```sh
+{_command(config, result)}
+```
+
+```python
+{_python(config, result)}
+```
+"""
+
+
+def _about(config: TrainConfig) -> str:
+    adapter: AdapterConfig | None = config.adapter_config()
+    if adapter is None:
+        return "A whole model."
+    sizes = "" if config.method == "magnitude" else f"Rank {adapter.rank}, alpha {adapter.alpha:g}. "
+    targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
+    return f"{sizes}Targets: {targets}."
+
+
+def _command(config: TrainConfig, result: TrainResult) -> str:
+    if config.task != "text-generation":
+        what = "images/" if config.task == "image-classification" else "texts.csv"
+        return f"doratune predict {HERE} {what} --output predictions.csv"
+    prompt = shlex.quote(result.prompt or "Once upon a time")
+    return f"doratune generate {HERE} --prompt {prompt}{' --chat' if result.chat else ''}"
+
+
+def _python(config: TrainConfig, result: TrainResult) -> str:
+    loader = LOADERS[config.task]
+    imported = f"from transformers import {loader}"
+    if not config.is_adapter:
+        return f'{imported}\n\nmodel = {loader}.from_pretrained("{HERE}")'
+    base = config.model if is_hub_name(config.model) else f"path/to/{Path(config.model).name}"
+    size = f", num_labels={len(result.labels)}, ignore_mismatched_sizes=True" if result.labels else ""
+    loading = f'base = {loader}.from_pretrained("{base}"{size})\nmodel = PeftModel.from_pretrained(base, "{HERE}")'
+    return f'from peft import PeftModel  # or doratune.load_adapter(base, "{HERE}")\n{imported}\n\n{loading}'
