@@ -56,6 +56,8 @@ def make_model(config: TrainConfig, prepared: Prepared, dtype: torch.dtype) -> t
         model.requires_grad_(True)
     if isinstance(prepared.collate, Packed):
         refuse_leaks(model, config.model)
+    if config.compile:
+        model.compile()
     return model, summary(model)
 
 
@@ -122,8 +124,11 @@ def make_trainer(
         logging_nan_inf_filter=False,
         eval_strategy="steps" if config.eval_every else "no",
         eval_steps=config.eval_every,
-        save_strategy="steps" if config.save_every else "no",
-        save_steps=config.save_every or 500,
+        save_strategy="steps" if config.save_every or config.keep_best else "no",
+        save_steps=(config.eval_every if config.keep_best else config.save_every) or 500,
+        load_best_model_at_end=config.keep_best,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
         save_total_limit=config.keep,
         prediction_loss_only=not prepared.labels,
         include_num_input_tokens_seen=_counted(prepared),

@@ -165,11 +165,19 @@ class TrainConfig:
     process has a copy (DDP)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    compile: bool = False
+    """torch.compile the model: a minute or more before the first step, fewer and faster operations after it."""
+    attention: str | None = None
+    """How attention is computed: sdpa, eager, flex_attention, flash_attention_2, ...; none: transformers' choice."""
 
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int | None = None
     """Steps between measurements on held-out data; none: before and after training only."""
+    keep_best: bool = False
+    """Keep what had the lowest held-out loss, not what came last; a checkpoint is written with every measurement."""
+    patience: int | None = None
+    """With keep_best: stop after so many measurements in a row without a lower loss; none: do all steps."""
     save_every: int | None = 200
     """Steps between checkpoints; none: no checkpoints but on Ctrl-C."""
     keep: int = 2
@@ -246,7 +254,7 @@ def _numbers(c: TrainConfig) -> Iterator[str]:
         value = getattr(c, name)
         if not 0 < value < math.inf:
             yield f"{name} must be above 0; found {value!r}"
-    for name in ("steps", "eval_every", "save_every", "magnitude_learning_rate", "image_size"):
+    for name in ("steps", "eval_every", "save_every", "patience", "magnitude_learning_rate", "image_size"):
         value = getattr(c, name)
         if value is not None and not 0 < value < math.inf:
             yield f"{name} must be above 0, or absent; found {value!r}"
@@ -272,6 +280,10 @@ def _combinations(c: TrainConfig) -> Iterator[str]:
         yield from _fsdp(c)
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         yield "accelerate launch --use_fsdp shards too late to measure a model before training; use --fsdp instead"
+    if c.keep_best and c.eval_every is None:
+        yield "keep_best chooses among measurements while training; give eval_every"
+    if c.patience is not None and not c.keep_best:
+        yield "patience stops a run behind its best measurement, which is kept with keep_best only; give both"
     if c.prompt == "":
         yield "prompt is empty"
     if c.prompt is not None and c.task != "text-generation":

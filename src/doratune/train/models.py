@@ -315,6 +315,8 @@ def _loading(what: str, name: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
         advice = "the folder may be incomplete"
         if "Unrecognized configuration class" in str(error):
             advice = "a model of another kind than is needed here"
+        elif "attn_implementation" in str(error) or "FlashAttention" in str(error):
+            advice = "attention: choose another, or none"
         elif not local:
             advice = f"there is no folder {folder.absolute()}, so it was looked for on the model hub; without a "
             advice += "network, name the folder of a downloaded model"

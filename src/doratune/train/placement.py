@@ -37,6 +37,8 @@ def loading_options(config: TrainConfig, dtype: torch.dtype) -> dict[str, Any]:
     if config.fsdp:
         shards = require("transformers.distributed").DistributedConfig(fsdp_size=processes_asked())
         options["distributed_config"] = shards
+    if config.attention:
+        options["attn_implementation"] = config.attention
     return options
 
 

@@ -58,6 +58,8 @@ class TrainResult:
     """Of this process: resident memory, or GPU memory where there is one."""
     device: str
     dtype: str
+    best_step: int | None = None
+    """After which the loss was lowest, where that is what was kept; all that is measured after training is of it."""
     processes: int = 1
     """That trained together; memory is that of the first."""
     labels: tuple[str, ...] = ()
@@ -121,7 +123,8 @@ class TrainResult:
             rows.append(("of these magnitudes", f"{self.magnitude:,} ({share})"))
         count = "a stream of" if self.examples is None else f"{self.examples:,}"
         rows.append(("data", f"{count} {self.example}, {self.held_out_examples:,} held out"))
-        rows.append(("held-out loss", f"{self.loss_before:.4f} -> {self.loss_after:.4f}"))
+        best = "" if self.best_step is None else f", kept from step {self.best_step}"
+        rows.append(("held-out loss", f"{self.loss_before:.4f} -> {self.loss_after:.4f}{best}"))
         if self.accuracy_before is not None and self.accuracy_after is not None:
             rows.append(("held-out accuracy", f"{self.accuracy_before:.2%} -> {self.accuracy_after:.2%}"))
         else:

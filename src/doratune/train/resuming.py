@@ -13,6 +13,7 @@ from doratune.train.output import CHECKPOINTS, RECIPE
 from doratune.train.results import TrainResult
 from doratune.train.without_effect import LOW_RANK, SIZES
 
+MEASURED_ON = ("eval_data", "eval_fraction", "eval_split")
 OF_THE_ADAPTER = (*SIZES, "targets", "exclude", "bias", "modules_to_save")
 """Options without which a checkpoint's adapter would be another function, or not fit."""
 
@@ -71,6 +72,8 @@ def _fixed(config: TrainConfig, saved: TrainConfig) -> dict[str, str]:
         "method": "it cannot go on with what the other trained",
         "optimizer": "it cannot go on with the other's state",
     }
+    if saved.keep_best and config.keep_best:
+        fixed |= dict.fromkeys(MEASURED_ON, "losses on other data cannot tell which step was the best")
     if (saved.start_from is None) != (config.start_from is None):
         return fixed | {"start_from": "what the held-out loss is compared with would be another"}
     if config.method == saved.method and config.is_adapter and config.start_from is None:  # whose file has them

@@ -84,7 +84,8 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
         before = trainer.evaluate()
         sample_before = _sample(config, model, prepared)
         seconds, speed = _fit(config, trainer, prepared, console, before)
-        after = _last_measured(trainer)
+        best = trainer.state.best_global_step if config.keep_best else None
+        after = _measured(trainer, best or trainer.state.global_step)
         test = {} if prepared.test is None else trainer.evaluate(prepared.test, metric_key_prefix="test")
         sample_after = _sample(config, model, prepared)
         folder = _save(config, model, prepared)
@@ -99,6 +100,7 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
             adapter=str(folder),
             **_sizes(about),
             steps=trainer.state.global_step,
+            best_step=best,
             seed=config.seed,
             processes=processes(),
             loss_before=before["eval_loss"],
@@ -214,10 +216,9 @@ def _resumed(config: TrainConfig, state: Any) -> None:
         recipe.save_recipe(config.output / RECIPE, config)
 
 
-def _last_measured(trainer: Any) -> dict[str, float]:
-    """Held-out metrics of the trained model, measured now unless that was the last thing done."""
-    last = trainer.state.log_history[-2:]  # the very last are the loop's own times
-    found = [entry for entry in last if "eval_loss" in entry and entry["step"] == trainer.state.max_steps]
+def _measured(trainer: Any, step: int) -> dict[str, float]:
+    """Held-out metrics of the trained model, which it had at this step; measured now unless they were then."""
+    found = [entry for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"] == step]
     metrics: dict[str, float] = found[-1] if found else trainer.evaluate()
     return metrics
 

@@ -57,6 +57,8 @@ def _reasons(c: TrainConfig) -> Iterator[tuple[str, Collection[str]]]:
         yield "the first examples of a stream are held out", ("eval_fraction",)
     if c.test_data:
         yield "there is test_data", ("test_fraction",)
+    if c.keep_best:
+        yield "with keep_best a checkpoint is written after every measurement", ("save_every",)
     if c.prompt is None:
         yield "there is no prompt to continue", ("sample_tokens",)
     if c.quantize != "nf4":
