@@ -54,9 +54,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    """``doratune.peft``, ``doratune.study`` and ``doratune.train``, imported when they are first used."""
+    """``doratune.mlx``, ``peft``, ``study`` and ``train``, imported when they are first used."""
     if name in ("study", "train"):
         return importlib.import_module(f"doratune.{name}")
-    if name == "peft":
-        return importlib.import_module("doratune.interop.peft")
+    if name in ("mlx", "peft"):
+        return importlib.import_module(f"doratune.interop.{name}")
     raise AttributeError(f"module 'doratune' has no attribute {name!r}")

@@ -54,18 +54,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
             the folder cannot be written.
     """
     root = unwrap(model)
-    layers = {path: layer for path, layer in adapted_layers(root).items() if name in layer.adapters}
-    if not layers:
-        raise AdapterError(f"the model has no adapter {name!r} to save")
-    problems = [f"{path}: holds no data yet (meta device)" for path, layer in layers.items() if name in layer.waiting]
-    tensors = {} if problems else adapter_tensors(root, name)
-    problems += [f"{key}: not finite" for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if problems:
-        raise AdapterError.of(f"adapter {name!r} cannot be saved", problems)
-    spread = is_spread(root)
-    if spread or processes() == 1:  # alone, or all at once: what is decided here has to be the same everywhere
-        decide(root, name)
-    if spread and not is_first():
+    layers = layers_to_save(root, name)
+    tensors = tensors_to_save(root, name)
+    if is_spread(root) and not is_first():
         return
     config = next(iter(layers.values())).adapters[name].config
     saved = [path for path in saved_modules(root) if matches(path, config.modules_to_save)]
@@ -82,6 +73,35 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
         options["peft_type"] = OWN_TYPE
         log.warning("%s is written for doratune only. %s: %s", folder, path, reason)
     write_adapter(Path(folder), tensors, options, {METADATA: json.dumps(own)})
+
+
+def layers_to_save(root: nn.Module, name: str) -> dict[str, AdaptedLayer]:
+    """The layers of one adapter by path.
+
+    Raises:
+        AdapterError: if there is no such adapter.
+    """
+    layers = {path: layer for path, layer in adapted_layers(root).items() if name in layer.adapters}
+    if not layers:
+        raise AdapterError(f"the model has no adapter {name!r} to save")
+    return layers
+
+
+def tensors_to_save(root: nn.Module, name: str) -> dict[str, Tensor]:
+    """One adapter's tensors as PEFT's files hold them; its layers' norms are decided anew, as reading it will.
+
+    Raises:
+        AdapterError: if the adapter has no data yet, or values that are not finite.
+    """
+    layers = layers_to_save(root, name)
+    problems = [f"{path}: holds no data yet (meta device)" for path, layer in layers.items() if name in layer.waiting]
+    tensors = {} if problems else adapter_tensors(root, name)
+    problems += [f"{key}: not finite" for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if problems:
+        raise AdapterError.of(f"adapter {name!r} cannot be saved", problems)
+    if is_spread(root) or processes() == 1:  # alone, or all at once: what is decided has to be the same everywhere
+        decide(root, name)
+    return tensors
 
 
 def inexpressible(root: nn.Module, name: str) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -45,16 +46,32 @@ class Contents:
     problems: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Spelling:
+    """How messages call a tensor, and its shape, whose key in PEFT's format is given: as the file itself does."""
+
+    key: Callable[[str], str] = str
+    shape: Callable[[Iterable[int]], tuple[int, ...]] = tuple
+
+
+PEFTS = Spelling()
+
+
 def read_contents(
-    root: nn.Module, options: PeftOptions, tensors: dict[str, Tensor], metadata: dict[str, str]
+    root: nn.Module,
+    options: PeftOptions,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str],
+    spelling: Spelling = PEFTS,
 ) -> Contents:
     """Sort a file's tensors and compare them with the model and the options, collecting every problem."""
-    return _Reader(root, options).read(tensors, metadata)
+    return _Reader(root, options, spelling).read(tensors, metadata)
 
 
 class _Reader:
-    def __init__(self, root: nn.Module, options: PeftOptions) -> None:
+    def __init__(self, root: nn.Module, options: PeftOptions, spelling: Spelling) -> None:
         self.root = root
+        self.spelling = spelling
         self.modules = plain_modules(root)
         self.targeted = options.targeted(root)
         self.own_type = options.own_type
@@ -71,7 +88,7 @@ class _Reader:
         for key, tensor in self._under_todays_names(tensors).items():
             problem = self._sort(key, tensor)
             if problem:
-                self.problems.append(f"{key}: {problem}")
+                self._report(key, problem)
         for path in sorted(self.targeted | self.contents.layers.keys()):
             self._check_layer(path)
         self._check_saved()
@@ -79,6 +96,9 @@ class _Reader:
         if elsewhere:
             self.problems.insert(0, elsewhere)
         return self.contents
+
+    def _report(self, key: str, problem: str) -> None:
+        self.problems.append(f"{self.spelling.key(key)}: {problem}")
 
     def _elsewhere(self) -> str | None:
         """What is likely meant where the file's layers are the model's, all of them under another prefix."""
@@ -193,23 +213,24 @@ class _Reader:
         before = len(self.problems)
         for part, shape in like.items():
             if part not in parts:
-                self.problems.append(f"{PREFIX}{path}.{part}: missing")
+                self._report(f"{PREFIX}{path}.{part}", "missing")
                 continue
             if part != BIAS:
                 shape = tuple(kind.to_file(base, part, torch.empty(shape, device="meta")).shape)
-            self._check_shape(f"{path}.{part}", parts[part], shape)
+            self._check_shape(f"{PREFIX}{path}.{part}", parts[part], shape)
         for part in sorted(parts.keys() - like.keys()):
             if part == "base_layer.weight" and _same(parts[part], getattr(base, "weight", None)):
                 continue  # PEFT adds the table of an adapted embedding; the model's own is the same
-            self.problems.append(f"{PREFIX}{path}.{part}: {_why_unexpected(part, config)}")
+            self._report(f"{PREFIX}{path}.{part}", _why_unexpected(part, config))
         if len(self.problems) == before and config.rank_of(path) == 0:
             B, magnitude = kind.from_file(base, b, parts[b]), kind.from_file(base, m, parts[m])
             if B[magnitude != 0].any():
-                self.problems.append(f"{PREFIX}{path}.{b}: the metadata says magnitude only, so expected 0")
+                self._report(f"{PREFIX}{path}.{b}", "the metadata says magnitude only, so expected 0")
 
     def _check_shape(self, key: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
         if tuple(tensor.shape) != expected:
-            self.problems.append(f"{PREFIX}{key}: expected shape {expected}, found {tuple(tensor.shape)}")
+            shape = self.spelling.shape
+            self._report(key, f"expected shape {shape(expected)}, found {shape(tensor.shape)}")
 
     def _check_saved(self) -> None:
         saved = self.contents.saved
@@ -217,7 +238,7 @@ class _Reader:
             for name, tensor in state.items():
                 own = self.whole[path][name] if path in self.whole else self.modules[path]._parameters[name]
                 assert own is not None
-                self._check_shape(f"{path}.{name}", tensor, tuple(own.shape))
+                self._check_shape(f"{PREFIX}{path}.{name}", tensor, tuple(own.shape))
         expected = {f"{path}.{name}" for path, own in self.whole.items() for name in own}
         if self.contents.config.bias == "all":
             inside = tuple(path + "." for path in self.whole)
@@ -228,7 +249,8 @@ class _Reader:
                 if path not in self.targeted and not path.startswith(inside)
             } - {f"{path}.bias" for path in self.whole}
         found = {f"{path}.{name}" for path, state in saved.items() for name in state}
-        self.problems.extend(f"{PREFIX}{key}: missing" for key in sorted(expected - found))
+        for key in sorted(expected - found):
+            self._report(PREFIX + key, "missing")
 
 
 def _parameters(module: nn.Module | None) -> dict[str, nn.Parameter | None]:

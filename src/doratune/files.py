@@ -19,6 +19,8 @@ from doratune.weight_files import opened
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
+MLX_WEIGHTS = "adapters.safetensors"
+"""The weights of an adapter of Apple's mlx-lm, whose options have the same name as PEFT's."""
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -99,22 +101,56 @@ def _same_bytes(file: Path, other: Path) -> bool:
     return small and other.is_file() and other.read_bytes() == file.read_bytes()
 
 
-def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], metadata: dict[str, str]) -> None:
-    """Write ``adapter_model.safetensors`` and ``adapter_config.json``."""
+def write_adapter(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    config: dict[str, Any],
+    metadata: dict[str, str] | None = None,
+    weights: str = WEIGHTS,
+) -> None:
+    """Write the two files of an adapter: its weights under that name, and ``adapter_config.json``.
+
+    Raises:
+        AdapterError: if the folder cannot be written to, or holds an adapter of the other format, whose options would
+            be replaced and whose weights would stay.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    other = MLX_WEIGHTS if weights == WEIGHTS else WEIGHTS
+    if (folder / other).exists():
+        raise AdapterError(f"cannot write {weights} to {folder}: it holds {other} of another format; name a new folder")
     with writing(folder, "the adapter") as staging:
         try:
-            save_file(tensors, staging / WEIGHTS, metadata={"format": "pt", **metadata})
+            save_file(tensors, staging / weights, metadata={"format": "pt", **(metadata or {})})
         except SafetensorError as error:
-            raise AdapterError(f"cannot write {folder / WEIGHTS}: {error}") from error
+            raise AdapterError(f"cannot write {folder / weights}: {error}") from error
         # Of patterns the first that fits counts: only the options themselves are sorted.
         (staging / CONFIG).write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read ``adapter_config.json``.
+    """Read ``adapter_config.json`` of PEFT's format.
+
+    Raises:
+        AdapterError: if there is no folder or file, it is not a JSON object, or it is mlx-lm's.
+    """
+    config = read_any_config(folder)
+    if is_mlx(config):
+        raise AdapterError(
+            f"{folder} holds an adapter of Apple's mlx-lm; make it one of PEFT's with doratune convert {folder} --to "
+            "peft --output FOLDER, or read it in Python with doratune.mlx.load_adapter"
+        )
+    return config
+
+
+def is_mlx(config: dict[str, Any]) -> bool:
+    """Whether these are mlx-lm's options, which have the same file name as PEFT's."""
+    return "peft_type" not in config and not config.keys().isdisjoint(("fine_tune_type", "lora_parameters"))
+
+
+def read_any_config(folder: Path) -> dict[str, Any]:
+    """Read ``adapter_config.json``, whoever wrote it.
 
     Raises:
         AdapterError: if there is no folder or file, or it is not a JSON object.
@@ -143,28 +179,28 @@ def inner_folder(folder: Path) -> str:
     return f" (did you mean {found[0].parent}?)" if found else ""
 
 
-def weights_file(folder: Path) -> Path:
-    """Where ``adapter_model.safetensors`` is.
+def weights_file(folder: Path, name: str = WEIGHTS) -> Path:
+    """Where the adapter's weights are.
 
     Raises:
-        AdapterError: if it is missing.
+        AdapterError: if they are missing.
     """
-    path = folder / WEIGHTS
+    path = folder / name
     if path.is_file():
         return path
     if (folder / PICKLED).exists():
         raise AdapterError(
             f"{folder} holds {PICKLED}, a pickle file, which can run code and is never read; "
-            f"save the adapter as {WEIGHTS} with the program that made it"
+            f"save the adapter as {name} with the program that made it"
         )
-    raise AdapterError(f"{folder} has no {WEIGHTS}")
+    raise AdapterError(f"{folder} has no {name}")
 
 
-def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read ``adapter_model.safetensors``: tensors on the CPU, and the file's metadata.
+def read_weights(folder: Path, name: str = WEIGHTS) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the adapter's weights: tensors on the CPU, and the file's metadata.
 
     Raises:
         AdapterError: if the file is missing, truncated or no safetensors file.
     """
-    with opened(weights_file(folder)) as file:
+    with opened(weights_file(folder, name)) as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -199,3 +199,128 @@ def test_magnitudes_that_are_far_too_large(adapter, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "adapter 'default' cannot be converted: model.layers.0.mlp.up_proj: its change is not finite" in said
     assert not (tmp_path / "lora").exists()
+
+
+# To the formats of others
+
+
+def same_logits(one, two, base):
+    with torch.no_grad():
+        found = [model(torch.arange(40).view(2, 20)).logits for model in (one, two, base)]
+    moved = (found[1] - found[2]).abs().max()
+    assert moved > 0.1
+    assert (found[0] - found[1]).abs().max() < 1e-5 * moved
+
+
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_there_and_back(method, tmp_path, capsys):
+    base = save_writer(tmp_path / "base")
+    adapter = save_moved(tmp_path / "adapter", base, method=method)
+    assert convert(adapter, tmp_path / "mlx", "--to", "mlx") == 0
+    names = {"dora": "DoRA", "lora": "LoRA"}
+    said = capsys.readouterr().out
+    assert f"{names[method]} adapter of rank 4 on 14 layers (0.0 MB, was 0.0) written to {tmp_path / 'mlx'}" in said
+    assert "in mlx-lm's format" in said
+    assert {path.name for path in (tmp_path / "mlx").iterdir()} == {"adapter_config.json", "adapters.safetensors"}
+    assert json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())["model"] == str(base)
+    assert convert(tmp_path / "mlx", tmp_path / "peft", "--to", "peft", "--json") == 0
+    about = json.loads(capsys.readouterr().out)
+    size = (tmp_path / "peft" / WEIGHTS).stat().st_size
+    assert about == {
+        "output": str(tmp_path / "peft"),
+        "to": "peft",
+        "method": method,
+        "rank": 4,
+        "layers": 14,
+        "bytes": size,
+    }
+    before, after = (load_file(folder / WEIGHTS) for folder in (adapter, tmp_path / "peft"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert main(["generate", str(tmp_path / "peft"), "--prompt", "hello", "--max-tokens", "2"]) == 0, (
+        "it names its base"
+    )
+
+
+def test_what_mlx_wrote_as_plain_lora(adapter, tmp_path, capsys):
+    assert convert(adapter, tmp_path / "mlx", "--to", "mlx") == 0
+    for source in (adapter, tmp_path / "mlx"):
+        assert convert(source, tmp_path / f"lora-{source.name}", "--rank", 2) == 0
+    assert "LoRA adapter of rank 2 (0.0 MB, was 0.0) written to" in capsys.readouterr().out
+    first, second = (dt.load_adapter(llama(), tmp_path / f"lora-{name}") for name in ("adapter", "mlx"))
+    same_logits(first, second, llama())
+
+
+def test_to_peft_what_lies_beside_goes_along(adapter, tmp_path):
+    chat_tokenizer().save_pretrained(adapter)
+    about = {"task": "text-generation", "base": str(tmp_path / "base"), "method": "dora"}
+    (adapter / "doratune.json").write_text(json.dumps(about))
+    assert convert(adapter, tmp_path / "peft", "--to", "peft") == 0
+    assert json.loads((tmp_path / "peft" / "doratune.json").read_text())["method"] == "dora"
+    assert AutoTokenizer.from_pretrained(tmp_path / "peft").chat_template == CHAT_TEMPLATE
+    same_logits(dt.load_adapter(llama(), tmp_path / "peft"), dt.load_adapter(llama(), adapter), llama())
+
+
+@pytest.mark.parametrize("to", ["peft", "mlx"])
+def test_a_rank_cannot_be_chosen_for_the_same_adapter(to, adapter, tmp_path, capsys):
+    assert convert(adapter, tmp_path / "out", "--to", to, "--rank", 4) == 1
+    assert f"rank can be chosen with --to lora only: --to {to} writes the same adapter" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_of_mlx_is_named_beside_or_given(adapter, tmp_path, capsys):
+    assert convert(adapter, tmp_path / "mlx", "--to", "mlx") == 0
+    path = tmp_path / "mlx" / "adapter_config.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps({**raw, "model": "../base"}))
+    assert convert(tmp_path / "mlx", tmp_path / "one", "--to", "peft") == 0
+    path.write_text(json.dumps({**raw, "model": None}))
+    assert convert(tmp_path / "mlx", tmp_path / "two", "--to", "peft") == 1
+    assert f"{tmp_path / 'mlx'} does not name its base model; give it with --base" in capsys.readouterr().err
+    assert convert(tmp_path / "mlx", tmp_path / "two", "--to", "peft", "--base", tmp_path / "base") == 0
+    path.write_text(json.dumps({**raw, "model": str(tmp_path / "gone")}))
+    assert convert(tmp_path / "mlx", tmp_path / "three", "--to", "peft") == 1
+    assert "another place can be given with --base" in capsys.readouterr().err
+
+
+def test_a_broken_file_of_mlx_is_found_before_a_model_is_loaded(adapter, tmp_path, capsys, monkeypatch):
+    assert convert(adapter, tmp_path / "mlx", "--to", "mlx") == 0
+    path = tmp_path / "mlx" / "adapters.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    monkeypatch.setattr("doratune.train.models.load_model", lambda *_: pytest.fail("loaded"))
+    assert convert(tmp_path / "mlx", tmp_path / "peft", "--to", "peft") == 1
+    assert f"{path} cannot be read" in capsys.readouterr().err
+
+
+def test_what_mlx_cannot_have_leaves_nothing_behind(tmp_path, capsys):
+    model = dt.attach(llama(), dt.AdapterConfig(rank=2, targets=["lm_head"]))
+    model.name_or_path = str(save_writer(tmp_path / "base"))
+    dt.save_adapter(model, tmp_path / "adapter")
+    assert convert(tmp_path / "adapter", tmp_path / "mlx", "--to", "mlx") == 1
+    assert "lm_head: embedding and head share a weight" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+
+
+COMMANDS = {
+    "generate": ["generate", "MLX", "--prompt", "hello"],
+    "predict": ["predict", "MLX", "text.txt"],
+    "evaluate": ["evaluate", "MLX", "--data", "text.txt"],
+    "merge": ["merge", "MLX", "--output", "out"],
+    "inspect": ["inspect", "MLX"],
+    "inspect with its base": ["inspect", "MLX", "--base", "base"],
+    "analyze": ["analyze", "base", "MLX", "--output", "out"],
+    "bench": ["bench", "base", "--adapter", "MLX"],
+    "train": ["train", "--model", "base", "--data", "text.txt", "--output", "out", "--start-from", "MLX"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_other_commands_say_what_it_is(command, adapter, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert convert(adapter, "MLX", "--to", "mlx") == 0
+    write_text(tmp_path / "text.txt")
+    capsys.readouterr()
+    assert main(COMMANDS[command]) == 1
+    said = capsys.readouterr().err
+    assert said.count("MLX holds an adapter of Apple's mlx-lm; make it one of PEFT's with doratune convert MLX") == 1
+    assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""``doratune convert``: a DoRA adapter becomes a plain LoRA adapter, for programs that serve no others."""
+"""``doratune convert``: an adapter becomes a plain LoRA adapter, or itself in the format of PEFT or mlx-lm."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -18,21 +18,28 @@ from doratune.cli.new_folder import new_folder, problem_of_new
 from doratune.cli.probe import logits, random_inputs
 from doratune.convert import Conversion, LayerFit, convert_to_lora
 from doratune.errors import AdapterError
-from doratune.files import WEIGHTS
+from doratune.files import CONFIG, MLX_WEIGHTS, WEIGHTS, is_mlx, read_any_config
 from doratune.hub import adapter_folder
+from doratune.interop import mlx
 from doratune.model import disabled, set_adapter
+from doratune.targets import adapted_layers
+
+METHODS = {"dora": "DoRA", "lora": "LoRA"}
+FORMATS = {"peft": "PEFT", "mlx": "mlx-lm"}
 
 
 @dataclass
 class Convert:
-    """Write the plain LoRA adapter that comes nearest to a DoRA adapter, and say how near that is."""
+    """Write the plain LoRA adapter that comes nearest to a DoRA adapter, or the same adapter in another format."""
 
     adapter: tyro.conf.Positional[Path]
-    """Folder of the adapter, as written by doratune or PEFT, or its name on the hub."""
+    """Folder of the adapter, as written by doratune, PEFT or Apple's mlx-lm, or its name on the hub."""
     output: Path
-    """Folder for the LoRA adapter; it must not exist, or be empty. It appears when it is whole, or not at all."""
+    """Folder for the new adapter; it must not exist, or be empty. It appears when it is whole, or not at all."""
+    to: Literal["lora", "peft", "mlx"] = "lora"
+    """lora: the nearest plain LoRA adapter, in PEFT's format; peft, mlx: the same function in PEFT's or mlx-lm's."""
     rank: int | None = None
-    """Of the LoRA adapter; none: the highest of the adapter's own, or 16 for magnitudes alone. Higher keeps more."""
+    """With lora: its rank; none: the highest of the adapter's own, or 16 for magnitudes alone. Higher keeps more."""
     base: str | None = None
     """Base model, a folder or hub name; none: the one that the adapter names."""
     json: bool = False
@@ -40,32 +47,41 @@ class Convert:
 
 
 def run(options: Convert) -> int:
-    """Load, fit, compare, write."""
+    """Load, translate or fit and compare, write."""
     from rich.console import Console
     from rich.text import Text
 
-    from doratune.inference.sources import base_of, loading_base
-    from doratune.train.models import load_base
+    from doratune.inference.sources import base_of
     from doratune.train.quiet import quiet_libraries
 
-    adapter = adapter_folder(options.adapter)
-    base = base_of(adapter, options.base)
+    options = dataclasses.replace(options, adapter=adapter_folder(options.adapter))
+    theirs = (options.adapter / CONFIG).is_file() and is_mlx(read_any_config(options.adapter))
+    base = _base_of_mlx(options) if theirs else base_of(options.adapter, options.base)
     check(_problems(options))
     quiet_libraries()
     status = Console(stderr=True, emoji=False).status
     with status(Text(f"Loading {base}")):
-        with loading_base(base, named=options.base is None):
-            model = load_base(adapter, base)
-        load_adapter(model, adapter)
-    if reasons := inexpressible(model, "default"):
+        model = _load(options, base, theirs)
+    if options.to != "mlx" and (reasons := inexpressible(model, "default")):
+        what = "a LoRA adapter" if options.to == "lora" else "an adapter of PEFT's format"
         lines = [f"{path}: {reason}" for reason, path in reasons.items()]
-        raise AdapterError.of(f"{adapter} cannot be a LoRA adapter that others read", lines)
+        raise AdapterError.of(f"{options.adapter} cannot be {what} that others read", lines)
+    before = (options.adapter / (MLX_WEIGHTS if theirs else WEIGHTS)).stat().st_size
+    return (_fit if options.to == "lora" else _translate)(options, model, before)
+
+
+def _fit(options: Convert, model: Any, before: int) -> int:
+    """Make and write the nearest LoRA adapter, and print how near it is."""
+    from rich.console import Console
+    from rich.text import Text
+
+    status = Console(stderr=True, emoji=False).status
     with status("Fitting"):
         found = convert_to_lora(model, options.rank)
     with status("Comparing outputs"):
         whole = _outputs(model)
     with status(Text(f"Writing {options.output}")):
-        _write(model, adapter, options.output)
+        _write(model, options.adapter, options.output, "lora", method="lora")
     size = (options.output / WEIGHTS).stat().st_size
     if options.json:
         layers = [{**asdict(layer), "kept": layer.kept} for layer in found.layers]
@@ -74,16 +90,62 @@ def run(options: Convert) -> int:
     else:
         out = Console(emoji=False)
         out.print(_table(found, whole))
-        before = (adapter / WEIGHTS).stat().st_size
-        sizes = f"{size / 1e6:.1f} MB, was {before / 1e6:.1f}"
-        say(out, f"LoRA adapter of rank {found.rank} ({sizes}) written to {options.output}")
+        say(out, f"LoRA adapter of rank {found.rank} ({_sizes(size, before)}) written to {options.output}")
     return 0
+
+
+def _translate(options: Convert, model: Any, before: int) -> int:
+    """Write the same adapter in another format, and print what it is."""
+    from rich.console import Console
+
+    layers = adapted_layers(model).values()
+    method = next(iter(layers)).adapters["default"].config.method
+    rank = max(layer.adapters["default"].rank for layer in layers)
+    if options.to == "mlx":
+        with new_folder(options.output, "the adapter") as folder:
+            mlx.save_adapter(model, folder)
+    else:
+        _write(model, options.adapter, options.output, "default")
+    size = (options.output / (MLX_WEIGHTS if options.to == "mlx" else WEIGHTS)).stat().st_size
+    if options.json:
+        about = {"output": str(options.output), "to": options.to, "method": method, "rank": rank, "bytes": size}
+        print(json.dumps({**about, "layers": len(layers)}))
+    else:
+        what = f"{METHODS[method]} adapter of rank {rank} on {len(layers)} layers ({_sizes(size, before)})"
+        say(Console(), f"{what} written to {options.output}, in {FORMATS[options.to]}'s format")
+    return 0
+
+
+def _sizes(size: int, before: int) -> str:
+    return f"{size / 1e6:.1f} MB, was {before / 1e6:.1f}"
+
+
+def _base_of_mlx(options: Convert) -> str:
+    """The base model, as ``base_of`` finds it for PEFT's folders."""
+    from doratune.train.models import NAMELESS, found_beside
+
+    named = mlx.AdapterFiles.read(options.adapter).base  # a broken adapter is found before a large model is loaded
+    if not (options.base or named):
+        raise AdapterError(NAMELESS.format(options.adapter))
+    return options.base or found_beside(options.adapter, str(named))
+
+
+def _load(options: Convert, base: str, theirs: bool) -> Any:
+    """The base model with the adapter on it."""
+    from doratune.inference.sources import loading_base
+    from doratune.train.models import load_base, load_model
+
+    with loading_base(base, named=options.base is None):
+        model = load_model(base) if theirs else load_base(options.adapter, base)
+    return (mlx.load_adapter if theirs else load_adapter)(model, options.adapter)
 
 
 def _problems(options: Convert) -> Iterator[str]:
     if problem := problem_of_new(options.output):
         yield problem
-    if options.rank is not None and options.rank < 1:
+    if options.rank is not None and options.to != "lora":
+        yield f"rank can be chosen with --to lora only: --to {options.to} writes the same adapter; found {options.rank}"
+    elif options.rank is not None and options.rank < 1:
         yield f"rank must be at least 1; found {options.rank}"
 
 
@@ -105,8 +167,8 @@ def _outputs(model: Any) -> dict[str, float] | None:
     }
 
 
-def _write(model: Any, adapter: Path, output: Path) -> None:
-    """The adapter, and what lies with the old one for ``generate`` and ``predict``."""
+def _write(model: Any, adapter: Path, output: Path, name: str, method: str | None = None) -> None:
+    """The adapter of that name, and what lies with the old one for ``generate`` and ``predict``."""
     from doratune.cli.merge import PREPROCESSOR
     from doratune.inference.sources import TOKENIZER_CONFIG
     from doratune.train.information import Information
@@ -115,9 +177,9 @@ def _write(model: Any, adapter: Path, output: Path) -> None:
     about = Information.load(adapter)
     tokenizer = load_tokenizer(str(adapter)) if (adapter / TOKENIZER_CONFIG).is_file() else None
     with new_folder(output, "the adapter") as folder:
-        save_adapter(model, folder, "lora")
+        save_adapter(model, folder, name)
         if about is not None:
-            dataclasses.replace(about, method="lora").save(folder)
+            dataclasses.replace(about, method=method or about.method).save(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if (adapter / PREPROCESSOR).is_file():

@@ -144,10 +144,13 @@ def base_name(folder: str | os.PathLike[str], given: str | None = None) -> str |
     if given:
         return given
     name = str(raw.get("base_model_name_or_path") or (about.base if about else None) or "")
-    beside = Path(folder) / name
-    if name and not Path(name).expanduser().exists() and beside.is_dir():
-        return str(beside)
-    return name or None
+    return found_beside(Path(folder), name) if name else None
+
+
+def found_beside(folder: Path, name: str) -> str:
+    """The base model that an adapter's folder names; a path that is nowhere else may start from that folder."""
+    beside = folder / name
+    return str(beside) if not Path(name).expanduser().exists() and beside.is_dir() else name
 
 
 def peft_task(raw: Mapping[str, Any]) -> str | None:
