@@ -18,6 +18,7 @@ from doratune.cli.probe import logits, random_inputs
 from doratune.errors import AdapterError
 from doratune.hub import adapter_folder
 from doratune.merge import MergeCheck, merge, verify_merge
+from doratune.older_readers import name_rope_twice
 from doratune.train.config import Dtype
 
 PREPROCESSOR = "preprocessor_config.json"
@@ -137,6 +138,7 @@ def _write(model: Any, tokenizer: Any, adapter: Path, base: str, output: Path) -
     images = _image_settings(model, adapter, base)
     with new_folder(output, "the merged model") as folder:
         model.save_pretrained(folder)
+        name_rope_twice(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         for path in (adapter / FILE, images):  # what predict needs besides the weights

@@ -11,6 +11,7 @@ from doratune.distributed import is_first, is_spread, processes
 from doratune.errors import AdapterError
 from doratune.extras import require
 from doratune.files import output_problem
+from doratune.older_readers import name_rope_twice
 from doratune.summary import Summary
 from doratune.train import recipe, resuming, start
 from doratune.train.assemble import autocast, make_model, make_trainer, precision
@@ -240,6 +241,7 @@ def _save(config: TrainConfig, model: Any, prepared: Prepared) -> Path:
         return folder
     if not config.is_adapter:
         model.save_pretrained(folder)
+        name_rope_twice(folder)
     if prepared.unit == "images" or not config.is_adapter:
         prepared.processor.save_pretrained(folder)
     generates = config.task == "text-generation"
