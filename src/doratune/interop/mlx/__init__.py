@@ -25,7 +25,7 @@ from doratune.interop.mlx.tree import PARTS, Tree
 from doratune.peft_config import PeftOptions
 from doratune.targets import as_targets, saved_modules, unwrap
 
-__all__ = ["AdapterFiles", "load_adapter", "save_adapter"]
+__all__ = ["load_adapter", "save_adapter"]
 
 NAME = re.compile(rf"(?P<path>.+)\.(?P<part>{'|'.join(PARTS)})", re.DOTALL)
 
