@@ -275,11 +275,6 @@ def _nothing(
     return f"{wanted!r} matches no module that can be adapted{_suggestion(wanted, modules)}"
 
 
-def occurrences(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Every place, parent and attribute, where a module hangs in the model; shared modules hang in several."""
-    return [(parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is module]
-
-
 def shared_parameters(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Parameters that hang in the model more than once, by id: every place, module and name."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
