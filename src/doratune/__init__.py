@@ -54,9 +54,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    """``doratune.peft``, ``doratune.study`` and ``doratune.train``, imported when they are first used."""
+    """``doratune.peft``, ``doratune.train`` and the like, imported when they are first used."""
     if name in ("study", "train"):
         return importlib.import_module(f"doratune.{name}")
-    if name == "peft":
-        return importlib.import_module("doratune.interop.peft")
+    if name in ("diffusers", "kohya", "peft"):
+        return importlib.import_module(f"doratune.interop.{name}")
     raise AttributeError(f"module 'doratune' has no attribute {name!r}")

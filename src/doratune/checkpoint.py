@@ -53,18 +53,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
             the folder cannot be written.
     """
     root = unwrap(model)
-    layers = {path: layer for path, layer in adapted_layers(root).items() if name in layer.adapters}
-    if not layers:
-        raise AdapterError(f"the model has no adapter {name!r} to save")
-    problems = [f"{path}: holds no data yet (meta device)" for path, layer in layers.items() if name in layer.waiting]
-    tensors = {} if problems else adapter_tensors(root, name)
-    problems += [f"{key}: not finite" for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if problems:
-        raise AdapterError.of(f"adapter {name!r} cannot be saved", problems)
-    spread = is_spread(root)
-    if spread or processes() == 1:  # alone, or all at once: what is decided here has to be the same everywhere
-        decide(root, name)
-    if spread and not is_first():
+    layers, tensors = ready_to_write(root, name)
+    if is_spread(root) and not is_first():
         return
     config = next(iter(layers.values())).adapters[name].config
     saved = [path for path in saved_modules(root) if matches(path, config.modules_to_save)]
@@ -81,6 +71,25 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
         options["peft_type"] = OWN_TYPE
         log.warning("%s is written for doratune only. %s: %s", folder, path, reason)
     write_adapter(Path(folder), tensors, options, {METADATA: json.dumps(own)})
+
+
+def ready_to_write(root: nn.Module, name: str) -> tuple[dict[str, AdaptedLayer], dict[str, Tensor]]:
+    """An adapter's layers by path, and its tensors as ``adapter_tensors`` has them.
+
+    Raises:
+        AdapterError: if there is no such adapter, or a value is missing or not finite.
+    """
+    layers = {path: layer for path, layer in adapted_layers(root).items() if name in layer.adapters}
+    if not layers:
+        raise AdapterError(f"the model has no adapter {name!r} to save")
+    problems = [f"{path}: holds no data yet (meta device)" for path, layer in layers.items() if name in layer.waiting]
+    tensors = {} if problems else adapter_tensors(root, name)
+    problems += [f"{key}: not finite" for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if problems:
+        raise AdapterError.of(f"adapter {name!r} cannot be saved", problems)
+    if is_spread(root) or processes() == 1:  # alone, or all at once: what is decided here has to be the same everywhere
+        decide(root, name)
+    return layers, tensors
 
 
 def inexpressible(root: nn.Module, name: str) -> dict[str, str]:
@@ -214,10 +223,15 @@ def attach_filled(root: nn.Module, contents: Contents, config: AdapterConfig, na
     try:
         fill(root, contents, name)
     except BaseException:
-        delete_adapter(root, name)
-        if before is not None:
-            set_adapter(root, before)
+        take_back(root, name, before)
         raise
+
+
+def take_back(root: nn.Module, name: str, before: str | None) -> None:
+    """Remove an adapter that was just attached and make the one active that was so before."""
+    delete_adapter(root, name)
+    if before is not None:
+        set_adapter(root, before)
 
 
 def read_adapter(root: nn.Module, folder: Path) -> Contents:

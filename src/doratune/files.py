@@ -101,16 +101,26 @@ def _same_bytes(file: Path, other: Path) -> bool:
 
 def write_adapter(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], metadata: dict[str, str]) -> None:
     """Write ``adapter_model.safetensors`` and ``adapter_config.json``."""
+    with writing(folder, "the adapter") as staging:
+        _write_weights(staging / WEIGHTS, folder, tensors, metadata)
+        # Of patterns the first that fits counts: only the options themselves are sorted.
+        (staging / CONFIG).write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n")
+
+
+def write_weights(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write an adapter that is one safetensors file, whole or not at all."""
+    with writing(file.parent, file.name) as staging:
+        _write_weights(staging / file.name, file.parent, tensors, metadata)
+
+
+def _write_weights(staged: Path, folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with writing(folder, "the adapter") as staging:
-        try:
-            save_file(tensors, staging / WEIGHTS, metadata={"format": "pt", **metadata})
-        except SafetensorError as error:
-            raise AdapterError(f"cannot write {folder / WEIGHTS}: {error}") from error
-        # Of patterns the first that fits counts: only the options themselves are sorted.
-        (staging / CONFIG).write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n")
+    try:
+        save_file(tensors, staged, metadata={"format": "pt", **metadata})
+    except SafetensorError as error:
+        raise AdapterError(f"cannot write {folder / staged.name}: {error}") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -166,5 +176,14 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         AdapterError: if the file is missing, truncated or no safetensors file.
     """
-    with opened(weights_file(folder)) as file:
+    return read_file(weights_file(folder))
+
+
+def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file: tensors on the CPU, and the file's metadata.
+
+    Raises:
+        AdapterError: if the file is truncated or no safetensors file.
+    """
+    with opened(path) as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -82,7 +82,7 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
         AdapterError: listing targets that match nothing, or only modules that cannot be adapted.
     """
     modules = plain_modules(model)
-    _refuse_model(model, modules)
+    refuse_model(model, modules)
     problems: list[str] = []
     aside = held_aside(modules)
     selection = Selection(saved=_saved_whole(config, modules, aside, problems))
@@ -137,7 +137,7 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
     return selection
 
 
-def _refuse_model(model: nn.Module, modules: dict[str, nn.Module]) -> None:
+def refuse_model(model: nn.Module, modules: dict[str, nn.Module]) -> None:
     """Refuse models that no adapter can go to, whatever its options."""
     if kind_of(unwrap(model)) is not None or isinstance(unwrap(model), nn.MultiheadAttention):
         raise AdapterError(
