@@ -133,7 +133,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.exists():
         raise AdapterError(f"{folder} does not exist; name a folder with {CONFIG} and {WEIGHTS}")
     if not folder.is_dir():
-        raise AdapterError(f"{folder} is a file; name the folder with {CONFIG} and {WEIGHTS}")
+        others = "; files of image generators are read by dt.kohya.load_adapter and dt.diffusers.load_adapter"
+        others = others if folder.suffix == ".safetensors" and folder.name != WEIGHTS else ""
+        raise AdapterError(f"{folder} is a file; name the folder with {CONFIG} and {WEIGHTS}{others}")
     if not path.is_file():
         raise AdapterError(f"{folder} has no {CONFIG}; it is not an adapter's folder")
     try:

@@ -61,6 +61,14 @@ def test_a_pipeline_reads_what_is_written_here(config, tmp_path):
     assert dt.trainable_parameters(again["unet"])
 
 
+def test_a_pipeline_reads_a_text_encoder_whose_attention_is_not_adapted(tmp_path):
+    ours = adapted(text_encoder(), dt.AdapterConfig(rank=2, targets=["fc1"]))
+    dt.diffusers.save_adapter({"text_encoder": ours}, tmp_path)
+    theirs = pipeline()
+    theirs.load_lora_weights(tmp_path)
+    assert error(text(theirs.text_encoder), text(ours)) < 1e-5
+
+
 @pytest.mark.parametrize("options", [True, False], ids=["with options", "without"])
 @pytest.mark.parametrize("dora", [True, False], ids=["dora", "lora"])
 def test_what_a_script_of_diffusers_saves_is_read(dora, options, tmp_path):
@@ -205,7 +213,7 @@ def test_what_diffusers_would_not_read_is_refused_in_one_error(tmp_path):
         dt.diffusers.save_adapter({"unet": model, "text_encoder": text_encoder()}, tmp_path)
     for line in (
         "unet.conv: PEFT's A for a grouped convolution",
-        "unet.a.base_layer.bias (and 3 more): is not of a kind that diffusers reads",
+        "unet.a.base_layer.bias (and 3 more): is of a trained bias, a module trained whole or an embedding",
         "text_encoder: the model has no adapter 'default' to save",
     ):
         assert line in str(caught.value)

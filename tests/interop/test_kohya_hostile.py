@@ -95,6 +95,7 @@ def test_every_problem_is_in_one_error(model, valid):
         ({f"{QUERY}.dora_scale": torch.ones(1, 16)}, "lies along the input axis (LyCORIS with wd_on_output=False)"),
         ({f"{CONV}.dora_scale": None}, "has no dora_scale, which other layers have"),
         ({f"{CONV}.alpha": torch.tensor(0.0)}, "expected one finite number above 0, found [0.0]"),
+        ({f"{CONV}.alpha": torch.tensor(1j)}, "expected one finite number above 0, found [1j]"),
         ({f"{CONV}.alpha": torch.ones(2)}, "expected one finite number above 0, found [1.0, 1.0]"),
         ({f"{CONV}.lora_mid.weight": torch.ones(2, 2)}, "Tucker decomposition of a convolution (use_tucker)"),
         ({f"{CONV}.diff_b": torch.ones(2)}, "a whole change of a weight or bias is not supported"),

@@ -24,6 +24,7 @@ from doratune.distributed import is_first, is_spread
 from doratune.errors import AdapterError
 from doratune.files import write_weights
 from doratune.interop.several import (
+    Adapter,
     Models,
     Part,
     adapters,
@@ -55,6 +56,13 @@ PARTS = {
 }
 """What diffusers, in its earlier versions and today, calls PEFT's parts."""
 KEY = re.compile(rf"(?P<path>.+)\.(?P<part>{'|'.join(re.escape(part) for part in PARTS)})", re.DOTALL)
+WRITTEN_FOR_TEXT = {
+    A: "lora_linear_layer.down.weight",
+    B: "lora_linear_layer.up.weight",
+    MAGNITUDE: f"{MAGNITUDE}.weight",
+}
+"""The names by which diffusers knows a text encoder's file. With ``.weight`` transformers, too, which then reads it for
+diffusers, takes the magnitudes."""
 WRITTEN = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern")
 Given = TypeVar("Given", bound=Models)
 
@@ -197,27 +205,34 @@ def save_adapter(models: Models, folder: str | os.PathLike[str], name: str = "de
     found = adapters(given, name, problems)
     for prefix, adapter in found.items():
         start = f"{prefix}." if prefix else ""
-        problems += [f"{start}{path}: {reason}" for reason, path in inexpressible(adapter.model, name).items()]
-        findings: dict[str, list[str]] = {}
-        for key, tensor in adapter.tensors.items():
-            own = key.removeprefix(PREFIX)
-            path, _, part = own.partition(".lora_")
-            if path not in adapter.layers or f"lora_{part}" not in PARTS:
-                findings.setdefault(
-                    "is not of a kind that diffusers reads: a trained bias, a module trained whole, an embedding", []
-                ).append(f"{start}{own}")
-            # With this end transformers, too, which reads what is a text encoder's, takes the magnitudes.
-            tensors[start + own + (".weight" if own.endswith(MAGNITUDE) else "")] = tensor
-        problems += grouped(findings)
+        own: list[str] = [f"{path}: {reason}" for reason, path in inexpressible(adapter.model, name).items()]
+        tensors.update({start + key: tensor for key, tensor in _to_file(prefix, adapter, own).items()})
         config = next(iter(adapter.layers.values())).adapters[name].config
         try:
             options = to_peft(adapter.model, config, adapter.layers, [], False)
         except AdapterError as error:
-            problems += [f"{start}{problem}" for problem in error.problems]
-            continue
-        chosen = (*WRITTEN, *(option for option in ("use_dora", "use_rslora") if options[option]))
-        metadata.update({f"{start}{option}": options[option] for option in chosen})
+            own += error.problems
+        else:
+            chosen = (*WRITTEN, *(option for option in ("use_dora", "use_rslora") if options[option]))
+            metadata.update({start + option: options[option] for option in chosen})
+        problems += [start + problem for problem in own]
     if problems:
         raise AdapterError.of(f"adapter {name!r} cannot be saved to {folder}", problems)
     if is_first() or not any(is_spread(adapter.model) for adapter in found.values()):
         write_weights(Path(folder) / WEIGHTS, tensors, {METADATA: json.dumps(metadata, indent=2)})
+
+
+def _to_file(prefix: str, adapter: Adapter, problems: list[str]) -> dict[str, Tensor]:
+    """One model's tensors under the file's keys, without the prefix; what has no place goes to ``problems``."""
+    written = WRITTEN_FOR_TEXT if prefix.startswith("text_encoder") else {MAGNITUDE: f"{MAGNITUDE}.weight"}
+    tensors: dict[str, Tensor] = {}
+    without_place: list[str] = []
+    for key, tensor in adapter.tensors.items():
+        match = KEY.fullmatch(key.removeprefix(PREFIX))
+        if match is None or match["path"] not in adapter.layers:
+            without_place.append(key.removeprefix(PREFIX))
+        else:
+            tensors[f"{match['path']}.{written.get(match['part'], match['part'])}"] = tensor
+    reason = "is of a trained bias, a module trained whole or an embedding, which diffusers does not read"
+    problems += grouped({reason: without_place} if without_place else {})
+    return tensors

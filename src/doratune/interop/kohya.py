@@ -179,7 +179,7 @@ def _unreadable(base: nn.Module, parts: dict[str, Tensor]) -> str | None:
     alpha, magnitude, kind = parts.get(ALPHA), parts.get(SCALE), kind_of(base)
     if kind is not None and kind.name in WITHOUT_PLACE:
         return f"is {WITHOUT_PLACE[kind.name]}, for which this format has no place"
-    if alpha is not None and (alpha.numel() != 1 or not 0 < float(alpha) < math.inf):
+    if alpha is not None and (alpha.numel() != 1 or alpha.is_complex() or not 0 < float(alpha) < math.inf):
         return f"{ALPHA}: expected one finite number above 0, found {alpha.flatten()[:5].tolist()}"
     if magnitude is None or kind is None:
         return None
