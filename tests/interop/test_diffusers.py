@@ -168,6 +168,7 @@ def test_every_problem_is_in_one_error(model, written, tmp_path):
             f"{query}.lora_B.weight": torch.full((16, 3), torch.nan),
             f"{query}.lora_magnitude_vector": torch.ones(16),
             f"{query}.lora_B.bias": torch.ones(16),
+            "unet.mid_block.resnets.1.conv1.lora_A.weight": torch.tensor(1.0),
             "text_encoder.q_proj.lora_A.weight": torch.ones(2, 2),
             "lora_unet_conv_in.lora_up.weight": torch.ones(2, 2),
             "stray": torch.ones(2),
@@ -178,12 +179,13 @@ def test_every_problem_is_in_one_error(model, written, tmp_path):
         f"{query}.lora_B.weight: holds NaN",
         "the file holds this tensor twice, under two keys",
         f"{query}.lora_B.bias: unknown key",
+        "unet.mid_block.resnets.1.conv1.lora_A.weight: expected shape (4, 16, 3, 3), found ()",
         "text_encoder.q_proj.lora_A.weight: models has no 'text_encoder'",
         "lora_unet_conv_in.lora_up.weight: kohya's names; use dt.kohya.load_adapter",
         "stray: begins with none of unet",
     ):
         assert line in message
-    assert "(7 problems)" in message
+    assert "(8 problems)" in message
 
 
 def test_options_that_cannot_be_honoured_are_refused_by_name(model, written, tmp_path):

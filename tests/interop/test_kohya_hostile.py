@@ -97,6 +97,7 @@ def test_every_problem_is_in_one_error(model, valid):
         ({f"{CONV}.alpha": torch.tensor(0.0)}, "expected one finite number above 0, found [0.0]"),
         ({f"{CONV}.alpha": torch.tensor(1j)}, "expected one finite number above 0, found [1j]"),
         ({f"{CONV}.alpha": torch.ones(2)}, "expected one finite number above 0, found [1.0, 1.0]"),
+        ({f"{CONV}.lora_down.weight": None}, f"does not fit: {CONV}.lora_down.weight: missing"),
         ({f"{CONV}.lora_mid.weight": torch.ones(2, 2)}, "Tucker decomposition of a convolution (use_tucker)"),
         ({f"{CONV}.diff_b": torch.ones(2)}, "a whole change of a weight or bias is not supported"),
         (

@@ -32,6 +32,7 @@ from doratune.interop.several import (
     checked,
     grouped,
     options_for,
+    rank_by_shape,
     read_one_file,
 )
 from doratune.peft_config import from_peft, to_peft
@@ -172,14 +173,15 @@ def _part(
         names.update({f"{PREFIX}{path}.{part}": f"{names[path]}.{part}" for part in (A, B, MAGNITUDE)})
         for part, (key, tensor) in parts.items():
             tensors[f"{PREFIX}{path}.{part}"], names[f"{PREFIX}{path}.{part}"] = tensor, key
-        rank = max(1, *parts[A][1].shape[:1]) if A in parts else 1
+        rank = rank_by_shape(*(parts[part][1] if part in parts else None for part in (A, B)))
         scales[path] = rank, float(rank)
     try:
         options = (
             from_peft(raw, prefix) if raw else options_for(model, scales, any(MAGNITUDE in p for p in layers.values()))
         )
     except AdapterError as error:
-        problems += [f"metadata {METADATA!r}, {prefix}.{problem}" for problem in error.problems]
+        found = (problem.removeprefix(f"{prefix}: ") for problem in error.problems)
+        problems += [f"metadata {METADATA!r}, {prefix}.{problem}" for problem in found]
         return None
     return Part(model, options, tensors, names)
 

@@ -33,6 +33,7 @@ from doratune.interop.several import (
     checked,
     grouped,
     options_for,
+    rank_by_shape,
     read_one_file,
 )
 from doratune.interop.unet_names import original_names
@@ -195,7 +196,7 @@ def _unreadable(base: nn.Module, parts: dict[str, Tensor]) -> str | None:
 
 def _scale(parts: dict[str, Tensor]) -> tuple[int, float]:
     """A layer's rank and alpha; without an alpha s is 1."""
-    rank = max(1, parts[DOWN].shape[0]) if DOWN in parts and parts[DOWN].ndim else 1
+    rank = rank_by_shape(parts.get(DOWN), parts.get(UP))
     return rank, float(parts[ALPHA]) if ALPHA in parts else float(rank)
 
 

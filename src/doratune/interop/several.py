@@ -85,6 +85,12 @@ def grouped(findings: Mapping[str, list[str]]) -> list[str]:
     return lines
 
 
+def rank_by_shape(A: Tensor | None, B: Tensor | None) -> int:
+    """The rank that A has, or B where there is no A; never 0, so that it is the shape that is found wrong."""
+    sizes = A.shape[:1] if A is not None else B.shape[1:2] if B is not None else ()
+    return max((1, *sizes))
+
+
 def options_for(model: nn.Module, scales: Mapping[str, tuple[int, float]], dora: bool) -> PeftOptions:
     """Options that name exactly these layers, by path, with the rank and alpha of each."""
     rank, ranks = _with_exceptions({path: rank for path, (rank, _) in scales.items()})
