@@ -19,7 +19,15 @@ from train.tiny import llama, save_model, write_text
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("studies/**/*.md")]
 PAGE = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
-MODULES = {"dt.": dt, "dt.peft.": dt.peft, "dt.mlx.": dt.mlx, "dt.study.": dt.study, "": doratune.train}
+MODULES = {
+    "dt.": dt,
+    "dt.peft.": dt.peft,
+    "dt.kohya.": dt.kohya,
+    "dt.diffusers.": dt.diffusers,
+    "dt.mlx.": dt.mlx,
+    "dt.study.": dt.study,
+    "": doratune.train,
+}
 
 
 def test_its_code_runs(tmp_path, monkeypatch, capsys):

@@ -191,8 +191,10 @@ def test_a_folder_that_is_a_file(tmp_path):
         with pytest.raises(AdapterError, match=r"cannot write the adapter to .*file"):
             write_adapter(folder, *NEW)
     assert path.read_text() == "mine"
-    with pytest.raises(AdapterError, match="is a file; name the folder with"):
+    with pytest.raises(AdapterError, match=f"is a file; name the folder with {CONFIG} and {WEIGHTS}$"):
         read_config(path)
+    with pytest.raises(AdapterError, match=r"image generators are read by dt\.kohya\.load_adapter"):
+        read_config(path.rename(tmp_path / "style.safetensors"))
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])

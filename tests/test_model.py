@@ -141,6 +141,23 @@ UNREADABLE = ["", "a.b", "a b", "ä", "a/b", "../x", "a\n"]
 METHODS_OF_CONTAINERS = ["keys", "values", "training", "update", "forward", "pop"]
 
 
+def test_attach_walks_over_the_model_as_often_whatever_the_number_of_layers():
+    class Counted(nn.Sequential):
+        walks = 0
+
+        def named_modules(self, *args, **kwargs):
+            Counted.walks += 1
+            return super().named_modules(*args, **kwargs)
+
+    def walks(layers):
+        model = Counted(*(nn.Linear(2, 2) for _ in range(layers)))
+        Counted.walks = 0
+        dt.attach(model, dt.AdapterConfig(rank=1, targets=r"\d+"))
+        return Counted.walks
+
+    assert walks(30) == walks(3)
+
+
 @pytest.mark.parametrize("name", UNREADABLE + METHODS_OF_CONTAINERS)
 def test_bad_names(name):
     model = tiny()

@@ -54,9 +54,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    """``doratune.mlx``, ``peft``, ``study`` and ``train``, imported when they are first used."""
+    """``doratune.peft``, ``doratune.train`` and the like, imported when they are first used."""
     if name in ("study", "train"):
         return importlib.import_module(f"doratune.{name}")
-    if name in ("mlx", "peft"):
+    if name in ("diffusers", "kohya", "mlx", "peft"):
         return importlib.import_module(f"doratune.interop.{name}")
     raise AttributeError(f"module 'doratune' has no attribute {name!r}")

@@ -235,10 +235,15 @@ def attach_filled(root: nn.Module, contents: Contents, config: AdapterConfig, na
     try:
         fill(root, contents, name)
     except BaseException:
-        delete_adapter(root, name)
-        if before is not None:
-            set_adapter(root, before)
+        take_back(root, name, before)
         raise
+
+
+def take_back(root: nn.Module, name: str, before: str | None) -> None:
+    """Remove an adapter that was just attached and make the one active that was so before."""
+    delete_adapter(root, name)
+    if before is not None:
+        set_adapter(root, before)
 
 
 def read_adapter(root: nn.Module, folder: Path) -> Contents:

@@ -114,19 +114,29 @@ def write_adapter(
         AdapterError: if the folder cannot be written to, or holds an adapter of the other format, whose options would
             be replaced and whose weights would stay.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     other = MLX_WEIGHTS if weights == WEIGHTS else WEIGHTS
     if (folder / other).exists():
         raise AdapterError(f"cannot write {weights} to {folder}: it holds {other} of another format; name a new folder")
     with writing(folder, "the adapter") as staging:
-        try:
-            save_file(tensors, staging / weights, metadata={"format": "pt", **(metadata or {})})
-        except SafetensorError as error:
-            raise AdapterError(f"cannot write {folder / weights}: {error}") from error
+        _write_weights(staging / weights, folder, tensors, metadata or {})
         # Of patterns the first that fits counts: only the options themselves are sorted.
         (staging / CONFIG).write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n")
+
+
+def write_weights(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write an adapter that is one safetensors file, whole or not at all."""
+    with writing(file.parent, file.name) as staging:
+        _write_weights(staging / file.name, file.parent, tensors, metadata)
+
+
+def _write_weights(staged: Path, folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, staged, metadata={"format": "pt", **metadata})
+    except SafetensorError as error:
+        raise AdapterError(f"cannot write {folder / staged.name}: {error}") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -159,7 +169,9 @@ def read_any_config(folder: Path) -> dict[str, Any]:
     if not folder.exists():
         raise AdapterError(f"{folder} does not exist; name a folder with {CONFIG} and {WEIGHTS}")
     if not folder.is_dir():
-        raise AdapterError(f"{folder} is a file; name the folder with {CONFIG} and {WEIGHTS}")
+        others = "; files of image generators are read by dt.kohya.load_adapter and dt.diffusers.load_adapter"
+        others = others if folder.suffix == ".safetensors" and folder.name != WEIGHTS else ""
+        raise AdapterError(f"{folder} is a file; name the folder with {CONFIG} and {WEIGHTS}{others}")
     if not path.is_file():
         raise AdapterError(f"{folder} has no {CONFIG}; it is not an adapter's folder")
     try:
@@ -202,5 +214,14 @@ def read_weights(folder: Path, name: str = WEIGHTS) -> tuple[dict[str, Tensor], 
     Raises:
         AdapterError: if the file is missing, truncated or no safetensors file.
     """
-    with opened(weights_file(folder, name)) as file:
+    return read_file(weights_file(folder, name))
+
+
+def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file: tensors on the CPU, and the file's metadata.
+
+    Raises:
+        AdapterError: if the file is truncated or no safetensors file.
+    """
+    with opened(path) as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from doratune.targets import (
     Selection,
     adapted_layers,
     holders,
-    occurrences,
     saved_modules,
     select,
     unwrap,
@@ -81,10 +80,8 @@ def attach(model: nn.Module, config: AdapterConfig, name: str = "default", *, tr
         for holder in (*adapted.values(), *saved.values()):
             holder.remove(name)
         raise
-    for host in hosts.values():
-        _replace(root, host.base_layer, host)
-    for holder in new:
-        _replace(root, holder.base_layer, holder)
+    _replace(root, {host.base_layer: host for host in hosts.values()})
+    _replace(root, {holder.base_layer: holder for holder in new})
     freeze(root)
     prepare(root)
     set_adapter(root, name)
@@ -126,11 +123,12 @@ def _module_at(root: nn.Module, path: str, hosts: dict[str, AttentionHost]) -> n
     return module
 
 
-def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put one module into every place of another."""
-    for parent, attribute in occurrences(root, old):
-        if parent is not new:
-            parent._modules[attribute] = new
+def _replace(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put other modules into every place of some, in one walk over the model: it may have hundreds of them."""
+    for parent in list(root.modules()):
+        for attribute, child in parent._modules.items():
+            if child is not None and child in new:
+                parent._modules[attribute] = new[child]
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -193,9 +191,8 @@ def detach(model: nn.Module) -> nn.Module:
 
 def unhold(root: nn.Module, holder: AdapterHolder) -> None:
     """Put a holder's base layer back in its place."""
-    _replace(root, holder, holder.base_layer)
-    for host in [m for m in root.modules() if isinstance(m, AttentionHost) and not m.adapted()]:
-        _replace(root, host, host.plain())
+    _replace(root, {holder: holder.base_layer})
+    _replace(root, {m: m.plain() for m in root.modules() if isinstance(m, AttentionHost) and not m.adapted()})
 
 
 @contextlib.contextmanager

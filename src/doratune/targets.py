@@ -82,7 +82,7 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
         AdapterError: listing targets that match nothing, or only modules that cannot be adapted.
     """
     modules = plain_modules(model)
-    _refuse_model(model, modules)
+    refuse_model(model, modules)
     problems: list[str] = []
     aside = held_aside(modules)
     selection = Selection(saved=_saved_whole(config, modules, aside, problems))
@@ -137,7 +137,7 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
     return selection
 
 
-def _refuse_model(model: nn.Module, modules: dict[str, nn.Module]) -> None:
+def refuse_model(model: nn.Module, modules: dict[str, nn.Module]) -> None:
     """Refuse models that no adapter can go to, whatever its options."""
     if kind_of(unwrap(model)) is not None or isinstance(unwrap(model), nn.MultiheadAttention):
         raise AdapterError(
@@ -273,11 +273,6 @@ def _nothing(
         return f"the model has no linear layer to adapt{reasons}{advice}"
     wanted = config.targets if isinstance(config.targets, str) else ", ".join(config.targets)
     return f"{wanted!r} matches no module that can be adapted{_suggestion(wanted, modules)}"
-
-
-def occurrences(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Every place, parent and attribute, where a module hangs in the model; shared modules hang in several."""
-    return [(parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is module]
 
 
 def shared_parameters(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

@@ -12,7 +12,7 @@ from torch import nn
 
 import doratune as dt
 from doratune.files import CONFIG, MLX_WEIGHTS, WEIGHTS
-from doratune.interop.mlx import AdapterFiles
+from doratune.interop.mlx.files import AdapterFiles
 from doratune.targets import adapted_layers
 from file_helpers import IDS, assert_unchanged, move, options, rewrite_options, state
 

@@ -21,6 +21,7 @@ from doratune.errors import AdapterError
 from doratune.files import CONFIG, MLX_WEIGHTS, WEIGHTS, is_mlx, read_any_config
 from doratune.hub import adapter_folder
 from doratune.interop import mlx
+from doratune.interop.mlx.files import AdapterFiles
 from doratune.model import disabled, set_adapter
 from doratune.targets import adapted_layers
 
@@ -124,7 +125,7 @@ def _base_of_mlx(options: Convert) -> str:
     """The base model, as ``base_of`` finds it for PEFT's folders."""
     from doratune.train.models import NAMELESS, found_beside
 
-    named = mlx.AdapterFiles.read(options.adapter).base  # a broken adapter is found before a large model is loaded
+    named = AdapterFiles.read(options.adapter).base  # a broken adapter is found before a large model is loaded
     if not (options.base or named):
         raise AdapterError(NAMELESS.format(options.adapter))
     return options.base or found_beside(options.adapter, str(named))

@@ -1,1 +1,1 @@
-"""Neighbours: one file or folder for each library that doratune works with or exchanges adapters with."""
+"""Neighbours: a file or folder for each library that doratune works or exchanges adapters with, and what they share."""
