@@ -1,5 +1,6 @@
 """Settings shared by all tests: fixed seeds, and hypothesis without clocks and chance."""
 
+import gc
 import os
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -23,6 +24,13 @@ settings.load_profile("doratune")
 def pytest_configure(config):
     # torch.compile instantiates every autograd.Function it traces, and warns about that itself (torch 2.13).
     config.addinivalue_line("filterwarnings", "ignore:.*should not be instantiated:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _imports_are_not_collected():
+    """A training run ends with gc.collect(), which need not visit every object of torch's and transformers' modules."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
