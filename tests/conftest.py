@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import doratune.train.run
+
 settings.register_profile(
     "doratune",
     derandomize=True,
@@ -36,3 +38,9 @@ def _imports_are_not_collected():
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _curves_are_not_drawn(monkeypatch):
+    """A picture takes longer than the training of a tiny model; test_curves.py and test_run.py draw some."""
+    monkeypatch.setattr(doratune.train.run, "draw_curves", lambda runs, path, title, loss_unit: path.touch())
