@@ -1,5 +1,6 @@
 """Settings shared by all tests: fixed seeds, and hypothesis without clocks and chance."""
 
+import gc
 import os
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -8,6 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests fork, which a process wit
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+import doratune.train.run
 
 settings.register_profile(
     "doratune",
@@ -25,6 +28,19 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:.*should not be instantiated:DeprecationWarning")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _imports_are_not_collected():
+    """A training run ends with gc.collect(), which need not visit every object of torch's and transformers' modules."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _curves_are_not_drawn(monkeypatch):
+    """A picture takes longer than the training of a tiny model; test_curves.py and test_run.py draw some."""
+    monkeypatch.setattr(doratune.train.run, "draw_curves", lambda runs, path, title, loss_unit: path.touch())

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,13 +27,13 @@ from distributed.common import (
     steps,
     trainer,
 )
+from distributed.launch import ENVIRONMENT, TORCHRUN, by_torchrun, forked
+from doratune.cli import main
 from doratune.inference.evaluation import evaluate
 from doratune.train.launch import refuse_unserved, refuse_unsynchronised
 from train.tiny import save_model, save_rows, write_text
 
 WORKER = Path(__file__).with_name("worker.py")
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def losses(run):
@@ -57,7 +56,7 @@ def two(one):
     """What two processes found, by part."""
     folder, _ = one
     run = subprocess.run(
-        [*LAUNCH, str(WORKER), str(folder)], env=ENVIRONMENT, capture_output=True, text=True, timeout=500
+        [*TORCHRUN, str(WORKER), str(folder)], env=ENVIRONMENT, capture_output=True, text=True, timeout=500
     )
     assert run.returncode == 0, run.stderr[-5000:]
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
@@ -230,7 +229,7 @@ def load_tiny():
 def command(folder, *more):
     options = ["--max-length", "16", "--steps", "400", "--batch-size", "2", "--save-every", "5", "--rank", "4"]
     data = ["--model", str(folder / "model"), "--data", str(folder / "text.txt"), "--output", str(folder / "run")]
-    return ["-m", "doratune", "train", *data, *options, *more]
+    return ["train", *data, *options, *more]
 
 
 def test_a_killed_worker_ends_the_run_and_leaves_a_checkpoint_to_go_on_from(tmp_path):
@@ -238,7 +237,8 @@ def test_a_killed_worker_ends_the_run_and_leaves_a_checkpoint_to_go_on_from(tmp_
     write_text(tmp_path / "text.txt")
     log = tmp_path / "log"
     with log.open("w") as file:
-        run = subprocess.Popen([*LAUNCH, *command(tmp_path, "--fsdp")], env=ENVIRONMENT, stdout=file, stderr=file)
+        words = [*TORCHRUN, "-m", "doratune", *command(tmp_path, "--fsdp")]
+        run = subprocess.Popen(words, env=ENVIRONMENT, stdout=file, stderr=file)
     whole = tmp_path / "run" / "checkpoints"
     end = time.monotonic() + 200
     while not list(whole.glob("checkpoint-*/complete.json")) and run.poll() is None and time.monotonic() < end:
@@ -248,25 +248,19 @@ def test_a_killed_worker_ends_the_run_and_leaves_a_checkpoint_to_go_on_from(tmp_
     assert run.wait(timeout=100) != 0
     assert "SIGKILL" in log.read_text()
     # One process goes on where two were stopped.
-    more = ["--resume", "--steps", "20"]
-    again = subprocess.run(
-        [sys.executable, *command(tmp_path, *more)], env=ENVIRONMENT, capture_output=True, text=True, timeout=200
-    )
-    assert again.returncode == 0, again.stderr[-3000:]
+    assert main(command(tmp_path, "--resume", "--steps", "20")) == 0
     assert json.loads((tmp_path / "run" / "results.json").read_text())["processes"] == 1
 
 
-@pytest.mark.parametrize("more", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
-def test_a_run_of_two_processes_comes_to_its_end(tmp_path, more):
+@pytest.mark.parametrize(("launched", "more"), [(forked, []), (by_torchrun, ["--fsdp"])], ids=["ddp", "fsdp"])
+def test_a_run_of_two_processes_comes_to_its_end(tmp_path, launched, more):
     from peft import PeftModel
 
     save_model(tmp_path / "model")
     write_text(tmp_path / "text.txt")
     held_out = str(write_text(tmp_path / "held-out.txt", 82))
-    arguments = command(tmp_path, "--steps", "4", "--eval-data", held_out, *more)
-    run = subprocess.run([*LAUNCH, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("held-out loss") == 1, "one table, of the first process"
+    printed = launched(command(tmp_path, "--steps", "4", "--eval-data", held_out, *more), tmp_path)
+    assert printed.count("held-out loss") == 1, "one table, of the first process"
     found = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (found["processes"], found["steps"]) == (2, 4)
     adapter = tmp_path / "run" / "adapter"
@@ -292,14 +286,9 @@ def test_parts_of_a_model_go_on_from_an_adapter(tmp_path):
     dt.save_adapter(model, tmp_path / "lora")
     data = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "text.txt"), "--max-length", "16"]
     options = [*data, "--steps", "2", "--batch-size", "2", "--start-from", str(tmp_path / "lora")]
-    found = []
-    for number, program in enumerate(([sys.executable], LAUNCH), 1):
-        arguments = [*options, "--output", str(tmp_path / str(number)), *["--fsdp"][: number - 1]]
-        whole = [*program, "-m", "doratune", "train", *arguments]
-        run = subprocess.run(whole, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-        assert run.returncode == 0, run.stderr[-3000:]
-        found.append(json.loads((tmp_path / str(number) / "results.json").read_text()))
-    one, two = found
+    assert main(["train", *options, "--output", str(tmp_path / "one")]) == 0
+    forked(["train", *options, "--output", str(tmp_path / "two"), "--fsdp"], tmp_path)
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
     assert (one["processes"], two["processes"]) == (1, 2)
     assert two["loss_before"] == pytest.approx(one["loss_before"], rel=1e-6)
     assert two["loss_after"] < two["loss_before"]

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 PROGRAM = """
+import gc
+
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -53,9 +55,10 @@ with FakeTensorMode():
         pass
     else:
         raise SystemExit("torch mixes the devices, and this shows nothing")
+gc.freeze()
 for case in CASES:
     for method in METHODS:
-        for options in ({}, {"dropout": 0.1 if case.drops else 0.0}, {"bias": "lora_only"}):
+        for options in ({}, *[{"dropout": 0.1}] * case.drops, *[{"bias": "lora_only"}] * case.bias):
             for dtype in (torch.float32, torch.bfloat16):
                 one(case, method, dtype, keep_output=True, **options)
         if method != "lora":

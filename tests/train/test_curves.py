@@ -4,7 +4,8 @@ from doratune.train.curves import _smooth, draw_curves
 
 
 def test_a_picture_is_drawn_of_runs_of_any_length(tmp_path):
-    long = [{"step": s, "loss": 3 - s / 100} for s in range(50)] + [{"step": 0, "eval_loss": 3.0}]
+    measured = {"step": 0, "eval_loss": 3.0, "eval_accuracy": 0.5}
+    long = [{"step": s, "loss": 3 - s / 100} for s in range(50)] + [measured]
     draw_curves({"a": long, "b": [], "c": long[:1]}, tmp_path / "x.png", "title")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 

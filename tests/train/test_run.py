@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import doratune as dt
 from doratune.train import AdapterOptions, TrainConfig, TrainResult, train
 from doratune.train.checkpoints import checkpoints
+from doratune.train.curves import draw_curves
 from doratune.train.results import read_metrics
 from doratune.train.tokens import IGNORED, completion
 from train.tiny import llama, save_model, save_rows, tokenizer, write_text
@@ -39,7 +40,8 @@ def config(assets, output, **values):
     return TrainConfig(model=str(assets[0]), output=output, **{**options, **values})
 
 
-def test_a_run_learns_and_leaves_what_it_promises(assets, tmp_path):
+def test_a_run_learns_and_leaves_what_it_promises(assets, tmp_path, monkeypatch):
+    monkeypatch.setattr("doratune.train.run.draw_curves", draw_curves)
     screen = io.StringIO()
     result = train(config(assets, tmp_path / "run", prompt="once", sample_tokens=4), Console(file=screen, width=200))
     folder = tmp_path / "run"

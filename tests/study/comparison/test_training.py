@@ -1,14 +1,17 @@
 """Comparisons that are trained: tiny models, real processes."""
 
 import dataclasses
+import gc
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 import optuna
 import pytest
+import torch
 
 import doratune as dt
 from doratune.errors import DivergedError
@@ -116,6 +119,12 @@ def test_a_run_apart_is_the_same_run(folder, tmp_path):
     same = ("loss_before", "loss_after", "test_loss", "test_examples", "seed", "rank", "trained")
     assert {name: getattr(apart, name) for name in same} == {name: getattr(here, name) for name in same}
     assert not (tmp_path / "apart").exists()
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="with CUDA no server forks the runs")
+def test_what_the_server_has_imported_no_run_collects():
+    with ProcessPoolExecutor(1, mp_context=process._context()) as pool:
+        assert pool.submit(gc.get_freeze_count).result() > 100_000
 
 
 def test_errors_of_a_run_apart_are_told(folder, tmp_path):
