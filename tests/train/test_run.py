@@ -262,7 +262,8 @@ def test_the_table_and_the_commands(assets, tmp_path):
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert not torch.allclose(ours, llama().eval()(ids).logits, atol=1e-5)
     assert json.loads((tmp_path / 'a "king"' / "results.json").read_text())["peak_memory"] > 2**20
-    use = dataclasses.replace(result, prompt='a "king"').next_steps().splitlines()[1]
+    use, measure = dataclasses.replace(result, prompt='a "king"').next_steps().splitlines()[1:3]
+    assert shlex.split(measure) == ["doratune", "evaluate", result.adapter, "--data", "more.jsonl"]
     assert shlex.split(use) == ["doratune", "generate", result.adapter, "--prompt", 'a "king"']
     assert " --chat\n" in dataclasses.replace(result, chat=True).next_steps()
 

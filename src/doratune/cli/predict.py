@@ -14,7 +14,8 @@ import tyro
 
 from doratune.cli.common import check, say
 from doratune.errors import AdapterError
-from doratune.train.config import Dtype, Quantize, TrainConfig, quantize_problems
+from doratune.inference.loading import QuantizeToUse
+from doratune.train.config import Dtype, TrainConfig, quantize_problems
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,9 +56,9 @@ class Predict:
     batch_size: int = 16
     """Texts or images at a time."""
     dtype: Dtype = "auto"
-    """Of the base weights; auto: bfloat16 on a GPU that has it, else float32, as in training."""
-    quantize: Quantize | None = None
-    """Load the base in 4 or 8 bits, as `doratune train` does with it: for an adapter trained so, or little memory."""
+    """Of the base weights; auto: as in training, else bfloat16 on a GPU that has it, else float32."""
+    quantize: QuantizeToUse = "auto"
+    """Load the base in 4 or 8 bits; auto: as in training; none: in full precision."""
 
     def problems(self) -> Iterator[str]:
         """Options that cannot work."""
@@ -103,6 +104,8 @@ def run(options: Predict) -> int:
     )
     read: Any = read_pictures if found.takes_images else read_texts
     inputs = read(reading, found.about.columns, lambda line: say(status, line))
+    if told := found.loading(options.dtype, options.quantize).told:
+        say(status, told)
     with status.status(Text(f"Loading {found.base}")):
         predictor = Predictor.load(found, options.dtype, options.quantize)
     score = Score(predictor.labels)

@@ -29,6 +29,11 @@ class Sources:
     named: bool = False
     """Whether the adapters name the base, as none was given."""
 
+    def noted(self) -> dict[str, Information]:
+        """What was noted in training, where it was: of the adapters, or of a whole model."""
+        folders = self.adapters or {BASE: Path(self.base).expanduser()}
+        return {name: about for name, folder in folders.items() if (about := Information.load(folder))}
+
 
 def find_sources(folders: Sequence[str], base: str | None = None) -> Sources:
     """Look at the folders without loading a model.

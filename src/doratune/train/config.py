@@ -312,8 +312,8 @@ def _libraries(c: TrainConfig) -> Iterator[str]:
 
 def quantize_problems(kind: str | None) -> Iterator[str]:
     """That the library which loads a base in fewer bits is not there."""
-    if kind:
-        yield from _lacking(f"quantize {kind}", "torchao" if kind.startswith("torchao") else "bitsandbytes")
+    if kind in get_args(Quantize):
+        yield from _lacking(f"quantize {kind}", "torchao" if str(kind).startswith("torchao") else "bitsandbytes")
 
 
 def _lacking(what: str, library: str) -> Iterator[str]:

@@ -251,6 +251,9 @@ def _save(config: TrainConfig, model: Any, prepared: Prepared) -> Path:
         loss_on=config.loss_on if generates else None,
         max_length=None if prepared.unit == "images" else config.max_length,
         packing=config.packing if generates else None,
+        dtype=config.dtype,
+        quantize=config.quantize,
+        double_quant=config.double_quant,
         image_size=prepared.image_size,
         forward=prepared.forward,
     ).save(folder)
