@@ -71,6 +71,8 @@ def _fixed(config: TrainConfig, saved: TrainConfig) -> dict[str, str]:
         "method": "it cannot go on with what the other trained",
         "optimizer": "it cannot go on with the other's state",
     }
+    if config.method in ("dora", "lora") and (saved.lora_plus_ratio == 1) != (config.lora_plus_ratio == 1):
+        fixed["lora_plus_ratio"] = "only where it is not 1 has B a state of its own in the optimizer"
     if (saved.start_from is None) != (config.start_from is None):
         return fixed | {"start_from": "what the held-out loss is compared with would be another"}
     if config.method == saved.method and config.is_adapter and config.start_from is None:  # whose file has them
