@@ -223,6 +223,9 @@ def refusal(modules: dict[str, nn.Module], path: str) -> str | None:
     kind = kind_of(module)
     if kind is None:
         return f"no kind of layer serves {type(module).__name__}; served are {', '.join(_served())}"
+    shape = getattr(getattr(module, "weight", None), "shape", ())
+    if len(shape) > 1 and 0 in shape:  # DeepSpeed's placeholders have a single dimension
+        return f"its weight is empty ({' x '.join(map(str, shape))})"
     return kind.refusal(module)
 
 
