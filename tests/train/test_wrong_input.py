@@ -53,6 +53,7 @@ CASES = {
     "folder without a model": ("empty", GOOD, [], "has no config.json"),
     "model file cut short": ("cut", GOOD, [], "could not be loaded"),
     "no such file": ("lm", lambda _: "none.txt", [], "data none.txt: no such file"),
+    "an empty name": ("lm", lambda _: "", [], "data: a name is empty"),
     "empty file": ("lm", text(b""), [], "is empty"),
     "white space": ("lm", text(b" \n\n"), [], "nothing but white space"),
     "not text": ("lm", text(b"\x89PNG\r\n\xff"), [], "is not UTF-8 text"),

@@ -176,6 +176,6 @@ def folder_name(folder: Path, taken: Collection[str] = ()) -> str:
     """The folder's name, or that of its run; a number is added where that is taken."""
     path = folder.resolve()
     own = path.parent.name if path.name in ("adapter", "model") else path.name
-    name = re.sub(r"[^A-Za-z0-9_-]", "_", own) or "adapter"
+    name = re.sub(r"[^\w-]", "_", own) or "adapter"
     names = [name, *(f"{name}-{number}" for number in range(2, len(taken) + 4))]
     return next(n for n in names if n not in taken and n != BASE)

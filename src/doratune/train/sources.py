@@ -84,7 +84,9 @@ def problems(config: TrainConfig, problem_of: Callable[[str], str | None]) -> It
     """What is wrong with the sources of a run; ``problem_of`` looks at one."""
     for option in ("data", "eval_data", "test_data"):
         for name in getattr(config, option):
-            if problem := problem_of(name):
+            if not name:  # an empty variable of a shell, which as a path would be the working directory
+                yield f"{option}: a name is empty"
+            elif problem := problem_of(name):
                 yield f"{option} {name}{':' if problem.startswith('no ') else ''} {problem}"
 
 
