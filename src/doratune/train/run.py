@@ -129,6 +129,8 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
 
 def problems(config: TrainConfig) -> list[str]:
     """What can be found wrong before anything large is loaded."""
+    if wrong := config.wrong_types():
+        return wrong
     found = list(start.problems(config))
     whole = config if found else start.resolved(config)
     found += [*whole.problems(), *task_of(config.task).problems(config)]
