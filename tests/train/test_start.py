@@ -376,3 +376,6 @@ def test_quantised_bases_serve(assets, starts, tmp_path):
         for method in ("lora", "dora")
     )
     assert made.loss_before == pytest.approx(kept.loss_before, rel=1e-6)
+    for kind, said in (("nf4", False), (None, True)):
+        options = config(assets, tmp_path / f"next {said}", quantize=kind, start_from=made.adapter, steps=1)
+        assert ("was trained with --quantize nf4, here it is none" in told(options)[1]) == said
