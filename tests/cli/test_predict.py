@@ -67,6 +67,14 @@ def test_the_base_is_loaded_as_in_training(tmp_path, capsys):
     assert "loaded as" not in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_written_to_is_told_before_a_model_is_loaded(texts, tmp_path, capsys, monkeypatch):
+    folder, _ = texts
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    monkeypatch.setattr("doratune.inference.predictor.Predictor.load", lambda *_: pytest.fail("a model was loaded"))
+    assert predict(folder / "run" / "adapter", folder / "test.jsonl", "--output", tmp_path / "p.csv") == 1
+    assert f"p.csv: {tmp_path} is not writable; name another folder" in capsys.readouterr().err
+
+
 def test_images_without_labels_as_json(pictures, capsys):
     folder, _ = pictures
     image = folder / "photos" / "red" / "1.png"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,8 @@ class Predict:
             return
         if self.output.is_dir() or not self.output.absolute().parent.is_dir():
             yield f"output {self.output}: expected a file in a folder that exists"
+        elif not os.access(self.output.absolute().parent, os.W_OK | os.X_OK):
+            yield f"output {self.output}: {self.output.absolute().parent} is not writable; name another folder"
         elif self.output.resolve() in {Path(name).expanduser().resolve() for name in self.files}:
             yield f"output {self.output} is one of the files to classify; name another"
 
