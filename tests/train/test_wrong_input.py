@@ -75,6 +75,13 @@ CASES = {
     "ragged CSV": ("lm", raw("x.csv", b"text,n\na,1\nb\n"), [], "x.csv:3: has 1 fields, the header 2"),
     "not Parquet": ("lm", raw("x.parquet", b"nothing"), [], "is not Parquet"),
     "one class": ("lm", rows({"text": "a", "label": "x"}), CLASSIFY, "at least two classes"),
+    "no row of a table": (
+        "lm",
+        raw("x.csv", b"text,label\na\nb,c,d\n"),
+        CLASSIFY,
+        "x.csv:3: has 3 fields, the header 2",
+    ),
+    "a table without rows": ("lm", raw("x.csv", b"text,label\n"), CLASSIFY, "no row can be read: /"),
     "label missing": ("lm", rows(*reviews(2), {"review": "a", "label": ""}), CLASSIFY, "x.jsonl:3: label is empty"),
     "text to classify without columns": ("lm", GOOD, CLASSIFY, "has no columns for text and label"),
     "images for a language model": ("lm", lambda f: save_image_folder(f, 4), IMAGES, "a llama takes no images"),
