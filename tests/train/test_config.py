@@ -121,7 +121,7 @@ def test_every_problem_is_found_at_once():
         ("task", "text", "expected one of 'text-generation', "),
         ("dtype", "fp16", "expected one of 'auto', 'float32', "),
         ("loss_on", "prompt", "expected one of 'completion', 'all', found 'prompt'"),
-        ("augment", ("spin",), "expected a list of "),
+        ("augment", ("spin",), "expected a list, each one of 'crop', "),
         ("steps", "3", "expected whole number or None, found '3'"),
         ("learning_rate", "1e-3", "expected number, found '1e-3'"),
         ("packing", "yes", "expected true or false or None, found 'yes'"),

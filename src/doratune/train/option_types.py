@@ -60,7 +60,8 @@ def describe(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(describe(one) for one in get_args(hint))
     if origin in (tuple, Sequence):
-        return f"a list of {describe(get_args(hint)[0])}s"
+        one = describe(get_args(hint)[0])
+        return f"a list, each {one}" if one.startswith("one of") else f"a list of {one}s"
     if origin is Mapping:
         return f"a table of {describe(get_args(hint)[1])}s"
     names = {type(None): repr(NOTHING), int: "whole number", float: "number", bool: "true or false", Path: "path"}
