@@ -122,6 +122,33 @@ def test_both_directions(case, method, tmp_path):
     assert set(again.targeted_module_names) == set(theirs.targeted_module_names)
 
 
+class Attends(nn.Module):
+    """An attention whose biases alone are trained, and a layer that is adapted."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.up = nn.MultiheadAttention(8, 2, batch_first=True, add_bias_kv=True), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.up(self.attention(x, x, x)[0])
+
+
+def test_biases_of_an_attention_in_both_directions(tmp_path):
+    torch.manual_seed(0)
+    base, x = Attends(), torch.randn(2, 3, 8)
+    theirs = peft_model(base, target_modules=["up"], r=2, lora_alpha=4, use_dora=True, bias="all")
+    there = save_peft(theirs, tmp_path / "there")
+    assert "base_model.model.attention.out_proj.bias" in tensors(there)
+    ours = dt.load_adapter(copy.deepcopy(base), there)
+    torch.testing.assert_close(ours(x), theirs(x), **CLOSE)
+    assert not torch.allclose(ours(x), base(x), **CLOSE)
+    for name, parameter in ours.named_parameters():
+        if "copies" in name:  # all of them, as after more training here
+            parameter.data.add_(torch.randn_like(parameter))
+    dt.save_adapter(ours, tmp_path / "back")
+    torch.testing.assert_close(load_peft(base, tmp_path / "back")(x), ours(x), **CLOSE)
+
+
 def test_a_file_has_no_options_that_peft_does_not_know(tmp_path):
     base = build("llama")
     there = save_peft(peft_model(base, target_modules=["q_proj"], r=2, lora_alpha=4, use_dora=True), tmp_path / "t")

@@ -447,6 +447,56 @@ def test_biases(bias, expected):
     assert torch.allclose(output(model, x), moved, atol=1e-5)
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["with data", "from the meta device"])
+def test_all_biases_of_an_attention_without_adapters_are_trained(tmp_path, late):
+    """The output projection's too, which the module, and the fast path of the layer around it, compute with."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), nn.Linear(8, 4))
+    x = torch.randn(2, 3, 8)
+    before = base.eval()(x)
+    model = attached(copy.deepcopy(base).to("meta") if late else copy.deepcopy(base), targets=["1"], bias="all")
+    if late:
+        model.to_empty(device="cpu").load_state_dict(base.state_dict(), strict=False)
+    names = [f"0.self_attn.copies.default.{name}" for name in ("in_proj_bias", "out_proj.bias")]
+    assert set(names) <= set(dt.trainable_parameters(model))
+    assert error(model(x), before) < 1e-6  # torch has other kernels for frozen weights
+    model(x).square().sum().backward()
+    assert all(model.get_parameter(name).grad.any() for name in names)
+    move(model)
+    after = model(x)
+    for name in names:
+        with torch.no_grad():
+            kept = model.get_parameter(name).clone()
+            model.get_parameter(name).add_(torch.randn_like(kept))
+            assert error(model(x), after) > 1e-2  # without gradients by the fast path
+            assert error(model.train()(x), model.eval()(x)) < 1e-5
+            model.get_parameter(name).copy_(kept)
+    dt.save_adapter(model, tmp_path)
+    assert error(dt.load_adapter(copy.deepcopy(base), tmp_path)(x), after) < 1e-6
+    with dt.disabled(model):
+        assert error(model(x), before) < 1e-6
+    assert error(dt.merge(copy.deepcopy(model))(x), after) < 1e-5
+    dt.attach(model, dt.AdapterConfig(rank=2, targets=["out_proj"]), "other")  # whose host comes in between
+    dt.set_adapter(model, "default")
+    assert error(model(x), after) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_layers_without_weights_are_left_alone_and_refused_by_name():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 0), nn.Linear(0, 4), nn.Embedding(4, 0))
+    reasons = {str(n): f"its weight is empty ({shape})" for n, shape in enumerate(("0 x 4", "4 x 0", "4 x 0"), 1)}
+    attached(model)
+    assert paths(model) == {"0"}
+    assert dt.summary(model).left_alone == reasons
+    dt.detach(model)
+    refused(
+        model,
+        *(f"{path}: {reason}" for path, reason in reasons.items()),
+        "3: its weight is empty",
+        targets=list("0123"),
+    )
+
+
 # Paths
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from doratune.config import AdapterConfig, vain_options
 from doratune.layers import Kind, kind_of
+from doratune.layers.attention import Projection
 from doratune.layers.weights import on_device
 from doratune.peft_config import PeftOptions, saved_by_peft, with_own_options
 from doratune.renamed import todays_names
@@ -148,6 +149,8 @@ class _Reader:
                 return None  # PEFT repeats the biases of saved modules, under names of its own wrapper
         elif all_biases and module not in {"", *self.targeted} and "bias" in name and name in _parameters(base):
             return self._keep(self.contents.saved, module, name, tensor)
+        elif all_biases and name == "bias" and module not in self.targeted and _is_output(base):
+            return self._keep(self.contents.saved, module.rpartition(".")[0], "out_proj.bias", tensor)
         elif match:
             return self._keep(self.contents.layers, match["path"], match["part"], tensor)
         own = _parameters(base).get(name, getattr(base, "_buffers", {}).get(name))
@@ -236,8 +239,7 @@ class _Reader:
         saved = self.contents.saved
         for path, state in saved.items():
             for name, tensor in state.items():
-                own = self.whole[path][name] if path in self.whole else self.modules[path]._parameters[name]
-                assert own is not None
+                own = self.whole[path][name] if path in self.whole else self.modules[path].get_parameter(name)
                 self._check_shape(f"{PREFIX}{path}.{name}", tensor, tuple(own.shape))
         expected = {f"{path}.{name}" for path, own in self.whole.items() for name in own}
         if self.contents.config.bias == "all":
@@ -255,6 +257,11 @@ class _Reader:
 
 def _parameters(module: nn.Module | None) -> dict[str, nn.Parameter | None]:
     return {} if module is None else module._parameters
+
+
+def _is_output(module: nn.Module | None) -> bool:
+    """Whether this is the output projection, with a bias, of an ``nn.MultiheadAttention``."""
+    return isinstance(module, Projection) and module.name == "out_proj" and module.bias is not None
 
 
 REPLACES = "a weight of the base model that differs from the model's own; an adapter's file may not replace it"

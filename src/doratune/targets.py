@@ -176,6 +176,8 @@ def _other_biases(modules: dict[str, nn.Module], selection: Selection) -> dict[s
     found = {}
     for path, module in modules.items():
         own = [n for n, _ in module.named_parameters(recurse=False) if "bias" in n]
+        if isinstance(module, nn.MultiheadAttention) and module.out_proj.bias is not None:
+            own.append("out_proj.bias")  # which the module computes with itself
         taken = path in selection.layers or path in selection.saved or path in hosted
         if own and path and not taken and not path.startswith(inside):
             found[path] = own
@@ -223,6 +225,9 @@ def refusal(modules: dict[str, nn.Module], path: str) -> str | None:
     kind = kind_of(module)
     if kind is None:
         return f"no kind of layer serves {type(module).__name__}; served are {', '.join(_served())}"
+    shape = getattr(getattr(module, "weight", None), "shape", ())
+    if len(shape) > 1 and 0 in shape:  # DeepSpeed's placeholders have a single dimension
+        return f"its weight is empty ({' x '.join(map(str, shape))})"
     return kind.refusal(module)
 
 

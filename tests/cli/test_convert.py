@@ -12,6 +12,9 @@ from transformers import AutoTokenizer
 import doratune as dt
 from doratune.cli import main
 from doratune.files import WEIGHTS
+from doratune.train.information import Information
+from doratune.train.models import load_model
+from doratune.train.placement import quantized
 from helpers import move
 from inference.small import save_moved, save_writer
 from train.tiny import (
@@ -324,3 +327,20 @@ def test_other_commands_say_what_it_is(command, adapter, tmp_path, capsys, monke
     said = capsys.readouterr().err
     assert said.count("MLX holds an adapter of Apple's mlx-lm; make it one of PEFT's with doratune convert MLX") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_a_quantised_base_is_fitted_on_it(tmp_path, capsys):
+    """B is 0 and magnitudes are the 4-bit norms: nothing changes there, and every row would on the base as it is."""
+    base = save_writer(tmp_path / "base")
+    dtype = torch.float32
+    model = load_model(str(base), dtype, options=quantized("nf4", dtype))
+    model.name_or_path = str(base)
+    dt.save_adapter(dt.attach(model, dt.AdapterConfig(rank=2)), tmp_path / "adapter")
+    Information("text-generation", str(base), "dora", quantize="nf4", dtype="float32").save(tmp_path / "adapter")
+    assert convert(tmp_path / "adapter", tmp_path / "lora", "--json") == 0
+    said = capsys.readouterr()
+    assert "the base is loaded as in training: --quantize nf4\n" in said.err
+    assert max(layer["change"] for layer in json.loads(said.out)["layers"]) < 1e-8
+    (tmp_path / "adapter" / "doratune.json").unlink()
+    assert convert(tmp_path / "adapter", tmp_path / "other", "--json") == 0
+    assert max(layer["change"] for layer in json.loads(capsys.readouterr().out)["layers"]) > 1e-4

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 
 from doratune.cli import main
 from doratune.cli.chat import talk
@@ -55,6 +56,57 @@ def test_a_base_in_four_bits_writes_too(base, adapters, capsys):
     assert Writer.load(sources, quantize="nf4").model.is_quantized
     assert generate(adapters[0], "--prompt", "once", "--quantize", "nf4", "--merge") == 1
     assert "merging needs the base's weights whole; leave out --quantize or --merge" in capsys.readouterr().err
+
+
+def test_the_base_is_loaded_as_in_training(base, tmp_path, capsys):
+    folder = save_moved(tmp_path / "trained", base)
+    Information("text-generation", str(base), "dora", quantize="nf4", dtype="bfloat16").save(folder)
+    sources = find_sources([str(folder)])
+    model = Writer.load(sources).model
+    assert model.is_quantized
+    assert model.dtype == torch.bfloat16
+    assert generate(folder, "--prompt", "once") == 0
+    told = "the base is loaded as in training: --dtype bfloat16 --quantize nf4 (--quantize none: in full precision)\n"
+    assert capsys.readouterr().err == told
+    assert not hasattr(Writer.load(sources, "float32", quantize=None).model, "hf_quantizer")
+    assert generate(folder, "--prompt", "once", "--dtype", "float32", "--quantize", "none") == 0
+    assert capsys.readouterr().err == ""
+    assert generate(folder, "--prompt", "once", "--merge", "--dtype", "float32") == 0
+    assert capsys.readouterr().err.startswith("trained with --quantize nf4; merged into the base in full precision")
+
+
+def test_adapters_that_share_a_base_and_were_trained_on_it_in_two_ways(base, tmp_path, capsys):
+    for name, more in (("one", {"quantize": "nf4", "dtype": "float32"}), ("two", {"dtype": "bfloat16"}), ("three", {})):
+        Information("text-generation", str(base), "dora", **more).save(save_moved(tmp_path / name, base))
+    assert generate(tmp_path / "one", tmp_path / "two", "--prompt", "once") == 1
+    assert capsys.readouterr().err == (
+        "error: the base cannot be loaded as in training (2 problems):\n"
+        "  - dtype: one float32, two bfloat16; say which with --dtype\n"
+        "  - quantize: one nf4, two none; say which with --quantize\n"
+    )
+    together = (tmp_path / "one", tmp_path / "two", "--prompt", "once", "--dtype", "float32", "--quantize", "nf4")
+    assert generate(*together) == 0
+    assert capsys.readouterr().err == ""
+    assert generate(tmp_path / "two", tmp_path / "three", "--prompt", "once") == 0
+    assert capsys.readouterr().err == "the base is loaded as in training: --dtype bfloat16\n"
+
+
+def test_what_loads_the_base_as_in_training_is_not_installed(base, tmp_path, capsys, monkeypatch):
+    folder = save_moved(tmp_path / "trained", base)
+    Information("text-generation", str(base), "dora", quantize="nf4").save(folder)
+    monkeypatch.setattr("doratune.train.config.installed", lambda name: name != "bitsandbytes")
+    assert generate(folder, "--prompt", "once") == 1
+    error = capsys.readouterr().err
+    assert "quantize nf4 needs bitsandbytes, which is not installed: pip install" in error
+    assert error.endswith("or give --quantize none\n")
+    assert generate(folder, "--prompt", "once", "--quantize", "none") == 0
+
+
+def test_a_dtype_of_the_training_that_needs_a_gpu(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    folder = save_moved(tmp_path / "trained", base)
+    Information("text-generation", str(base), "dora", dtype="float16").save(folder)
+    assert Writer.load(find_sources([str(folder)])).model.dtype == torch.float32
 
 
 def test_commands_take_the_base_that_doratune_json_names(base, tmp_path, capsys):

@@ -50,6 +50,31 @@ def test_texts_into_a_csv_file(texts, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["predictions.csv"]
 
 
+def test_the_base_is_loaded_as_in_training(tmp_path, capsys):
+    train_on_texts(tmp_path, quantize="nf4")
+    files = (tmp_path / "run" / "adapter", tmp_path / "test.jsonl", "--json")
+    assert predict(*files) == 0
+    printed = capsys.readouterr()
+    assert "the base is loaded as in training: --quantize nf4 (--quantize none: in full precision)" in printed.err
+    assert predict(*files, "--quantize", "nf4") == 0
+    asked = capsys.readouterr()
+    assert (asked.out, "loaded as" in asked.err) == (printed.out, False)
+    assert predict(*files, "--quantize", "none") == 0
+    assert capsys.readouterr().out != printed.out
+    assert main(["merge", str(files[0]), "--output", str(tmp_path / "merged")]) == 0
+    assert "trained with --quantize nf4; merged into the base in full precision" in capsys.readouterr().err
+    assert predict(tmp_path / "merged", files[1], "--json") == 0
+    assert "loaded as" not in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_a_model_is_loaded(texts, tmp_path, capsys, monkeypatch):
+    folder, _ = texts
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    monkeypatch.setattr("doratune.inference.predictor.Predictor.load", lambda *_: pytest.fail("a model was loaded"))
+    assert predict(folder / "run" / "adapter", folder / "test.jsonl", "--output", tmp_path / "p.csv") == 1
+    assert f"p.csv: {tmp_path} is not writable; name another folder" in capsys.readouterr().err
+
+
 def test_images_without_labels_as_json(pictures, capsys):
     folder, _ = pictures
     image = folder / "photos" / "red" / "1.png"

@@ -98,17 +98,42 @@ def test_a_base_in_fewer_bits_as_in_the_run(tmp_path, kind):
     LlamaForCausalLM(LlamaConfig(vocab_size=257, **sizes)).save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
     result, held_out = run(tmp_path, tmp_path / "model", "documents", max_length=16, quantize=kind)
-    found = evaluate([result.adapter], [held_out], measuring=Measuring(quantize=kind)).measured
+    screen = io.StringIO()
+    found = evaluate([result.adapter], [held_out], console=Console(file=screen, width=200)).measured
     assert [one.loss for one in found] == pytest.approx([result.loss_before, result.loss_after], rel=ROUNDING)
-    assert abs(evaluate([result.adapter], [held_out]).measured[0].loss - result.loss_before) > 1e-5
+    assert f"the base is loaded as in training: --quantize {kind} (--quantize none: in full" in screen.getvalue()
+    asked = evaluate([result.adapter], [held_out], measuring=Measuring(quantize=kind)).measured
+    assert [one.loss for one in asked] == [one.loss for one in found]
+    whole = evaluate([result.adapter], [held_out], measuring=Measuring(quantize=None)).measured
+    assert abs(whole[0].loss - result.loss_before) > 1e-5
+
+
+def test_scales_in_full_and_a_dtype_as_in_the_run(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=257, **sizes)).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    options = {"max_length": 16, "quantize": "nf4", "double_quant": False, "dtype": "bfloat16"}
+    result, held_out = run(tmp_path, tmp_path / "model", "documents", **options)
+    screen = io.StringIO()
+    found = evaluate([result.adapter], [held_out], console=Console(file=screen, width=200)).measured
+    assert [one.loss for one in found] == pytest.approx([result.loss_before, result.loss_after], rel=ROUNDING)
+    assert "as in training: --dtype bfloat16 --quantize nf4 (" in screen.getvalue()
+    note = Path(result.adapter) / "doratune.json"
+    about = json.loads(note.read_text())
+    note.write_text(json.dumps(about | {"double_quant": True}))
+    assert evaluate([result.adapter], [held_out]).measured[0].loss != found[0].loss
+    note.write_text(json.dumps({k: v for k, v in about.items() if k not in ("dtype", "quantize", "double_quant")}))
+    assert evaluate([result.adapter], [held_out]).measured[0].loss != found[0].loss  # as an earlier version wrote it
 
 
 def test_a_classifier_s_base_in_fewer_bits_as_in_the_run(tmp_path):
     result = train_on_texts(tmp_path, quantize="nf4")
     test = str(tmp_path / "test.jsonl")
-    (one,) = evaluate([result.adapter], [test], measuring=Measuring(quantize="nf4")).measured
+    (one,) = evaluate([result.adapter], [test]).measured
     assert one.loss == pytest.approx(result.loss_after, rel=ROUNDING)
-    assert evaluate([result.adapter], [test]).measured[0].loss != pytest.approx(result.loss_after, rel=ROUNDING)
+    (whole,) = evaluate([result.adapter], [test], measuring=Measuring(quantize=None)).measured
+    assert whole.loss != pytest.approx(result.loss_after, rel=ROUNDING)
 
 
 @pytest.mark.parametrize("method", ["dora", "full", "head"])

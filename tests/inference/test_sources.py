@@ -54,6 +54,11 @@ def test_adapters_of_different_models_need_a_base(base, tmp_path):
     assert len(find_sources([str(one), str(two)], str(base)).adapters) == 2
 
 
+def test_names_keep_letters_of_any_alphabet(base, tmp_path):
+    folders = [save_moved(tmp_path / name, base) for name in ("Märchen 1", "日本", "中国")]
+    assert list(find_sources([*map(str, folders)], str(base)).adapters) == ["Märchen_1", "日本", "中国"]
+
+
 def test_one_base_under_two_names(base, tmp_path, monkeypatch):
     monkeypatch.chdir(base.parent)
     folders = [str(save_moved(tmp_path / name, named)) for name, named in (("one", "model"), ("two", base))]

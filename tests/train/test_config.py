@@ -1,9 +1,11 @@
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 import doratune as dt
 from doratune.train import AdapterOptions, TrainConfig
+from doratune.train.run import problems
 
 
 def config(**values):
@@ -109,6 +111,41 @@ def test_every_problem_is_found_at_once():
     ):
         assert name in found
     assert list(config().problems()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("quantize", "nf8", "expected one of 'nf4', 'int8', 'torchao-int8', 'torchao-int4' or None, found 'nf8'"),
+        ("method", "dorra", "expected one of 'dora', 'lora', 'magnitude', 'full', 'head', found 'dorra'"),
+        ("task", "text", "expected one of 'text-generation', "),
+        ("dtype", "fp16", "expected one of 'auto', 'float32', "),
+        ("loss_on", "prompt", "expected one of 'completion', 'all', found 'prompt'"),
+        ("augment", ("spin",), "expected a list, each one of 'crop', "),
+        ("steps", "3", "expected whole number or None, found '3'"),
+        ("learning_rate", "1e-3", "expected number, found '1e-3'"),
+        ("packing", "yes", "expected true or false or None, found 'yes'"),
+        ("output", None, "expected path, found None"),
+        ("data", None, "expected a list of strings, found None"),
+        ("adapter", {"rank": 8}, "expected AdapterOptions(...), found {'rank': 8}"),
+    ],
+)
+def test_values_that_are_none_of_the_option_s_from_python(name, value, expected):
+    """Flags and recipes are looked at as they are read; a method that does not exist was trained as DoRA."""
+    (problem,) = config(**{name: value}).problems()
+    assert problem.startswith(f"{name}: {expected}")
+    assert problems(config(**{name: value})) == [problem]
+
+
+def test_paths_are_as_good_as_strings():
+    found = TrainConfig(Path("model"), [Path("a.txt"), "b.txt"], "run", eval_data=Path("c.txt"), start_from=Path("d"))
+    assert (found.model, found.data, found.eval_data, found.start_from) == (
+        "model",
+        ("a.txt", "b.txt"),
+        ("c.txt",),
+        "d",
+    )
+    assert found.output == Path("run")
 
 
 def test_a_sample_needs_a_prompt_and_a_length():

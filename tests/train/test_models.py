@@ -129,6 +129,8 @@ def test_a_tokenizer_without_signs_for_padding_and_end_pads(unknown):
 
 def test_dtypes():
     assert choose_dtype("bfloat16") == torch.bfloat16
+    with pytest.raises(dt.AdapterError, match="dtype must be one of auto, float32, bfloat16, float16; found 'fp16'"):
+        choose_dtype("fp16")
     if not torch.cuda.is_available():
         assert choose_dtype("auto") == torch.float32
         with pytest.raises(dt.AdapterError, match="needs a GPU"):

@@ -11,7 +11,7 @@ import doratune as dt
 from doratune.train import AdapterOptions, TrainConfig, assemble, train
 from doratune.train.config import Quantize
 from doratune.train.models import load_model
-from doratune.train.placement import loading_options, quantization
+from doratune.train.placement import loading_options, quantization, quantized
 from doratune.train.tasks.prepared import Prepared
 from train.tiny import llama, tokenizer, write_text
 
@@ -57,6 +57,11 @@ def test_a_quantised_base_trains_and_merges_into_full_precision(folder, kind):
     assert not hasattr(model.config, "quantization_config")
     # int8 rounds its inputs, too.
     assert (after - before).abs().max() < (0.1 if kind == "int8" else 1e-3) * before.abs().max()
+
+
+def test_a_kind_that_there_is_none_of():
+    with pytest.raises(dt.AdapterError, match="quantize must be one of nf4, int8, torchao-int8, torchao-int4; found"):
+        quantized("nf8", torch.float32)
 
 
 def test_scales_are_quantised_again_and_arithmetic_is_in_the_dtype_asked_for():

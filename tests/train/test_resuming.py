@@ -7,7 +7,7 @@ import pytest
 
 import doratune as dt
 from doratune.cli import main
-from doratune.train import AdapterOptions, TrainConfig, resuming, train
+from doratune.train import AdapterOptions, TrainConfig, recipe, resuming, train
 from train.tiny import save_model, write_text
 
 
@@ -47,6 +47,17 @@ def test_what_the_checkpoint_s_adapter_is_stays(began, monkeypatch):
         "bias was none when the run began, is all",
     ]
     assert caught.value.problems[0].endswith("leave it as it was, or begin in another output")
+
+
+@pytest.mark.parametrize("before", [1.0, 4.0])
+def test_whether_b_is_faster_stays(began, tmp_path, before, monkeypatch):
+    monkeypatch.setattr("doratune.train.run.make_model", lambda *_: pytest.fail("a model was loaded"))
+    output = shutil.copytree(began["dora"].output, tmp_path / "run")
+    saved = dataclasses.replace(began["dora"], output=output, lora_plus_ratio=before)
+    recipe.save_recipe(output / "recipe.toml", saved)
+    with pytest.raises(dt.AdapterError, match=rf"lora_plus_ratio was {before} when the run began, is {5 - before}: "):
+        train(dataclasses.replace(saved, lora_plus_ratio=5 - before))
+    assert list(resuming.problems(dataclasses.replace(saved, lora_plus_ratio=before * 1.0))) == []
 
 
 @pytest.mark.parametrize(

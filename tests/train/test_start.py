@@ -274,6 +274,35 @@ def test_of_an_adapter_that_names_no_classes_the_number_has_to_fit(classified, t
         train(dataclasses.replace(options, data=two, output=tmp_path / "other"))
 
 
+@pytest.mark.parametrize("method", ["dora", "magnitude"])
+def test_a_resumed_classifier_of_fewer_classes_whose_start_is_gone(classified, tmp_path, method):
+    model, data, _ = classified
+    begun = config((model, data), tmp_path / "begun", task="text-classification", method=method)
+    start = train(begun).adapter
+    rows = [{"review": f"a good tale {i}", "label": ("so-so", "good")[i % 2]} for i in range(20)]
+    assets = model, save_rows(tmp_path / "fewer.jsonl", rows)
+    options = {"task": "text-classification", "method": method, "start_from": start, "save_every": 2}
+    options = config(assets, tmp_path / "run", **options)
+    whole = train(options)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-4")
+    (tmp_path / "run" / "results.json").unlink()
+    shutil.rmtree(tmp_path / "begun")
+    options = dataclasses.replace(options, resume=True)
+    with pytest.raises(dt.AdapterError, match="go on without it") as caught:
+        train(options)
+    last = re.search(r"--start-from (.*)\)", str(caught.value))[1]
+    resumed = train(dataclasses.replace(options, start_from=last))
+    assert (resumed.labels, resumed.loss_after) == (("bad", "good", "so-so"), whole.loss_after)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_checkpoint_notes_what_the_result_does(assets, tmp_path, method):
+    result = train(config(assets, tmp_path / "run", method=method, save_every=4))
+    about = Information.load(tmp_path / "run" / "checkpoints" / "checkpoint-4")
+    assert about is not None
+    assert about == Information.load(result.adapter)
+
+
 def test_a_classifier_may_begin_with_an_adapter_of_text_generation(assets, classified, tmp_path):
     first = train(config(assets, tmp_path / "one"))
     options = config(classified, tmp_path / "two", task="text-classification", start_from=first.adapter)
@@ -347,3 +376,6 @@ def test_quantised_bases_serve(assets, starts, tmp_path):
         for method in ("lora", "dora")
     )
     assert made.loss_before == pytest.approx(kept.loss_before, rel=1e-6)
+    for kind, said in (("nf4", False), (None, True)):
+        options = config(assets, tmp_path / f"next {said}", quantize=kind, start_from=made.adapter, steps=1)
+        assert ("was trained with --quantize nf4, here it is none" in told(options)[1]) == said

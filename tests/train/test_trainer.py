@@ -164,6 +164,13 @@ def test_magnitudes_have_a_group_of_their_own(tmp_path):
     assert type(optimizer) is torch.optim.AdamW
 
 
+def test_other_groups_than_the_checkpoint_has_are_refused(tmp_path):
+    plain(tmp_path, max_steps=2).train()
+    other = plain(tmp_path, train_options={"lora_plus_ratio": 16.0})
+    with pytest.raises(dt.AdapterError, match=r"other groups of parameters than .*leave lora_plus_ratio"):
+        other.train(resume_from_checkpoint=True)
+
+
 def test_magnitudes_are_not_decayed_and_share_the_rate_unless_asked(tmp_path):
     groups = {g["name"]: g for g in plain(tmp_path, weight_decay=0.125).create_optimizer().param_groups}
     assert (groups["magnitudes"]["lr"], groups["magnitudes"]["weight_decay"]) == (1e-2, 0.0)

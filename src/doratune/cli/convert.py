@@ -132,12 +132,26 @@ def _base_of_mlx(options: Convert) -> str:
 
 
 def _load(options: Convert, base: str, theirs: bool) -> Any:
-    """The base model with the adapter on it."""
-    from doratune.inference.sources import loading_base
-    from doratune.train.models import load_base, load_model
+    """The base model, as in training, with the adapter on it."""
+    from rich.console import Console
 
+    from doratune.inference.loading import Loading
+    from doratune.inference.sources import loading_base
+    from doratune.train.information import Information
+    from doratune.train.models import CLASSIFIERS, choose_dtype, load_base, load_model
+    from doratune.train.placement import quantized
+
+    about = None if theirs else Information.load(options.adapter)
     with loading_base(base, named=options.base is None):
-        model = load_model(base) if theirs else load_base(options.adapter, base)
+        if about is not None and about.quantize:
+            # Magnitudes trained on a quantised base change any other one everywhere, by what quantising took from it.
+            loading = Loading.choose({options.adapter.name: about})
+            say(Console(stderr=True, emoji=False), f"the base is loaded as in training: --quantize {about.quantize}")
+            dtype = choose_dtype(loading.dtype)
+            more = quantized(loading.quantize, dtype, loading.double_quant, about.task in CLASSIFIERS)
+            model = load_base(options.adapter, base, dtype, more)
+        else:
+            model = load_model(base) if theirs else load_base(options.adapter, base)
     return (mlx.load_adapter if theirs else load_adapter)(model, options.adapter)
 
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from doratune.cli.common import check
+from doratune.cli.common import check, say
 from doratune.errors import AdapterError
 from doratune.hub import adapter_folder
+from doratune.inference.loading import AUTO, Loading, QuantizeToUse
 from doratune.inference.sampling import Sampling
-from doratune.train.config import Dtype, Quantize, quantize_problems
+from doratune.train.config import Dtype, quantize_problems
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,9 +55,9 @@ class Generate:
     batch_size: int = 8
     """Prompts of a file at a time."""
     dtype: Dtype = "auto"
-    """Of the base weights; auto: bfloat16 on a GPU that has it, else float32, as in training."""
-    quantize: Quantize | None = None
-    """Load the base in 4 or 8 bits, as `doratune train` does with it: for an adapter trained so, or little memory."""
+    """Of the base weights; auto: as in training, else bfloat16 on a GPU that has it, else float32."""
+    quantize: QuantizeToUse = "auto"
+    """Load the base in 4 or 8 bits; auto: as in training; none: in full precision."""
     merge: bool = False
     """Put the adapter into the weights first: the fastest way to write much. Takes a single adapter."""
     json: bool = False
@@ -81,7 +82,7 @@ class Generate:
             yield "system is for chats; add --chat"
         if self.compare and self.merge:
             yield "a merged adapter cannot be compared with the base; leave out --compare or --merge"
-        if self.quantize and self.merge:
+        if self.quantize not in (AUTO, None) and self.merge:
             yield "merging needs the base's weights whole; leave out --quantize or --merge"
         yield from quantize_problems(self.quantize)
         if self.batch_size < 1:
@@ -113,6 +114,8 @@ def run(options: Generate) -> int:
         prompts = [chat(options.prompt, options.system) if options.chat else Prompt(options.prompt)]
     quiet_libraries()
     status = Console(stderr=True, emoji=False)
+    if told := Loading.choose(sources.noted(), options.dtype, options.quantize, options.merge).told:
+        say(status, told)
     with status.status(Text(f"Loading {sources.base}")):
         writer = Writer.load(sources, options.dtype, options.merge, options.quantize)
         writer.check(prompts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -48,7 +49,9 @@ def run(options: Merge) -> int:
     from rich.console import Console
     from rich.text import Text
 
+    from doratune.inference.loading import MERGED
     from doratune.inference.sources import base_of, loading_base
+    from doratune.train.information import Information
     from doratune.train.models import align_padding, load_base
     from doratune.train.quiet import quiet_libraries
 
@@ -56,7 +59,11 @@ def run(options: Merge) -> int:
     base = base_of(adapter, options.base)
     check(filter(None, [problem_of_new(options.output)]))
     quiet_libraries()
-    status = Console(stderr=True, emoji=False).status
+    screen = Console(stderr=True, emoji=False)
+    status = screen.status
+    about = Information.load(adapter)
+    if about and about.quantize:
+        say(screen, MERGED.format(about.quantize))
     with status(Text(f"Loading {base}")):
         with loading_base(base, named=options.base is None):
             model = load_base(adapter, base, options.dtype)
@@ -133,17 +140,19 @@ def _image_settings(model: Any, adapter: Path, base: str) -> Path | None:
 
 def _write(model: Any, tokenizer: Any, adapter: Path, base: str, output: Path) -> None:
     """All files, in one new folder."""
-    from doratune.train.information import FILE
+    from doratune.train.information import Information
 
     images = _image_settings(model, adapter, base)
+    about = Information.load(adapter)
     with new_folder(output, "the merged model") as folder:
         model.save_pretrained(folder)
         name_rope_twice(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        for path in (adapter / FILE, images):  # what predict needs besides the weights
-            if path and path.is_file():
-                shutil.copyfile(path, folder / path.name)
+        if about is not None:  # which predict needs besides the weights; they are no longer loaded as in training
+            dataclasses.replace(about, dtype="auto", quantize=None, double_quant=True).save(folder)
+        if images is not None:
+            shutil.copyfile(images, folder / PREPROCESSOR)
 
 
 def _table(checks: list[MergeCheck], whole: dict[str, float] | None) -> Any:

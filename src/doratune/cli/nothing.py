@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tyro
 
-from doratune.train.recipe import NOTHING
+from doratune.train.option_types import NOTHING
 
 registry = tyro.constructors.ConstructorRegistry()
 """Within ``with registry:`` flags that may be without a value take ``none``, and ``None`` as well."""

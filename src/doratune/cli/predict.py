@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ import tyro
 from doratune.cli.common import check, say
 from doratune.errors import AdapterError
 from doratune.hub import adapter_folder
-from doratune.train.config import Dtype, Quantize, TrainConfig, quantize_problems
+from doratune.inference.loading import QuantizeToUse
+from doratune.train.config import Dtype, TrainConfig, quantize_problems
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,9 +58,9 @@ class Predict:
     batch_size: int = 16
     """Texts or images at a time."""
     dtype: Dtype = "auto"
-    """Of the base weights; auto: bfloat16 on a GPU that has it, else float32, as in training."""
-    quantize: Quantize | None = None
-    """Load the base in 4 or 8 bits, as `doratune train` does with it: for an adapter trained so, or little memory."""
+    """Of the base weights; auto: as in training, else bfloat16 on a GPU that has it, else float32."""
+    quantize: QuantizeToUse = "auto"
+    """Load the base in 4 or 8 bits; auto: as in training; none: in full precision."""
 
     def problems(self) -> Iterator[str]:
         """Options that cannot work."""
@@ -71,6 +73,8 @@ class Predict:
             return
         if self.output.is_dir() or not self.output.absolute().parent.is_dir():
             yield f"output {self.output}: expected a file in a folder that exists"
+        elif not os.access(self.output.absolute().parent, os.W_OK | os.X_OK):
+            yield f"output {self.output}: {self.output.absolute().parent} is not writable; name another folder"
         elif self.output.resolve() in {Path(name).expanduser().resolve() for name in self.files}:
             yield f"output {self.output} is one of the files to classify; name another"
 
@@ -105,6 +109,8 @@ def run(options: Predict) -> int:
     )
     read: Any = read_pictures if found.takes_images else read_texts
     inputs = read(reading, found.about.columns, lambda line: say(status, line))
+    if told := found.loading(options.dtype, options.quantize).told:
+        say(status, told)
     with status.status(Text(f"Loading {found.base}")):
         predictor = Predictor.load(found, options.dtype, options.quantize)
     score = Score(predictor.labels)

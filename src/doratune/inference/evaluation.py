@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,8 +154,8 @@ class _Run:
         """Measure the base and each adapter on the same tokens, or a whole model."""
         sources = find_sources(adapters, self.base)
         folders = sources.adapters or {folder_name(Path(adapters[0])) if adapters else BASE: Path(sources.base)}
-        noted = {name: about for name, folder in folders.items() if (about := Information.load(folder))}
-        config = self.measuring.config("text-generation", sources.base, self.data, noted)
+        noted = sources.noted()
+        config = self.config("text-generation", sources.base, noted)
         with loading_base(sources.base, sources.named):
             tokenizer = load_tokenizer(tokenizer_source(sources.adapters.values(), sources.base))
             prepared = text.to_measure(config, tokenizer, self.say)
@@ -179,7 +179,7 @@ class _Run:
         for adapter in adapters:
             found = Classifier.find(Path(adapter), self.base)
             name = folder_name(found.folder, ready)
-            config = self.measuring.config(task, found.base, self.data, {name: found.about})
+            config = self.config(task, found.base, {name: found.about})
             more = [found.about.forward] if found.takes_images else []
             with loading_base(found.base, found.named):
                 given = (config, found.load_processor(), found.labels, *more, self.say)
@@ -194,6 +194,12 @@ class _Run:
         with self.loading(found.base):
             predictor = Predictor.load(found, _dtype(config), config.quantize)
         return self.measure(self.trainer(config, predictor.model, prepared), name, str(found.folder), found.base)
+
+    def config(self, task: TaskName, base: str, noted: Mapping[str, Information]) -> TrainConfig:
+        """The options of a run that would measure so; how it would load the base is said."""
+        if told := self.measuring.loading(noted).told:
+            self.say(told)
+        return self.measuring.config(task, base, self.data, noted)
 
     def say(self, line: str) -> None:
         """Print a line, once where it is the same of every classifier."""

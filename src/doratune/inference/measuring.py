@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from doratune.errors import AdapterError
+from doratune.inference.loading import Loading, QuantizeToUse
 from doratune.train.columns import as_flag
-from doratune.train.config import Dtype, Quantize, TaskName, TrainConfig, quantize_problems
+from doratune.train.config import Dtype, TaskName, TrainConfig, quantize_problems
 from doratune.train.information import Information
 from doratune.train.prompt_template import fields_of
 from doratune.train.sources import columns_of, has_columns
@@ -58,9 +59,9 @@ class Measuring:
     batch_size: int = TrainConfig.batch_size
     """Examples or blocks at a time."""
     dtype: Dtype = "auto"
-    """Of the base weights; auto: bfloat16 on a GPU that has it, else float32, as in training."""
-    quantize: Quantize | None = None
-    """Load the base in 4 or 8 bits, as `doratune train` does with it."""
+    """Of the base weights; auto: as in training, else bfloat16 on a GPU that has it, else float32."""
+    quantize: QuantizeToUse = "auto"
+    """Load the base in 4 or 8 bits; auto: as in training; none: in full precision."""
 
     def problems(self, task: str | None) -> Iterator[str]:
         """Options that cannot work, or have no effect on a task, if that is known."""
@@ -86,7 +87,8 @@ class Measuring:
         Raises:
             AdapterError: listing every option that has to be given as they were trained differently.
         """
-        given = self._given()
+        loading = self.loading(noted)
+        given = self._given() | {"dtype": loading.dtype, "quantize": loading.quantize}
         tables = [name for name in data if has_columns(name)]
         columns = columns_of(tables, self.split)[0] if tables else []
         told = {name: _told(about, columns) for name, about in noted.items()}
@@ -107,6 +109,10 @@ class Measuring:
             if about.method in ("full", "head"):  # whose dtype is another where it is chosen
                 given["method"] = about.method
         return TrainConfig(base, tuple(data), task=task, **given)
+
+    def loading(self, noted: Mapping[str, Information]) -> Loading:
+        """How the base is loaded, as in ``Loading.choose``."""
+        return Loading.choose(noted, self.dtype, self.quantize)
 
     def _given(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -15,6 +15,7 @@ from doratune.errors import AdapterError
 from doratune.extras import require
 from doratune.files import inner_folder, read_config, read_weights
 from doratune.inference.inputs import Input
+from doratune.inference.loading import Loading
 from doratune.inference.sources import NAMED, guessed_task, is_model, loading_base, tokenizer_source
 from doratune.targets import HEAD_NAMES
 from doratune.train.device import explaining_memory, to_device
@@ -108,6 +109,10 @@ class Classifier:
         """Whether it classifies images, not texts."""
         return self.about.task == "image-classification"
 
+    def loading(self, dtype: str = "auto", quantize: str | None = "auto") -> Loading:
+        """How the base is loaded, as in ``Loading.choose``."""
+        return Loading.choose({str(self.folder): self.about}, dtype, quantize)
+
     @functools.cached_property
     def labels(self) -> tuple[str, ...]:
         """Names of the classes, in the order of the logits."""
@@ -160,20 +165,22 @@ class Predictor:
             align_padding(model, processor)
 
     @classmethod
-    def load(cls, found: Classifier, dtype: str = "auto", quantize: str | None = None) -> Predictor:
+    def load(cls, found: Classifier, dtype: str = "auto", quantize: str | None = "auto") -> Predictor:
         """Load base model, adapter, and tokenizer or image processor.
 
         Args:
             found: where they are.
-            dtype: of the base weights; "auto": as ``doratune train`` chooses it.
-            quantize: load the base in 4 or 8 bits, a kind of ``doratune train``.
+            dtype: of the base weights; "auto": as in training, else as ``doratune train`` chooses it.
+            quantize: load the base in 4 or 8 bits, a kind of ``doratune train``; "auto": as in training; None: in full
+                precision.
 
         Raises:
             AdapterError: if something cannot be loaded, or the model is no classifier.
         """
         about, folder = found.about, found.folder
-        whole, weights = is_model(folder), choose_dtype(dtype)
-        options = quantized(quantize, weights, classifier=True)
+        loading = found.loading(dtype, quantize)
+        whole, weights = is_model(folder), choose_dtype(loading.dtype)
+        options = quantized(loading.quantize, weights, loading.double_quant, classifier=True)
         with loading_base(found.base, found.named):
             if about.labels and not whole:  # as in training, where what is new is known
                 model, heads = load_classifier(found.base, weights, about.task, about.labels, options)

@@ -10,9 +10,10 @@ from typing import Any
 from doratune.errors import AdapterError
 from doratune.inference.lines import lines_of
 from doratune.train.columns import GUESSES, PARTS_OF_PROMPTS, half_a_prompt
-from doratune.train.gather import LISTED, BadRow
+from doratune.train.gather import BadRow
 from doratune.train.information import Information
 from doratune.train.prompt_template import fields_of, filled
+from doratune.train.sources import LISTED
 from doratune.train.tokens import string, turns_of
 
 

@@ -29,6 +29,11 @@ class Sources:
     named: bool = False
     """Whether the adapters name the base, as none was given."""
 
+    def noted(self) -> dict[str, Information]:
+        """What was noted in training, where it was: of the adapters, or of a whole model."""
+        folders = self.adapters or {BASE: Path(self.base).expanduser()}
+        return {name: about for name, folder in folders.items() if (about := Information.load(folder))}
+
 
 def find_sources(folders: Sequence[str], base: str | None = None) -> Sources:
     """Look at the folders without loading a model.
@@ -173,6 +178,6 @@ def folder_name(folder: Path, taken: Collection[str] = ()) -> str:
     own = path.parent.name if path.name in ("adapter", "model") else path.name
     if path.parent.name == "snapshots":  # the hub's cache: models--user--name/snapshots/revision
         own = path.parent.parent.name.rpartition("--")[2]
-    name = re.sub(r"[^A-Za-z0-9_-]", "_", own) or "adapter"
+    name = re.sub(r"[^\w-]", "_", own) or "adapter"
     names = [name, *(f"{name}-{number}" for number in range(2, len(taken) + 4))]
     return next(n for n in names if n not in taken and n != BASE)

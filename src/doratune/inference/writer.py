@@ -13,6 +13,7 @@ import torch
 from doratune.checkpoint import load_adapter
 from doratune.errors import AdapterError
 from doratune.extras import require
+from doratune.inference.loading import Loading
 from doratune.inference.prompts import Prompt
 from doratune.inference.sampling import Sampling
 from doratune.inference.sources import BASE, Sources, loading_base, tokenizer_source
@@ -59,25 +60,28 @@ class Writer:
         give_padding(tokenizer)
 
     @classmethod
-    def load(cls, sources: Sources, dtype: str = "auto", merged: bool = False, quantize: str | None = None) -> Writer:
+    def load(cls, sources: Sources, dtype: str = "auto", merged: bool = False, quantize: str | None = "auto") -> Writer:
         """Load base model, adapters and tokenizer.
 
         Args:
             sources: where they are.
-            dtype: of the base weights; "auto": as ``doratune train`` chooses it.
+            dtype: of the base weights; "auto": as in training, else as ``doratune train`` chooses it.
             merged: put the adapter into the weights, which writes fastest; then it cannot be switched off.
-            quantize: load the base in 4 or 8 bits, a kind of ``doratune train``.
+            quantize: load the base in 4 or 8 bits, a kind of ``doratune train``; "auto": as in training; None: in full
+                precision.
 
         Raises:
-            AdapterError: if something cannot be loaded, the model has no head that writes, or several adapters are to
-                be merged.
+            AdapterError: if something cannot be loaded, the model has no head that writes, several adapters are to
+                be merged, or were trained on the base in different ways.
         """
         if merged and len(sources.adapters) != 1:
             raise AdapterError(f"merging takes one adapter; found {len(sources.adapters)}")
+        loading = Loading.choose(sources.noted(), dtype, quantize, merged)
         with loading_base(sources.base, sources.named):
             tokenizer = load_tokenizer(tokenizer_source(sources.adapters.values(), sources.base))
-            weights = choose_dtype(dtype)
-            model = load_model(sources.base, weights, options=quantized(quantize, weights))
+            weights = choose_dtype(loading.dtype)
+            options = quantized(loading.quantize, weights, loading.double_quant)
+            model = load_model(sources.base, weights, options=options)
         if not hasattr(model, "generate"):
             raise AdapterError(f"model {sources.base} is a {type(model).__name__}, which does not write text")
         if not sources.adapters:  # an adapter may bring a head

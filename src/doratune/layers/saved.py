@@ -5,6 +5,7 @@ Every adapter has a copy of its own; the original stays as it was, so that switc
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,8 +25,11 @@ class OwnBiases(nn.Module):
     def __init__(self, module: nn.Module, names: list[str]) -> None:
         super().__init__()
         for name in names:
-            bias: Tensor = getattr(module, name)
-            self.register_parameter(name, nn.Parameter(bias.detach().clone()))
+            owner, _, own = name.rpartition(".")
+            if owner and owner not in self._modules:
+                self.add_module(owner, nn.Module())
+            bias = nn.Parameter(module.get_parameter(name).detach().clone())
+            self.get_submodule(owner).register_parameter(own, bias)
 
 
 class SavedModule(AdapterHolder):
@@ -107,8 +111,8 @@ class SavedModule(AdapterHolder):
 
     def own_biases(self) -> dict[str, Tensor]:
         """The active adapter's biases for the original to run with; empty where the adapter has a whole copy."""
-        copy = self.copies[self.active] if self.enabled and self.active is not None else None
-        return {n: getattr(copy, n) for n in self.trained[self.active]} if isinstance(copy, OwnBiases) else {}  # type: ignore[index]
+        clone = self.copies[self.active] if self.enabled and self.active is not None else None
+        return dict(clone.named_parameters()) if isinstance(clone, OwnBiases) else {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The chosen module's output."""
@@ -140,7 +144,8 @@ class SavedModule(AdapterHolder):
         """The chosen module, to take the holder's place."""
         module = self.chosen()
         for name, bias in self.own_biases().items():
-            setattr(plain(module), name, nn.Parameter(bias.detach()))
+            owner, _, own = name.rpartition(".")
+            setattr(plain(module).get_submodule(owner), own, nn.Parameter(bias.detach()))
         return module
 
     def __getattr__(self, name: str) -> Any:
@@ -150,4 +155,13 @@ class SavedModule(AdapterHolder):
             if name.startswith("__") or "copies" not in self.__dict__.get("_modules", {}):
                 raise
             biases = self.own_biases()
-            return biases[name] if name in biases else getattr(self.chosen(), name)
+            return biases[name] if name in biases else _with_biases(getattr(self.chosen(), name), name, biases)
+
+
+def _with_biases(part: Any, name: str, biases: dict[str, Tensor]) -> Any:
+    """A part of the module as others see it (``nn.TransformerEncoderLayer`` computes with ``out_proj.bias`` itself)."""
+    own = {key.removeprefix(f"{name}."): bias for key, bias in biases.items() if key.startswith(f"{name}.")}
+    if own:
+        part = copy.copy(part)
+        part._parameters = part._parameters | own
+    return part

@@ -14,6 +14,7 @@ from doratune.summary import Summary, summary
 from doratune.train.config import TrainConfig
 from doratune.train.device import to_device
 from doratune.train.models import align_padding, load_classifier, load_model, multiplies_bfloat16
+from doratune.train.noted import Noted, information
 from doratune.train.optimizer import OPTIMIZERS, SCHEDULES, keep_float32, train_only
 from doratune.train.output import CHECKPOINTS, TENSORBOARD
 from doratune.train.packing import refuse_leaks
@@ -99,7 +100,10 @@ def make_trainer(
     from doratune.train import labels
     from doratune.train.trainer import AdapterTrainer
 
-    class TokenTrainer(TokenMean, AdapterTrainer):
+    class ClassTrainer(Noted, AdapterTrainer):
+        """For classifiers."""
+
+    class TokenTrainer(Noted, TokenMean, AdapterTrainer):
         """For language models."""
 
     arguments = TrainingArguments(
@@ -145,7 +149,7 @@ def make_trainer(
     )
     # Trainer would run the model on all GPUs in threads (nn.DataParallel), with a batch each; processes are the way.
     arguments._n_gpu = min(1, arguments.n_gpu)
-    trainer = (AdapterTrainer if prepared.labels else TokenTrainer)(
+    trainer = (ClassTrainer if prepared.labels else TokenTrainer)(
         model,
         arguments,
         data_collator=prepared.collate,
@@ -159,6 +163,7 @@ def make_trainer(
         lora_plus_ratio=config.lora_plus_ratio,
         callbacks=list(callbacks),
     )
+    trainer.information = information(config, prepared)
     if prepared.labels:
         # Classifiers take any argument and pass over the number of examples to divide by: Trainer has to divide.
         trainer.model_accepts_loss_kwargs = False

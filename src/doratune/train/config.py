@@ -17,6 +17,7 @@ from doratune.config import ALL_LINEAR, AdapterConfig, Method
 from doratune.errors import AdapterError
 from doratune.extras import installed
 from doratune.targets import HEAD_NAMES
+from doratune.train.option_types import wrong_types
 from doratune.train.processes import processes_asked
 
 TaskName = Literal["text-generation", "text-classification", "image-classification"]
@@ -192,14 +193,19 @@ class TrainConfig:
     """Length of the sample."""
 
     def __post_init__(self) -> None:
-        """Paths may be strings, a single source needs no tuple; tyro passes its MISSING for what is not typed yet."""
+        """Paths and strings are taken for each other; tyro passes its MISSING for what is not typed yet."""
         output: Any = self.output
         if isinstance(output, str):
             self.output = Path(output)
+        for name in ("model", "start_from"):
+            if isinstance(given := getattr(self, name), Path):
+                setattr(self, name, str(given))
         for name in ("data", "eval_data", "test_data"):
             given = getattr(self, name)
-            if isinstance(given, str):
-                setattr(self, name, (given,))
+            if isinstance(given, str | Path):
+                given = (given,)
+            if isinstance(given, list | tuple):
+                setattr(self, name, tuple(str(one) if isinstance(one, Path) else one for one in given))
 
     @property
     def is_adapter(self) -> bool:
@@ -229,8 +235,19 @@ class TrainConfig:
         config = AdapterConfig(**values)
         return config if self.is_adapter else None
 
+    def wrong_types(self) -> list[str]:
+        """Values that are none of their options'; with them nothing else can be looked at."""
+        found = [*wrong_types(self, "adapter")]
+        adapter: object = self.adapter
+        if not isinstance(adapter, AdapterConfig):
+            found.append(f"adapter: expected AdapterOptions(...), found {adapter!r}")
+        return found
+
     def problems(self) -> Iterator[str]:
         """Everything that can be found wrong without reading data or a model."""
+        if wrong := self.wrong_types():
+            yield from wrong
+            return
         if not self.model:
             yield "model: name a folder or a model of the hub"
         if not self.data:
@@ -324,8 +341,8 @@ def _libraries(c: TrainConfig) -> Iterator[str]:
 
 def quantize_problems(kind: str | None) -> Iterator[str]:
     """That the library which loads a base in fewer bits is not there."""
-    if kind:
-        yield from _lacking(f"quantize {kind}", "torchao" if kind.startswith("torchao") else "bitsandbytes")
+    if kind in get_args(Quantize):
+        yield from _lacking(f"quantize {kind}", "torchao" if str(kind).startswith("torchao") else "bitsandbytes")
 
 
 def _lacking(what: str, library: str) -> Iterator[str]:

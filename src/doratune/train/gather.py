@@ -9,10 +9,8 @@ import numpy as np
 
 from doratune.errors import AdapterError
 from doratune.train.config import SPLIT_SEED, TrainConfig
-from doratune.train.sources import Row, read
+from doratune.train.sources import LISTED, Row, read
 
-LISTED = 20
-"""Bad rows that are listed one by one."""
 _T = TypeVar("_T")
 Say = Callable[[str], None]
 

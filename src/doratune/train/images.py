@@ -21,7 +21,17 @@ from doratune.train.columns import choose
 from doratune.train.config import TrainConfig
 from doratune.train.gather import BadRow, Say, lacks
 from doratune.train.labels import name_of
-from doratune.train.sources import PIPE, TABLES, Row, columns_of, is_dataset_folder, is_hub_name, path_of, read
+from doratune.train.sources import (
+    PIPE,
+    TABLES,
+    Row,
+    columns_of,
+    is_dataset_folder,
+    is_hub_name,
+    path_of,
+    read,
+    without_rows,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -113,7 +123,7 @@ def pictures(
         return (_folder(path, say) if labelled else _anywhere(path, say)), {}
     found, where = columns_of([name], split)
     if not found:
-        raise AdapterError(f"{name}: no row can be read")
+        raise without_rows([name], split)
     roles, optional = (["image", "label"], []) if labelled else (["image"], ["label"])
     columns = choose(config, found, roles, where, optional)
     return _table(name, split, columns, roles, path.parent if path.is_file() else None), columns

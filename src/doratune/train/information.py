@@ -47,6 +47,12 @@ class Information:
     """Height and width that the model was trained on; the folder's preprocessor_config.json says how to get there."""
     forward: Mapping[str, Any] = field(default_factory=dict)
     """Arguments that the model's forward needs besides its inputs, such as ``interpolate_pos_encoding``."""
+    dtype: str = "auto"
+    """Of the base's weights, as it was asked for; auto: by what the machine had."""
+    quantize: str | None = None
+    """How the base was quantised: a kind of ``doratune train``."""
+    double_quant: bool = True
+    """nf4: whether its scales were quantised, too."""
 
     def save(self, folder: Path) -> None:
         """Write ``doratune.json``."""

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -16,6 +16,7 @@ from doratune.extras import require
 from doratune.files import CONFIG, read_config, read_weights
 from doratune.ops.hardware import multiplies
 from doratune.targets import HEAD_NAMES
+from doratune.train.config import Dtype
 from doratune.train.information import Information
 
 LOADERS = {
@@ -286,8 +287,10 @@ def choose_dtype(wanted: str, full: bool = False) -> torch.dtype:
     """The dtype of the base weights; "auto" by what the machine has.
 
     Raises:
-        AdapterError: for float16 without a GPU, where it is slow and overflows.
+        AdapterError: for other names, and for float16 without a GPU, where it is slow and overflows.
     """
+    if wanted not in get_args(Dtype):
+        raise AdapterError(f"dtype must be one of {', '.join(get_args(Dtype))}; found {wanted!r}")
     gpu = torch.cuda.is_available()
     if wanted == "auto":
         return torch.bfloat16 if gpu and not full and multiplies_bfloat16() else torch.float32

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from doratune.errors import AdapterError
 from doratune.extras import require
 from doratune.targets import HEAD_NAMES
-from doratune.train.config import TrainConfig
+from doratune.train.config import Quantize, TrainConfig
 from doratune.train.processes import local_rank_asked, processes_asked
 
 TRAINED_WHOLE = (*HEAD_NAMES, r".*\.pooler", "pre_classifier")
@@ -43,9 +44,15 @@ def loading_options(config: TrainConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def quantized(kind: str | None, dtype: torch.dtype, double: bool = True, classifier: bool = False) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` for a kind of quantisation, as in ``quantization``; none for None."""
+    """Arguments of ``from_pretrained`` for a kind of quantisation, as in ``quantization``; none for None.
+
+    Raises:
+        AdapterError: if there is no such kind.
+    """
     if kind is None:
         return {}
+    if kind not in get_args(Quantize):
+        raise AdapterError(f"quantize must be one of {', '.join(get_args(Quantize))}; found {kind!r}")
     options: dict[str, Any] = {"quantization_config": quantization(kind, dtype, double, classifier)}
     if torch.cuda.is_available():
         # Each process its own GPU: transformers would quantise all of them on the first, where DDP refuses them.

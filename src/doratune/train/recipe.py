@@ -6,15 +6,15 @@ import dataclasses
 import difflib
 import json
 import sys
-import types
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from doratune import __version__
 from doratune.errors import AdapterError
 from doratune.files import write_whole
 from doratune.train.config import AdapterOptions, TrainConfig, comparable
+from doratune.train.option_types import NOTHING, converted, describe, fits
 from doratune.train.start import decided, resolved
 
 if sys.version_info >= (3, 11):
@@ -26,8 +26,6 @@ else:
 SHIPPED = Path(__file__).parents[1] / "recipes"
 NOT_IN_RECIPES = ("adapter", "recipe", "print_recipe")
 """Fields of TrainConfig that are no keys of a recipe."""
-NOTHING = "none"
-"""Stands for None, which TOML does not have."""
 
 
 def shipped() -> list[str]:
@@ -117,54 +115,6 @@ def from_toml(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if adapter:
         run["adapter"] = AdapterOptions(**adapter)
     return run
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a TOML value can stand for a field of this type."""
-    origin = get_origin(hint)
-    if origin is Annotated:
-        return fits(value, get_args(hint)[0])
-    if origin is Literal:
-        return value in get_args(hint)
-    if hint is type(None):
-        return value == NOTHING
-    if origin in (Union, types.UnionType):
-        return any(fits(value, one) for one in get_args(hint))
-    if origin in (tuple, Sequence):
-        return isinstance(value, list) and all(fits(item, get_args(hint)[0]) for item in value)
-    if origin is Mapping:
-        return isinstance(value, dict) and all(fits(item, get_args(hint)[1]) for item in value.values())
-    if hint is bool or isinstance(value, bool):
-        return hint is bool and isinstance(value, bool)
-    if hint is Path:
-        return isinstance(value, str)
-    return isinstance(value, (int, float) if hint is float else hint)
-
-
-def describe(hint: Any) -> str:
-    """A type in words."""
-    origin = get_origin(hint)
-    if origin is Annotated:
-        return describe(get_args(hint)[0])
-    if origin is Literal:
-        return "one of " + ", ".join(map(repr, get_args(hint)))
-    if origin in (Union, types.UnionType):
-        return " or ".join(describe(one) for one in get_args(hint))
-    if origin in (tuple, Sequence):
-        return f"a list of {describe(get_args(hint)[0])}s"
-    if origin is Mapping:
-        return f"a table of {describe(get_args(hint)[1])}s"
-    names = {type(None): repr(NOTHING), int: "whole number", float: "number", bool: "true or false", Path: "path"}
-    return names.get(hint, "string")
-
-
-def converted(value: Any, hint: Any) -> Any:
-    """TOML's lists and strings as the tuples and paths that the fields hold."""
-    if value == NOTHING and type(None) in get_args(hint):
-        return None
-    if isinstance(value, list):
-        return tuple(value)
-    return Path(value) if hint is Path else value
 
 
 def entries(config: TrainConfig) -> dict[str, Any]:

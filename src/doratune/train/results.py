@@ -139,7 +139,7 @@ class TrainResult:
         ]
 
     def next_steps(self) -> str:
-        """Commands to go on with: use it, look at it, merge it, load it in Python, load it in PEFT."""
+        """Commands to go on with: use it, measure it, look at it, merge it, load it in Python, load it in PEFT."""
         folder, model, merged = (
             shlex.quote(str(path)) for path in (self.adapter, self.model, Path(self.adapter).parent / "merged")
         )
@@ -149,7 +149,9 @@ class TrainResult:
             "text-classification": f"doratune predict {folder} texts.csv --output predictions.csv",
             "image-classification": f"doratune predict {folder} images/ --output predictions.csv",
         }
-        lines = ["# use it", use[self.task]]
+        other = {"text-generation": "more.jsonl", "text-classification": "more.csv", "image-classification": "images/"}
+        lines = ["# use it, measure it on other data", use[self.task]]
+        lines.append(f"doratune evaluate {folder} --data {other[self.task]}")
         loader = LOADERS[self.task]
         imported, written = f"from transformers import {loader}", _in_python(self.adapter)
         if self.method in ("full", "head"):

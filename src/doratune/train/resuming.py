@@ -74,6 +74,8 @@ def _fixed(config: TrainConfig, saved: TrainConfig) -> dict[str, str]:
     }
     if saved.keep_best and config.keep_best:
         fixed |= dict.fromkeys(MEASURED_ON, "losses on other data cannot tell which step was the best")
+    if config.method in ("dora", "lora") and (saved.lora_plus_ratio == 1) != (config.lora_plus_ratio == 1):
+        fixed["lora_plus_ratio"] = "only where it is not 1 has B a state of its own in the optimizer"
     if (saved.start_from is None) != (config.start_from is None):
         return fixed | {"start_from": "what the held-out loss is compared with would be another"}
     if config.method == saved.method and config.is_adapter and config.start_from is None:  # whose file has them

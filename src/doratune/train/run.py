@@ -20,8 +20,8 @@ from doratune.train.checkpoints import find_last, remove_incomplete
 from doratune.train.config import TrainConfig
 from doratune.train.curves import draw_curves
 from doratune.train.failures import explained
-from doratune.train.information import Information
 from doratune.train.models import choose_dtype, model_problem
+from doratune.train.noted import information
 from doratune.train.output import CHECKPOINTS, CURVES, METRICS, RECIPE
 from doratune.train.processes import is_first_asked
 from doratune.train.results import TrainResult, peak_memory, read_metrics
@@ -134,6 +134,8 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
 
 def problems(config: TrainConfig) -> list[str]:
     """What can be found wrong before anything large is loaded."""
+    if wrong := config.wrong_types():
+        return wrong
     found = list(start.problems(config))
     whole = config if found else start.resolved(config)
     found += [*whole.problems(), *task_of(config.task).problems(config)]
@@ -244,21 +246,7 @@ def _save(config: TrainConfig, model: Any, prepared: Prepared) -> Path:
         name_rope_twice(folder)
     if prepared.unit == "images" or not config.is_adapter:
         prepared.processor.save_pretrained(folder)
-    generates = config.task == "text-generation"
-    Information(
-        task=config.task,
-        base=config.model,
-        method=config.method,
-        labels=prepared.labels,
-        columns=prepared.columns,
-        prompt_template=config.prompt_template,
-        as_chat=config.as_chat if generates else None,
-        loss_on=config.loss_on if generates else None,
-        max_length=None if prepared.unit == "images" else config.max_length,
-        packing=config.packing if generates else None,
-        image_size=prepared.image_size,
-        forward=prepared.forward,
-    ).save(folder)
+    information(config, prepared).save(folder)
     return folder
 
 

@@ -21,6 +21,8 @@ OBJECTS = (".jsonl", ".ndjson", ".json")
 FORMATS = ", ".join((*TABLES, *TEXT))
 LARGEST_FIELD = 2**31 - 1
 PIPE = "is a pipe or a device: data are read twice, which it cannot be; write them to a file and name that"
+LISTED = 20
+"""Bad rows that are listed one by one."""
 NAMED = 1000
 """Rows of a source that are looked at for the names of its columns, where rows differ."""
 
@@ -84,7 +86,9 @@ def problems(config: TrainConfig, problem_of: Callable[[str], str | None]) -> It
     """What is wrong with the sources of a run; ``problem_of`` looks at one."""
     for option in ("data", "eval_data", "test_data"):
         for name in getattr(config, option):
-            if problem := problem_of(name):
+            if not name:  # an empty variable of a shell, which as a path would be the working directory
+                yield f"{option}: a name is empty"
+            elif problem := problem_of(name):
                 yield f"{option} {name}{':' if problem.startswith('no ') else ''} {problem}"
 
 
@@ -142,6 +146,12 @@ def columns_of(names: Iterable[str], split: str, streaming: bool = False) -> tup
         return [], ", ".join(names)
     alike = len(first.values) == len(found)
     return list(found), first.where if alike else f"{first.where} and the rows after it"
+
+
+def without_rows(names: Iterable[str], split: str) -> AdapterError:
+    """The error about sources of which no row can be read, with what is wrong with the first ones."""
+    bad = (f"{row.where}: {row.problem}" for name in names for row in read(name, split) if row.problem)
+    return AdapterError.of("no row can be read", list(islice(bad, NAMED)) or [f"{', '.join(names)}: no rows"], LISTED)
 
 
 def _jsonl(path: Path) -> Iterator[Row]:

@@ -176,6 +176,9 @@ def described(config: TrainConfig) -> Iterator[str]:
     base = base_name(start.folder)
     if base and place_of(base) != place_of(config.model):
         yield f"{start.folder} was trained on {base}, here the base is {config.model}"
+    if start.about and start.about.quantize != config.quantize:
+        was, now = start.about.quantize or "none", config.quantize or "none"
+        yield f"{start.folder} was trained with --quantize {was}, here it is {now}: the weights differ a little"
     if start.about and start.about.task != config.task:
         yield f"{start.folder} was trained for {start.about.task}: the head is new"
     for name in OF_THE_RUN:

@@ -54,7 +54,7 @@ def test_a_16_bit_base_learns(assets, tmp_path, model):
 def test_accumulated_batches_are_one_batch(assets, tmp_path, model):
     found = []
     for name, sizes in (("one", {"batch_size": 6}), ("three", {"batch_size": 2, "gradient_accumulation": 3})):
-        options = {"steps": 2, "eval_fraction": 0.25, "log_every": 1, "augment": False, "learning_rate": 1e-3}
+        options = {"steps": 2, "eval_fraction": 0.25, "log_every": 1, "augment": (), "learning_rate": 1e-3}
         train(config(assets, tmp_path / name, model, **options, **sizes), Console(quiet=True))
         records = read_metrics(tmp_path / name / "run" / METRICS)
         found.append([(r["loss"], r["grad_norm"]) for r in records if "grad_norm" in r])

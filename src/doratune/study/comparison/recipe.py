@@ -22,7 +22,8 @@ from doratune.study.comparison.contestants import (
     uneven,
 )
 from doratune.train.config import AdapterOptions, TrainConfig
-from doratune.train.recipe import converted, describe, entries, find_recipe, fits, from_toml, read_toml
+from doratune.train.option_types import converted, describe, fits
+from doratune.train.recipe import entries, find_recipe, from_toml, read_toml
 from doratune.train.sources import path_of
 
 SET_FOR_EACH = ("output", "resume", "seed", "learning_rate", "method", "rank", "alpha")

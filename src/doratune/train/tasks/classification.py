@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from doratune.errors import AdapterError
 from doratune.extras import require
 from doratune.train import labels as classes
 from doratune.train import sources
@@ -83,7 +82,7 @@ def _reading(config: TrainConfig, say: Say) -> tuple[dict[str, str], Callable[[R
     """The columns, and what makes an example of a row."""
     found, where = sources.columns_of(config.data, config.split)
     if not found:
-        raise AdapterError(f"{where}: no row can be read")
+        raise sources.without_rows(config.data, config.split)
     columns = choose(config, found, ["text", "label"], where)
     say(f"columns: {described(columns, config)}")
 
