@@ -82,3 +82,8 @@ def test_of_other_methods(tmp_path, method, title, library):
     assert "nats per example" in found.text
     assert ("PeftModel" in found.text) == (library == "peft")
     assert ("num_labels=2" in found.text) == (library == "peft")
+
+
+def test_of_a_quantised_base(tmp_path):
+    assert "24 steps, float32, base quantised (nf4), seed 3." in card(tmp_path, quantize="nf4").text
+    assert "24 steps, float32, seed 3." in card(tmp_path).text

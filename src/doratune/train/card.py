@@ -39,11 +39,12 @@ def _metadata(config: TrainConfig) -> str:
 def _text(config: TrainConfig, result: TrainResult) -> str:
     from doratune import __version__
 
+    counted = "token" if result.unit == "tokens" else "example"
     rows = "\n".join(f"| {name} | {value} |" for name, value in result.rows())
     return f"""# {NAMES[config.method]} of {Path(config.model).name}
 
-{_about(config)} Trained with doratune {__version__} for {config.task}: {result.steps:,} steps, {result.dtype}, seed \
-{result.seed}. One run; losses are in nats per {"token" if result.unit == "tokens" else "example"}.
+{_about(config)} Trained with doratune {__version__} for {config.task}: {result.steps:,} steps, \
+{_precision(config, result)}, seed {result.seed}. One run; losses are in nats per {counted}.
 
 | | |
 |---|---|
@@ -70,6 +71,10 @@ def _about(config: TrainConfig) -> str:
     sizes = "" if config.method == "magnitude" else f"Rank {adapter.rank}, alpha {adapter.alpha:g}. "
     targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
     return f"{sizes}Targets: {targets}."
+
+
+def _precision(config: TrainConfig, result: TrainResult) -> str:
+    return result.dtype + (f", base quantised ({config.quantize})" if config.quantize else "")
 
 
 def _command(config: TrainConfig, result: TrainResult) -> str:
