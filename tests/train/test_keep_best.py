@@ -60,12 +60,13 @@ def test_the_best_measurement_is_kept(assets, tmp_path, method):
         dt.load_adapter(llama(), tmp_path / "run" / "adapter")
 
 
-def test_patience_ends_the_run(assets, tmp_path):
-    result = train(config(assets, tmp_path / "run", eval_every=1, patience=2, steps=30), Console(quiet=True))
+def test_patience_ends_the_run(assets, tmp_path, capsys):
+    result = train(config(assets, tmp_path / "run", eval_every=1, patience=2, steps=30), Console(width=200))
     losses = measured(tmp_path / "run")
     assert result.best_step == min(losses, key=losses.get)
     assert result.steps == result.best_step + 2 < 30
     assert max(losses) == result.steps
+    assert f"ended at step {result.steps} of 30: no lower held-out loss in 2" in capsys.readouterr().out
 
 
 def test_resumed_it_still_knows_the_best(assets, tmp_path):

@@ -204,6 +204,9 @@ def _fit(
         speed = progress.speed(trainer.args, trainer.state)
         if interruption.asked and trainer.state.global_step < trainer.state.max_steps:
             raise interruption.asked
+        if config.patience and trainer.state.global_step < trainer.state.max_steps:
+            steps = f"step {trainer.state.global_step} of {trainer.state.max_steps}"
+            _say(console, f"ended at {steps}: no lower held-out loss in {config.patience} measurements (patience)")
     finally:
         progress.close()
         interruption.close()
