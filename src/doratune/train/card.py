@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from doratune.config import AdapterConfig
@@ -16,8 +15,13 @@ from doratune.train.sources import is_hub_name
 FILE = "README.md"
 HERE = "FOLDER"
 """Stands for the adapter: nobody knows yet what it will be called."""
-NAMES = {"dora": "DoRA adapter", "lora": "LoRA adapter", "magnitude": "Magnitudes", "full": "Fine-tuned model"}
-NAMES["head"] = "Classifier (its head alone was trained)"
+NAMES = {
+    "dora": "DoRA adapter",
+    "lora": "LoRA adapter",
+    "magnitude": "Magnitudes",
+    "full": "Fine-tuned model",
+    "head": "Fine-tuned head",
+}
 
 
 def write_card(folder: Path, config: TrainConfig, result: TrainResult) -> None:
@@ -55,7 +59,7 @@ def _text(config: TrainConfig, result: TrainResult) -> str:
 {HERE} is this folder, or its name on the model hub.
 
 ```sh
-{_command(config, result)}
+{result.command_to_use(HERE)}
 ```
 
 ```python
@@ -75,14 +79,6 @@ def _about(config: TrainConfig) -> str:
 
 def _precision(config: TrainConfig, result: TrainResult) -> str:
     return result.dtype + (f", base quantised ({config.quantize})" if config.quantize else "")
-
-
-def _command(config: TrainConfig, result: TrainResult) -> str:
-    if config.task != "text-generation":
-        what = "images/" if config.task == "image-classification" else "texts.csv"
-        return f"doratune predict {HERE} {what} --output predictions.csv"
-    prompt = shlex.quote(result.prompt or "Once upon a time")
-    return f"doratune generate {HERE} --prompt {prompt}{' --chat' if result.chat else ''}"
 
 
 def _python(config: TrainConfig, result: TrainResult) -> str:
