@@ -87,3 +87,10 @@ def test_of_other_methods(tmp_path, method, title, library):
 def test_of_a_quantised_base(tmp_path):
     assert "24 steps, float32, base quantised (nf4), seed 3." in card(tmp_path, quantize="nf4").text
     assert "24 steps, float32, seed 3." in card(tmp_path).text
+
+
+def test_of_an_adapter_that_began_from_another(tmp_path):
+    assert "Targets: all-linear. Begun from user/adapter. Trained" in card(tmp_path, start_from="user/adapter").text
+    found = card(tmp_path, start_from=str(tmp_path))
+    assert "Begun from another adapter. Trained" in found.text
+    assert str(tmp_path) not in found.content

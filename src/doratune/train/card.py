@@ -74,7 +74,10 @@ def _about(config: TrainConfig) -> str:
         return "A whole model."
     sizes = "" if config.method == "magnitude" else f"Rank {adapter.rank}, alpha {adapter.alpha:g}. "
     targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
-    return f"{sizes}Targets: {targets}."
+    told = f"{sizes}Targets: {targets}."
+    if config.start_from is None:
+        return told
+    return f"{told} Begun from {config.start_from if is_hub_name(config.start_from) else 'another adapter'}."
 
 
 def _precision(config: TrainConfig, result: TrainResult) -> str:
