@@ -27,7 +27,7 @@ from doratune.layers.weights import is_transformers_conv1d
 from doratune.model import active_adapter, attach, delete_adapter, set_adapter
 from doratune.peft_config import OWN_TYPE, from_peft, to_peft
 from doratune.peft_experts import taken_for_experts
-from doratune.targets import adapted_layers, as_targets, plain_modules, saved_modules, unwrap
+from doratune.targets import as_targets, layers_of, plain_modules, saved_modules, unwrap
 
 log = logging.getLogger("doratune")
 
@@ -81,7 +81,7 @@ def layers_to_save(root: nn.Module, name: str) -> dict[str, AdaptedLayer]:
     Raises:
         AdapterError: if there is no such adapter.
     """
-    layers = {path: layer for path, layer in adapted_layers(root).items() if name in layer.adapters}
+    layers = layers_of(root, name)
     if not layers:
         raise AdapterError(f"the model has no adapter {name!r} to save")
     return layers
@@ -106,7 +106,7 @@ def tensors_to_save(root: nn.Module, name: str) -> dict[str, Tensor]:
 
 def inexpressible(root: nn.Module, name: str) -> dict[str, str]:
     """Why PEFT and all that read its format cannot have an adapter, each reason with a layer that it holds for."""
-    layers = {path: layer for path, layer in adapted_layers(root).items() if name in layer.adapters}
+    layers = layers_of(root, name)
     found = {
         reason: path
         for path, layer in layers.items()
@@ -122,7 +122,7 @@ def inexpressible(root: nn.Module, name: str) -> dict[str, str]:
 def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """One adapter as it stands in a file: PEFT's keys, contiguous, on the CPU; its own parameters in float32."""
     tensors: dict[str, Tensor] = {}
-    layers = {path: layer for path, layer in adapted_layers(model).items() if name in layer.adapters}
+    layers = layers_of(model, name)
     for path, layer in layers.items():
         for part, tensor in zip(layer.kind.file_names, _parts(layer, name), strict=True):
             if tensor is not None:
@@ -262,9 +262,8 @@ def read_adapter(root: nn.Module, folder: Path) -> Contents:
 
 def fill(root: nn.Module, contents: Contents, name: str) -> None:
     """Copy a file's tensors, already checked, into an adapter of the same kind, in place."""
-    for path, layer in adapted_layers(root).items():
-        if name in layer.adapters:
-            _fill_layer(path, layer, name, contents.layers[path])
+    for path, layer in layers_of(root, name).items():
+        _fill_layer(path, layer, name, contents.layers[path])
     without_place = dict(contents.saved)
     for path, saved in saved_modules(root).items():
         if name in saved.copies:
@@ -323,9 +322,8 @@ def decide(root: nn.Module, name: str) -> None:
 
     With parts on several processes all have to call it.
     """
-    for path, layer in adapted_layers(root).items():
-        if name in layer.adapters:
-            _decide_layer(path, layer, name)
+    for path, layer in layers_of(root, name).items():
+        _decide_layer(path, layer, name)
 
 
 def _decide_layer(path: str, layer: AdaptedLayer, name: str) -> None:

@@ -22,7 +22,7 @@ from doratune.merge import exact_scale
 from doratune.model import adapter_names, attach
 from doratune.ops import approximation, row_norm
 from doratune.ops.hardware import full_precision
-from doratune.targets import adapted_layers, as_targets, plain_modules, saved_modules, unwrap
+from doratune.targets import as_targets, layers_of, plain_modules, saved_modules, unwrap
 
 NOT_FINITE = "its change is not finite; the adapter or the weight holds NaN, infinite or far too large values"
 
@@ -83,7 +83,7 @@ def convert_to_lora(
             a weight's change is not finite. The model is then unchanged.
     """
     root = unwrap(model)
-    layers = {path: layer for path, layer in adapted_layers(root).items() if name in layer.adapters}
+    layers = layers_of(root, name)
     if not layers:
         raise AdapterError(
             f"the model has no adapter {name!r} to convert; it has {', '.join(adapter_names(root)) or 'none'}"

@@ -22,6 +22,9 @@ PICKLED = "adapter_model.bin"
 MLX_WEIGHTS = "adapters.safetensors"
 """The weights of an adapter of Apple's mlx-lm, whose options have the same name as PEFT's."""
 
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+"""An adapter of an image generator, alone in its folder."""
+
 
 def write_whole(path: Path, text: str) -> None:
     """Write a small file whole or not at all: a run killed meanwhile leaves the old one."""
@@ -114,6 +117,7 @@ def write_adapter(
         AdapterError: if the folder cannot be written to, or holds an adapter of the other format, whose options would
             be replaced and whose weights would stay.
     """
+    folder = folder.expanduser()  # as for reading
     other = MLX_WEIGHTS if weights == WEIGHTS else WEIGHTS
     if (folder / other).exists():
         raise AdapterError(f"cannot write {weights} to {folder}: it holds {other} of another format; name a new folder")
@@ -125,6 +129,7 @@ def write_adapter(
 
 def write_weights(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write an adapter that is one safetensors file, whole or not at all."""
+    file = file.expanduser()
     with writing(file.parent, file.name) as staging:
         _write_weights(staging / file.name, file.parent, tensors, metadata)
 
@@ -173,6 +178,8 @@ def read_any_config(folder: Path) -> dict[str, Any]:
         others = others if folder.suffix == ".safetensors" and folder.name != WEIGHTS else ""
         raise AdapterError(f"{folder} is a file; name the folder with {CONFIG} and {WEIGHTS}{others}")
     if not path.is_file():
+        if (folder / DIFFUSERS_WEIGHTS).is_file():
+            raise AdapterError(f"{folder} holds {DIFFUSERS_WEIGHTS}, which dt.diffusers.load_adapter reads")
         raise AdapterError(f"{folder} has no {CONFIG}; it is not an adapter's folder")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

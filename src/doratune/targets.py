@@ -320,6 +320,11 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     return {path: module for path, module in walk(model) if isinstance(module, AdaptedLayer)}
 
 
+def layers_of(model: nn.Module, name: str) -> dict[str, AdaptedLayer]:
+    """The layers of one adapter by path."""
+    return {path: layer for path, layer in adapted_layers(model).items() if name in layer.adapters}
+
+
 def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
     """The model's saved modules by path."""
     return {path: module for path, module in walk(model) if isinstance(module, SavedModule)}

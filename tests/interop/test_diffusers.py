@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import doratune as dt
-from doratune.interop.diffusers import METADATA, WEIGHTS
+from doratune.files import DIFFUSERS_WEIGHTS as WEIGHTS
+from doratune.interop.diffusers import METADATA
 from doratune.targets import adapted_layers
 from file_helpers import assert_unchanged, state
 from file_helpers import move as move_all
@@ -231,3 +232,18 @@ def test_a_chosen_adapter_is_written(tmp_path):
     assert len(load_file(tmp_path / WEIGHTS)) == 2 * sum(
         "default" in m.adapters for m in adapted_layers(model).values()
     )
+
+
+def test_home_is_written_to_as_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    model = dt.attach(unet(), LORA)
+    dt.save_adapter(model, "~/peft")
+    dt.kohya.save_adapter(model, "~/kohya.safetensors")
+    dt.diffusers.save_adapter({"unet": model}, "~/diffusers")
+    assert {path.name for path in tmp_path.iterdir()} == {"peft", "kohya.safetensors", "diffusers"}
+    dt.load_adapter(unet(), "~/peft")
+    dt.kohya.load_adapter(unet(), "~/kohya.safetensors")
+    dt.diffusers.load_adapter({"unet": unet()}, "~/diffusers")
+    with pytest.raises(dt.AdapterError, match=r"pytorch_lora_weights.safetensors, which dt\.diffusers\.load_adapter"):
+        dt.load_adapter(unet(), tmp_path / "diffusers")

@@ -131,6 +131,8 @@ def test_a_run_of_doratune_train(tmp_path):
     assert names(run) == [("step 20", 20), ("step 40", 40)], "the end is the last checkpoint"
     (run / "results.json").write_text('{"steps": 50}')
     assert names(run) == [("step 20", 20), ("step 40", 40), ("step 50", 50)]
+    (run / "results.json").write_text('{"steps": 50, "best_step": 40}')
+    assert names(run) == [("step 20", 20), ("step 40", 40)], "the end is what was kept"
 
 
 def test_folders_without_weights(tmp_path):

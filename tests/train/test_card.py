@@ -49,7 +49,7 @@ def test_of_an_adapter_on_a_model_of_the_hub(tmp_path):
     assert found.text.lstrip().startswith("# DoRA adapter of model\n")
     assert "Rank 8, alpha 32. Targets: all-linear." in found.text
     assert "| held-out loss | 3.0000 -> 2.0000 |" in found.text
-    assert "doratune generate FOLDER --prompt 'Once upon a time'\n" in found.text
+    assert 'doratune generate FOLDER --prompt "Once upon a time"\n' in found.text
     assert 'AutoModelForCausalLM.from_pretrained("org/model")' in found.text
 
 
@@ -70,7 +70,7 @@ def test_names_no_folder_of_this_machine(tmp_path):
     [
         ("magnitude", "# Magnitudes of model", "peft"),
         ("full", "# Fine-tuned model of model", "transformers"),
-        ("head", "# Classifier (its head alone was trained) of model", "transformers"),
+        ("head", "# Fine-tuned head of model", "transformers"),
     ],
 )
 def test_of_other_methods(tmp_path, method, title, library):
@@ -82,3 +82,15 @@ def test_of_other_methods(tmp_path, method, title, library):
     assert "nats per example" in found.text
     assert ("PeftModel" in found.text) == (library == "peft")
     assert ("num_labels=2" in found.text) == (library == "peft")
+
+
+def test_of_a_quantised_base(tmp_path):
+    assert "24 steps, float32, base quantised (nf4), seed 3." in card(tmp_path, quantize="nf4").text
+    assert "24 steps, float32, seed 3." in card(tmp_path).text
+
+
+def test_of_an_adapter_that_began_from_another(tmp_path):
+    assert "Targets: all-linear. Begun from user/adapter. Trained" in card(tmp_path, start_from="user/adapter").text
+    found = card(tmp_path, start_from=str(tmp_path))
+    assert "Begun from another adapter. Trained" in found.text
+    assert str(tmp_path) not in found.content

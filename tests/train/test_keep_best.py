@@ -60,12 +60,13 @@ def test_the_best_measurement_is_kept(assets, tmp_path, method):
         dt.load_adapter(llama(), tmp_path / "run" / "adapter")
 
 
-def test_patience_ends_the_run(assets, tmp_path):
-    result = train(config(assets, tmp_path / "run", eval_every=1, patience=2, steps=30), Console(quiet=True))
+def test_patience_ends_the_run(assets, tmp_path, capsys):
+    result = train(config(assets, tmp_path / "run", eval_every=1, patience=2, steps=30), Console(width=200))
     losses = measured(tmp_path / "run")
     assert result.best_step == min(losses, key=losses.get)
     assert result.steps == result.best_step + 2 < 30
     assert max(losses) == result.steps
+    assert f"ended at step {result.steps} of 30: no lower held-out loss in 2" in capsys.readouterr().out
 
 
 def test_resumed_it_still_knows_the_best(assets, tmp_path):
@@ -87,3 +88,45 @@ def test_what_it_needs(assets, tmp_path):
     assert any("patience must be above 0" in line for line in refused.value.problems)
     with pytest.raises(dt.AdapterError, match="patience stops a run behind its best measurement"):
         train(config(assets, tmp_path / "run", keep_best=False, patience=1))
+
+
+def cut_back(folder, step):
+    """The run as it was when it was killed after the checkpoint of a step."""
+    for path in checkpoints(folder / "checkpoints"):
+        if int(path.name.partition("-")[2]) > step:
+            shutil.rmtree(path)
+    (folder / "results.json").unlink()
+
+
+def test_patience_outlives_a_kill(assets, tmp_path):
+    options = {"eval_every": 1, "patience": 3, "steps": 30, "keep": 9}
+    whole = train(config(assets, tmp_path / "run", **options), Console(quiet=True))
+    cut_back(tmp_path / "run", whole.best_step + 2)
+    again = train(config(assets, tmp_path / "run", **options, resume=True), Console(quiet=True))
+    assert (again.best_step, again.steps) == (whole.best_step, whole.steps)
+    with pytest.raises(dt.AdapterError, match=r"patience ended the run .*; ask for more patience"):
+        train(config(assets, tmp_path / "run", **options, resume=True), Console(quiet=True))
+    more = train(config(assets, tmp_path / "run", **{**options, "patience": 4}, resume=True), Console(quiet=True))
+    assert more.steps > whole.steps
+
+
+def test_a_best_step_without_a_checkpoint_is_not_said_to_be_kept(assets, tmp_path, capsys):
+    first = train(config(assets, tmp_path / "run", keep=9), Console(quiet=True))
+    cut_back(tmp_path / "run", 12)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / f"checkpoint-{first.best_step}")
+    again = train(config(assets, tmp_path / "run", keep=9, resume=True), Console(width=200))
+    assert f"step {first.best_step}, the best so far, has no checkpoint any more" in capsys.readouterr().out
+    assert again.best_step == 14
+    assert again.loss_after == measured(tmp_path / "run")[14]
+
+
+def test_without_it_the_best_is_neither_noted_nor_kept(assets, tmp_path):
+    options = {"keep_best": False, "save_every": 4, "keep": 1}
+    train(config(assets, tmp_path / "run", **options), Console(quiet=True))
+    assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["checkpoint-14"]
+    (tmp_path / "run" / "results.json").unlink()
+    options = {"keep_best": True, "steps": 20, "resume": True}
+    again = train(config(assets, tmp_path / "run", **options), Console(quiet=True))
+    assert again.best_step > 14
+    train(config(assets, tmp_path / "run", keep_best=False, keep=1, steps=22, resume=True), Console(quiet=True))
+    assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["checkpoint-22"]

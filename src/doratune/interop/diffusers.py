@@ -22,7 +22,7 @@ from doratune.checkpoint import inexpressible
 from doratune.contents import PREFIX
 from doratune.distributed import is_first, is_spread
 from doratune.errors import AdapterError
-from doratune.files import write_weights
+from doratune.files import DIFFUSERS_WEIGHTS, write_weights
 from doratune.interop.several import (
     Adapter,
     Models,
@@ -41,7 +41,6 @@ from doratune.targets import plain_modules
 
 __all__ = ["load_adapter", "save_adapter"]
 
-WEIGHTS = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
 EXAMPLE = '{"unet": pipe.unet, "text_encoder": pipe.text_encoder}'
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
@@ -86,7 +85,8 @@ def load_adapter(
     Raises:
         AdapterError: listing the problems by key, the first ten of many; the models are then unchanged.
     """
-    file = Path(source) / WEIGHTS if Path(source).is_dir() else Path(source)
+    path = Path(source).expanduser()
+    file = path / DIFFUSERS_WEIGHTS if path.is_dir() else path
     given = checked(models, EXAMPLE)
     tensors, metadata = read_one_file(file)
     problems: list[str] = []
@@ -221,7 +221,7 @@ def save_adapter(models: Models, folder: str | os.PathLike[str], name: str = "de
     if problems:
         raise AdapterError.of(f"adapter {name!r} cannot be saved to {folder}", problems)
     if is_first() or not any(is_spread(adapter.model) for adapter in found.values()):
-        write_weights(Path(folder) / WEIGHTS, tensors, {METADATA: json.dumps(metadata, indent=2)})
+        write_weights(Path(folder) / DIFFUSERS_WEIGHTS, tensors, {METADATA: json.dumps(metadata, indent=2)})
 
 
 def _to_file(prefix: str, adapter: Adapter, problems: list[str]) -> dict[str, Tensor]:

@@ -86,7 +86,7 @@ def load_adapter(
     Raises:
         AdapterError: listing the problems by key, the first ten of many; the models are then unchanged.
     """
-    file = Path(file)
+    file = Path(file).expanduser()
     tensors, _ = read_one_file(file)
     if isinstance(models, nn.Module):
         own = bool(tensors) and all(key.startswith(f"{LYCORIS}_") for key in tensors)

@@ -105,8 +105,10 @@ def _number(name: str) -> int | None:
 
 
 def _steps(run: Path) -> int | None:
+    """After how many steps the weights were what the run has kept."""
     try:
-        steps = json.loads((run / RESULTS).read_text(encoding="utf-8"))["steps"]
-    except (OSError, ValueError, KeyError, TypeError):
+        results = json.loads((run / RESULTS).read_text(encoding="utf-8"))
+        steps = results.get("best_step") or results["steps"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return steps if isinstance(steps, int) else None

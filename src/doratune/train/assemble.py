@@ -131,7 +131,7 @@ def make_trainer(
         save_strategy="steps" if config.save_every or config.keep_best else "no",
         save_steps=(config.eval_every if config.keep_best else config.save_every) or 500,
         load_best_model_at_end=config.keep_best,
-        metric_for_best_model="eval_loss",
+        metric_for_best_model="eval_loss" if config.keep_best else None,
         greater_is_better=False,
         save_total_limit=config.keep,
         prediction_loss_only=not prepared.labels,

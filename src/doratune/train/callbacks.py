@@ -16,6 +16,7 @@ from doratune.train.config import TrainConfig
 from doratune.train.output import METRICS
 from doratune.train.processes import is_first_asked
 from doratune.train.results import peak_memory, read_metrics
+from doratune.train.resuming import since_best
 from doratune.train.tasks.prepared import Prepared
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ def recording(config: TrainConfig, prepared: Prepared) -> list[TrainerCallback]:
     if config.keep_best:
         callbacks.append(MeasuredEnd())
     if config.patience is not None:
-        callbacks.append(require("transformers").EarlyStoppingCallback(config.patience))
+        callbacks.append(Patience(config.patience))
     return callbacks
 
 
@@ -186,6 +187,23 @@ class MeasuredEnd(TrainerCallback):
         """Ask for it."""
         if state.global_step >= state.max_steps:
             control.should_evaluate = True
+
+
+class Patience(TrainerCallback):
+    """Stops after so many measurements in a row without a lower loss.
+
+    They are counted in the run's log, which checkpoints hold: a callback that counts by itself, as transformers' does,
+    begins anew when the run is resumed.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        """Count; which step was the best is noted by the Trainer after this."""
+        better = state.best_metric is None or metrics.get("eval_loss", math.inf) < state.best_metric
+        if not better and since_best(state.log_history, state.best_global_step) >= self.patience:
+            control.should_training_stop = True
 
 
 class OnceBegun(TrainerCallback):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from doratune.config import AdapterConfig
@@ -16,8 +15,13 @@ from doratune.train.sources import is_hub_name
 FILE = "README.md"
 HERE = "FOLDER"
 """Stands for the adapter: nobody knows yet what it will be called."""
-NAMES = {"dora": "DoRA adapter", "lora": "LoRA adapter", "magnitude": "Magnitudes", "full": "Fine-tuned model"}
-NAMES["head"] = "Classifier (its head alone was trained)"
+NAMES = {
+    "dora": "DoRA adapter",
+    "lora": "LoRA adapter",
+    "magnitude": "Magnitudes",
+    "full": "Fine-tuned model",
+    "head": "Fine-tuned head",
+}
 
 
 def write_card(folder: Path, config: TrainConfig, result: TrainResult) -> None:
@@ -39,11 +43,12 @@ def _metadata(config: TrainConfig) -> str:
 def _text(config: TrainConfig, result: TrainResult) -> str:
     from doratune import __version__
 
+    counted = "token" if result.unit == "tokens" else "example"
     rows = "\n".join(f"| {name} | {value} |" for name, value in result.rows())
     return f"""# {NAMES[config.method]} of {Path(config.model).name}
 
-{_about(config)} Trained with doratune {__version__} for {config.task}: {result.steps:,} steps, {result.dtype}, seed \
-{result.seed}. One run; losses are in nats per {"token" if result.unit == "tokens" else "example"}.
+{_about(config)} Trained with doratune {__version__} for {config.task}: {result.steps:,} steps, \
+{_precision(config, result)}, seed {result.seed}. One run; losses are in nats per {counted}.
 
 | | |
 |---|---|
@@ -54,7 +59,7 @@ def _text(config: TrainConfig, result: TrainResult) -> str:
 {HERE} is this folder, or its name on the model hub.
 
 ```sh
-{_command(config, result)}
+{result.command_to_use(HERE)}
 ```
 
 ```python
@@ -69,15 +74,14 @@ def _about(config: TrainConfig) -> str:
         return "A whole model."
     sizes = "" if config.method == "magnitude" else f"Rank {adapter.rank}, alpha {adapter.alpha:g}. "
     targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
-    return f"{sizes}Targets: {targets}."
+    told = f"{sizes}Targets: {targets}."
+    if config.start_from is None:
+        return told
+    return f"{told} Begun from {config.start_from if is_hub_name(config.start_from) else 'another adapter'}."
 
 
-def _command(config: TrainConfig, result: TrainResult) -> str:
-    if config.task != "text-generation":
-        what = "images/" if config.task == "image-classification" else "texts.csv"
-        return f"doratune predict {HERE} {what} --output predictions.csv"
-    prompt = shlex.quote(result.prompt or "Once upon a time")
-    return f"doratune generate {HERE} --prompt {prompt}{' --chat' if result.chat else ''}"
+def _precision(config: TrainConfig, result: TrainResult) -> str:
+    return result.dtype + (f", base quantised ({config.quantize})" if config.quantize else "")
 
 
 def _python(config: TrainConfig, result: TrainResult) -> str:

@@ -138,19 +138,21 @@ class TrainResult:
             ("peak memory", f"{self.peak_memory / 2**20:,.0f} MiB"),
         ]
 
+    def command_to_use(self, folder: str) -> str:
+        """The command that writes or classifies with what was trained, in a folder as a shell takes it."""
+        if self.task == "text-generation":
+            prompt = shlex.quote(self.prompt) if self.prompt else '"Once upon a time"'
+            return f"doratune generate {folder} {'--chat' if self.chat else f'--prompt {prompt}'}"
+        what = "images/" if self.task == "image-classification" else "texts.csv"
+        return f"doratune predict {folder} {what} --output predictions.csv"
+
     def next_steps(self) -> str:
         """Commands to go on with: use it, measure it, look at it, merge it, load it in Python, load it in PEFT."""
         folder, model, merged = (
             shlex.quote(str(path)) for path in (self.adapter, self.model, Path(self.adapter).parent / "merged")
         )
-        prompt = shlex.quote(self.prompt) if self.prompt else '"Once upon a time"'
-        use = {
-            "text-generation": f"doratune generate {folder} {'--chat' if self.chat else f'--prompt {prompt}'}",
-            "text-classification": f"doratune predict {folder} texts.csv --output predictions.csv",
-            "image-classification": f"doratune predict {folder} images/ --output predictions.csv",
-        }
         other = {"text-generation": "more.jsonl", "text-classification": "more.csv", "image-classification": "images/"}
-        lines = ["# use it, measure it on other data", use[self.task]]
+        lines = ["# use it, measure it on other data", self.command_to_use(folder)]
         lines.append(f"doratune evaluate {folder} --data {other[self.task]}")
         loader = LOADERS[self.task]
         imported, written = f"from transformers import {loader}", _in_python(self.adapter)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from doratune.train import recipe
@@ -34,6 +34,11 @@ def past(step: int, steps: int) -> str:
     return f"the last checkpoint is at step {step}, and {steps} steps are asked for; ask for more"
 
 
+def since_best(log: Iterable[Mapping[str, Any]], best: int | None) -> int:
+    """Held-out measurements after the best step that a Trainer's log holds."""
+    return len({entry["step"] for entry in log if "eval_loss" in entry and entry["step"] > (best or 0)})
+
+
 def _finished(config: TrainConfig) -> str | None:
     """Why a run has no more to do: it has left its results, or is past the steps asked for; None if it has."""
     output, (last, _) = config.output, find_last(config.output / CHECKPOINTS)
@@ -51,6 +56,9 @@ def _finished(config: TrainConfig) -> str | None:
         return f"output {output} holds the results of {told} steps; ask for more"
     if config.steps and step > config.steps:
         return past(step, config.steps)
+    waited = since_best(state["log_history"], state["best_global_step"])
+    if told == step and config.patience and waited >= config.patience:
+        return f"patience ended the run in output {output} after {told} steps; ask for more patience"
     return None
 
 

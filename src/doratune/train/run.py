@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,9 +64,7 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
 
     from doratune.train.callbacks import recording
 
-    def say(line: str) -> None:
-        console.print(line, emoji=False, markup=False, highlight=False, soft_wrap=True)
-
+    say = functools.partial(_say, console)
     for line in start.described(config):
         say(line)
     config = start.resolved(config)
@@ -132,6 +131,10 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
     return result
 
 
+def _say(console: Console, line: str) -> None:
+    console.print(line, emoji=False, markup=False, highlight=False, soft_wrap=True)
+
+
 def problems(config: TrainConfig) -> list[str]:
     """What can be found wrong before anything large is loaded."""
     if wrong := config.wrong_types():
@@ -193,7 +196,7 @@ def _fit(
     trainer.add_callback(progress)
     trainer.add_callback(interruption)
     if config.resume:
-        trainer.add_callback(OnceBegun(lambda: _resumed(config, trainer.state)))
+        trainer.add_callback(OnceBegun(lambda: _resumed(config, trainer.state, console)))
     began = time.perf_counter()
     last, _ = find_last(config.output / CHECKPOINTS)
     try:
@@ -201,20 +204,29 @@ def _fit(
         speed = progress.speed(trainer.args, trainer.state)
         if interruption.asked and trainer.state.global_step < trainer.state.max_steps:
             raise interruption.asked
+        if config.patience and trainer.state.global_step < trainer.state.max_steps:
+            steps = f"step {trainer.state.global_step} of {trainer.state.max_steps}"
+            _say(console, f"ended at {steps}: no lower held-out loss in {config.patience} measurements (patience)")
     finally:
         progress.close()
         interruption.close()
     return time.perf_counter() - began, speed
 
 
-def _resumed(config: TrainConfig, state: Any) -> None:
-    """Keep the options of a resumed run, once it is known that it goes on.
+def _resumed(config: TrainConfig, state: Any, console: Console) -> None:
+    """Keep the options of a resumed run, once it is known that it goes on, and look for the best step so far.
 
     Raises:
         AdapterError: if the epochs asked for, which only now are a number of steps, are over.
     """
     if state.global_step > state.max_steps:
         raise AdapterError(f"nothing is left to train: {resuming.past(state.global_step, state.max_steps)}")
+    best = state.best_global_step
+    lost = bool(best) and not (config.output / CHECKPOINTS / f"checkpoint-{best}").is_dir()
+    if lost and config.keep_best:
+        _say(console, f"step {best}, the best so far, has no checkpoint any more: the best from here on is kept")
+    if lost or not config.keep_best:  # the Trainer would report it as kept, or delete the last checkpoint in its favour
+        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
     if is_first():
         recipe.save_recipe(config.output / RECIPE, config)
 

@@ -62,6 +62,11 @@ def test_an_adapter_to_begin_with_is_refused(tmp_path):
         load(write(tmp_path, run=RUN + 'start_from = "run/adapter"\n'))
 
 
+def test_the_best_of_several_measurements_is_refused(tmp_path):
+    with pytest.raises(dt.AdapterError, match="keep_best: runs that are compared are measured at their end"):
+        load(write(tmp_path, run=RUN + "eval_every = 2\nkeep_best = true\npatience = 1\n"))
+
+
 def test_every_problem_is_listed(tmp_path):
     compare = 'methods = ["lora r"]\nseed = 3\nranks = "8"\nlearning_rates = [0]'
     with pytest.raises(dt.AdapterError) as caught:

@@ -22,6 +22,7 @@ from doratune.files import MLX_WEIGHTS, write_adapter
 from doratune.hub import adapter_folder
 from doratune.interop.mlx.files import AdapterFiles
 from doratune.interop.mlx.tree import PARTS, Tree
+from doratune.interop.several import grouped
 from doratune.peft_config import PeftOptions
 from doratune.targets import as_targets, saved_modules, unwrap
 
@@ -44,10 +45,13 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     layers = layers_to_save(root, name)
     tree = Tree.of(root)
     method = next(iter(layers.values())).adapters[name].config.method
-    problems = [f"{path}: {reason}" for path in layers if (reason := tree.misfit(path, method))]
-    problems += [f"{path}: its bias is trained, too" for path, layer in layers.items() if name in layer.adapter_bias]
-    problems += [f"{path}: it is trained whole" for path, saved in saved_modules(root).items() if name in saved.copies]
-    if problems:
+    reasons = [(path, reason) for path in layers if (reason := tree.misfit(path, method))]
+    reasons += [(path, "its bias is trained, too") for path, layer in layers.items() if name in layer.adapter_bias]
+    reasons += [(path, "it is trained whole") for path, saved in saved_modules(root).items() if name in saved.copies]
+    findings: dict[str, list[str]] = {}
+    for path, reason in reasons:
+        findings.setdefault(reason, []).append(path)
+    if problems := grouped(findings):
         raise AdapterError.of(f"adapter {name!r} cannot be mlx-lm's", problems, at_most=LISTED)
     tensors = tensors_to_save(root, name)
     if is_spread(root) and not is_first():

@@ -195,6 +195,8 @@ def _of_the_run(train: TrainConfig) -> Iterator[str]:
         yield f"rank must be at least 1, for alpha / rank; found {train.adapter.rank}"
     if train.start_from is not None:
         yield "start_from: the methods and ranks that are compared begin afresh; leave it out"
+    if train.keep_best:
+        yield "keep_best: runs that are compared are measured at their end, and not between; leave it and patience out"
     if train.prompt is not None:
         yield "prompt asks for samples, which a comparison does not make"
 
