@@ -1,7 +1,9 @@
 import json
 
+import mlx.core as mx
 import pytest
 import torch
+from mlx_lm.utils import load_model
 from transformers import AutoConfig, AutoModelForCausalLM, GlmConfig, GlmForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from doratune.cli import main
@@ -41,13 +43,12 @@ def test_todays_reader_takes_both(tmp_path, rope):
 
 @pytest.mark.parametrize("rope", [PLAIN, LLAMA3], ids=["plain", "scaled"])
 def test_mlx_lm_reads_the_older_names(tmp_path, rope):
-    mx, utils = pytest.importorskip("mlx.core"), pytest.importorskip("mlx_lm.utils")
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=dict(rope))).eval()
     ids = torch.arange(40)[None]
     expected = model(ids).logits.detach()
     saved(tmp_path, model)
-    theirs = utils.load_model(tmp_path)[0](mx.array(ids.numpy()))
+    theirs = load_model(tmp_path)[0](mx.array(ids.numpy()))
     torch.testing.assert_close(torch.tensor(theirs.tolist()), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 

@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import mlx.core as mx
+import peft
 import pytest
 import torch
 from hypothesis import given
@@ -15,9 +17,6 @@ from doratune.files import CONFIG, MLX_WEIGHTS, WEIGHTS
 from doratune.interop.mlx.files import AdapterFiles
 from doratune.targets import adapted_layers
 from file_helpers import IDS, assert_unchanged, move, options, rewrite_options, state
-
-mx = pytest.importorskip("mlx.core")
-pytest.importorskip("mlx_lm")
 
 SIZES = {
     "vocab_size": 61,
@@ -357,7 +356,6 @@ def test_other_number_formats(dtype, bases, tmp_path):
 
 
 def test_peft_reads_what_mlx_trained(bases, tmp_path):
-    peft = pytest.importorskip("peft")
     theirs = trained_by_mlx(bases(), tmp_path / "adapter", *TRAINED["all"])
     dt.save_adapter(dt.mlx.load_adapter(build(), tmp_path / "adapter"), tmp_path / "peft")
     model = build()
