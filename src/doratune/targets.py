@@ -226,7 +226,7 @@ def refusal(modules: dict[str, nn.Module], path: str) -> str | None:
     if kind is None:
         return f"no kind of layer serves {type(module).__name__}; served are {', '.join(_served())}"
     shape = getattr(getattr(module, "weight", None), "shape", ())
-    if len(shape) > 1 and 0 in shape:  # DeepSpeed's placeholders have a single dimension
+    if len(shape) > 1 and 0 in shape:  # what DeepSpeed leaves in a weight's place has one dimension
         return f"its weight is empty ({' x '.join(map(str, shape))})"
     return kind.refusal(module)
 

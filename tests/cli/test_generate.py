@@ -94,7 +94,7 @@ def test_adapters_that_share_a_base_and_were_trained_on_it_in_two_ways(base, tmp
 def test_what_loads_the_base_as_in_training_is_not_installed(base, tmp_path, capsys, monkeypatch):
     folder = save_moved(tmp_path / "trained", base)
     Information("text-generation", str(base), "dora", quantize="nf4").save(folder)
-    monkeypatch.setattr("doratune.train.config.installed", lambda name: name != "bitsandbytes")
+    monkeypatch.setattr("doratune.train.checks.installed", lambda name: name != "bitsandbytes")
     assert generate(folder, "--prompt", "once") == 1
     error = capsys.readouterr().err
     assert "quantize nf4 needs bitsandbytes, which is not installed: pip install" in error

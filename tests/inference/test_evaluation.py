@@ -13,7 +13,7 @@ import doratune as dt
 from doratune.inference.evaluation import Measured, evaluate
 from doratune.inference.measuring import Measuring
 from doratune.train import AdapterOptions, TrainConfig, train
-from doratune.train.config import Quantize
+from doratune.train.choices import Quantize
 from doratune.train.placement import quantization
 from inference.classifiers import train_on_images, train_on_texts
 from inference.small import save_moved, save_writer

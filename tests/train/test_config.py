@@ -162,7 +162,7 @@ def test_streams_and_chats_need_what_they_need():
 
 
 def test_a_missing_library_for_8_bits_is_named(monkeypatch):
-    monkeypatch.setattr("doratune.train.config.installed", lambda name: False)
+    monkeypatch.setattr("doratune.train.checks.installed", lambda name: False)
     for values in ({"optimizer": "adamw_8bit"}, {"quantize": "nf4"}):
         assert "needs bitsandbytes, which is not installed: pip install 'doratune[quant]'" in "".join(
             config(**values).problems()

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 import doratune as dt
 from doratune.train import AdapterOptions, TrainConfig, train
 from doratune.train.assemble import _checkpointing
-from doratune.train.config import Optimizer, Schedule
+from doratune.train.choices import Optimizer, Schedule
 from doratune.train.optimizer import OPTIMIZERS, train_only, with_faster_b
 from train.tiny import llama, save_model, write_text
 

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import doratune as dt
 from doratune.train import AdapterOptions, TrainConfig, assemble, train
-from doratune.train.config import Quantize
+from doratune.train.choices import Quantize
 from doratune.train.models import load_model
 from doratune.train.placement import loading_options, quantization, quantized
 from doratune.train.tasks.prepared import Prepared

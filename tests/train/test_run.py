@@ -288,7 +288,7 @@ def test_what_is_sent_elsewhere_is_handed_to_the_trainer(assets, tmp_path, monke
         return original(*args, **{**kwargs, "report_to": "none"})
 
     monkeypatch.setattr(transformers, "TrainingArguments", note)
-    monkeypatch.setattr("doratune.train.config.installed", lambda _: True)
+    monkeypatch.setattr("doratune.train.checks.installed", lambda _: True)
     train(config(assets, tmp_path / "a", steps=1, report_to=("wandb", "trackio")))
     assert asked == [["wandb", "trackio"]]
 

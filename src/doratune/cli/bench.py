@@ -14,7 +14,7 @@ import tyro
 from doratune.cli.common import check
 from doratune.config import AdapterConfig
 from doratune.files import read_config
-from doratune.train.config import Dtype
+from doratune.train.choices import Dtype
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -12,7 +12,7 @@ import tyro
 
 from doratune.cli.common import check, say
 from doratune.config import AdapterConfig, Method
-from doratune.train.config import Quantize
+from doratune.train.choices import Quantize
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -15,7 +15,8 @@ from doratune.errors import AdapterError
 from doratune.hub import adapter_folder
 from doratune.inference.loading import AUTO, Loading, QuantizeToUse
 from doratune.inference.sampling import Sampling
-from doratune.train.config import Dtype, quantize_problems
+from doratune.train.checks import quantize_problems
+from doratune.train.choices import Dtype
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -20,7 +20,7 @@ from doratune.errors import AdapterError
 from doratune.hub import adapter_folder
 from doratune.merge import MergeCheck, merge, verify_merge
 from doratune.older_readers import name_rope_twice
-from doratune.train.config import Dtype
+from doratune.train.choices import Dtype
 
 PREPROCESSOR = "preprocessor_config.json"
 

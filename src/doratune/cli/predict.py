@@ -17,7 +17,9 @@ from doratune.cli.common import check, say
 from doratune.errors import AdapterError
 from doratune.hub import adapter_folder
 from doratune.inference.loading import QuantizeToUse
-from doratune.train.config import Dtype, TrainConfig, quantize_problems
+from doratune.train.checks import quantize_problems
+from doratune.train.choices import Dtype
+from doratune.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from rich.console import Console

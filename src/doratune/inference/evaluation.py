@@ -20,7 +20,8 @@ from doratune.inference.predictor import Classifier, Predictor
 from doratune.inference.sources import BASE, find_sources, folder_name, loading_base, task_of_folder, tokenizer_source
 from doratune.inference.writer import Writer
 from doratune.train.assemble import autocast, make_trainer
-from doratune.train.config import TaskName, TrainConfig
+from doratune.train.choices import TaskName
+from doratune.train.config import TrainConfig
 from doratune.train.device import explaining_memory
 from doratune.train.information import Information
 from doratune.train.models import CLASSIFIERS, choose_dtype, load_tokenizer

@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 
 from doratune.errors import AdapterError
-from doratune.train.config import Quantize, quantize_problems
+from doratune.train.checks import quantize_problems
+from doratune.train.choices import Quantize
 from doratune.train.information import Information
 
 AUTO = "auto"

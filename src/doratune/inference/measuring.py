@@ -9,8 +9,10 @@ from typing import Any, Literal
 
 from doratune.errors import AdapterError
 from doratune.inference.loading import Loading, QuantizeToUse
+from doratune.train.checks import quantize_problems
+from doratune.train.choices import Dtype, TaskName
 from doratune.train.columns import as_flag
-from doratune.train.config import Dtype, TaskName, TrainConfig, quantize_problems
+from doratune.train.config import TrainConfig
 from doratune.train.information import Information
 from doratune.train.prompt_template import fields_of
 from doratune.train.sources import columns_of, has_columns

@@ -16,7 +16,7 @@ from doratune.extras import require
 from doratune.files import CONFIG, read_config, read_weights
 from doratune.ops.hardware import multiplies
 from doratune.targets import HEAD_NAMES
-from doratune.train.config import Dtype
+from doratune.train.choices import Dtype
 from doratune.train.information import Information
 
 LOADERS = {

@@ -9,7 +9,8 @@ import torch
 from doratune.errors import AdapterError
 from doratune.extras import require
 from doratune.targets import HEAD_NAMES
-from doratune.train.config import Quantize, TrainConfig
+from doratune.train.choices import Quantize
+from doratune.train.config import TrainConfig
 from doratune.train.processes import local_rank_asked, processes_asked
 
 TRAINED_WHOLE = (*HEAD_NAMES, r".*\.pooler", "pre_classifier")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from doratune.train.config import TrainMethod
+from doratune.train.choices import TrainMethod
 
 RANKED = {"lora": "LoRA", "dora": "DoRA"}
 UNRANKED = {"magnitude": "magnitudes only", "full": "full fine-tuning", "head": "head only"}
