@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from doratune.ops import compose, reference
+from doratune.ops import compose, low_rank, reference
 from doratune.ops.compose import OutputGuard, scale_rows
 from doratune.ops.low_rank import adapted_weight, dense_low_rank, low_rank_update
 from helpers import error
@@ -58,6 +58,27 @@ def test_low_rank_change_and_its_gradients(function, shape):
     ):
         assert f.dtype == torch.float32
         assert error(f, e) < 1e-5
+
+
+@pytest.mark.parametrize("function", [by_dense, by_update])
+def test_gradients_of_masters_are_not_rounded_where_products_keep_their_sums(function, monkeypatch):
+    """As on NVIDIA's GPUs; here the product of the same numbers stands in for theirs."""
+    x, W, A, B, _, _ = tensors((64, 7), dtype=torch.bfloat16)
+    leaves = [A.requires_grad_(), B.requires_grad_()]
+    dy = torch.randn(64, 6).bfloat16()
+
+    def gradients():
+        return torch.autograd.grad(function(x, W, A, B, 0.5), leaves, dy)
+
+    rounded = gradients()
+    monkeypatch.setattr(low_rank, "sums_stay_wide", lambda device: True)
+    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: a.to(out_dtype) @ b.to(out_dtype))
+    for wide, narrow, master in zip(gradients(), rounded, leaves, strict=True):
+        assert wide.dtype == narrow.dtype == torch.float32
+        assert wide.stride() == master.stride()
+        assert 0 < error(wide, narrow) < 1e-2
+        assert torch.equal(narrow.bfloat16().float(), narrow)
+        assert not torch.equal(wide.bfloat16().float(), wide)
 
 
 @given(

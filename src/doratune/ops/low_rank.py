@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from doratune.ops.hardware import sums_stay_wide
 from doratune.ops.once import once_differentiable
 
 
@@ -139,11 +140,11 @@ def _gradients(
     """
     needs_x, needs_A, needs_B = needs
     # (h^T du)^T and not du^T h: it reads du row by row.
-    dB = (h.T @ du).T.to(dtypes[1], memory_format=torch.contiguous_format).mul_(scale) if needs_B else None
+    dB = _scaled(_product(h.T, du, dtypes[1]).T, scale) if needs_B else None
     if not (needs_x or needs_A):
         return None, None, dB
     dh = du @ B
-    dA = (dh.T @ _seen(as_rows(x).to(du.dtype), dropped)).to(dtypes[0]).mul_(scale) if needs_A else None
+    dA = _scaled(_product(dh.T, _seen(as_rows(x).to(du.dtype), dropped), dtypes[0]), scale) if needs_A else None
     if needs_x:
         if dropped is not None:
             low = (dh * scale @ A).masked_fill_(as_rows(dropped), 0)
@@ -152,6 +153,18 @@ def _gradients(
             dx = dh * scale @ A if dx is None else dx.addmm_(dh, A, alpha=scale)
         dx = dx.view(x.shape).to(x.dtype)
     return dx, dA, dB
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``a b`` in another dtype, its sums not rounded on the way where the device can give them so."""
+    if dtype == torch.float32 != a.dtype and sums_stay_wide(a.device):
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
+
+
+def _scaled(t: Tensor, scale: float) -> Tensor:
+    """``scale t``, contiguous as gradients have to be, in one pass."""
+    return torch.mul(t, scale, out=t.new_empty(t.shape))
 
 
 class _AdaptedWeight(torch.autograd.Function):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from doratune.ops.hardware import sums_stay_wide
@@ -62,13 +63,13 @@ def _product(tile: Tensor, A: Tensor) -> Tensor:
     if tile.numel() <= SMALL:
         return tile.float() @ A.T
     rank = A.shape[0]
-    high = A.to(tile.dtype)
-    low = (A - high).to(tile.dtype)
-    parts = torch.cat([high, low]).T
+    parts = A.new_empty((2 * rank, A.shape[1]), dtype=tile.dtype)
+    high, low = parts[:rank].copy_(A), parts[rank:]
+    torch.sub(A, high, out=low)
     if sums_stay_wide(tile.device):
-        both = torch.mm(tile, parts, out_dtype=torch.float32)
+        both = torch.mm(tile, parts.T, out_dtype=torch.float32)
         return both[:, :rank] + both[:, rank:]
-    both = tile @ parts
+    both = tile @ parts.T
     rounded = both[:, :rank]
     U = rounded.float() + both[:, rank:]
     # What rounding to 16 bits took from the product: the product computed again, less its rounded value.
@@ -141,6 +142,5 @@ def row_scale(magnitude: Tensor, squared_norm: Tensor, base_squared: Tensor | No
         squared_norm: ``n^2``, float32 ``[out]``; a row that rounding left below 0 is taken for 0, and n for 1.
         base_squared: ``|W|^2``, float32 ``[out]``; None where all rows of W are known not to be zero.
     """
-    n = torch.where(squared_norm > 0, squared_norm, 1.0).sqrt()
-    g = magnitude.float() / n
+    g = magnitude.float() / F.threshold(squared_norm, 0.0, 1.0).sqrt()
     return g if base_squared is None else torch.where((base_squared == 0) & (magnitude == 0), 1.0, g)
