@@ -23,6 +23,10 @@ settings.register_profile(
 settings.load_profile("doratune")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where the conformance suite computes (cuda, mps)")
+
+
 def pytest_configure(config):
     # torch.compile instantiates every autograd.Function it traces, and warns about that itself (torch 2.13).
     config.addinivalue_line("filterwarnings", "ignore:.*should not be instantiated:DeprecationWarning")

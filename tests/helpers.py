@@ -42,7 +42,7 @@ def move(model: nn.Module, amount: float = 0.2, seed: int = 1, name: str | None 
     generator = torch.Generator().manual_seed(seed)
 
     def noise(t: Tensor) -> Tensor:
-        return torch.randn(t.shape, generator=generator).to(t)
+        return torch.randn(t.shape, generator=generator, device="cpu").to(t)
 
     for layer in adapted_layers(model).values():
         chosen = name or layer.active

@@ -176,6 +176,11 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+def autocast() -> torch.autocast:
+    """bfloat16 autocast of the device that tests run on."""
+    return torch.autocast(torch.get_default_device().type, torch.bfloat16)
+
+
 @dataclass(frozen=True)
 class Precision:
     """The dtype of base and input, and how close results have to be to float64."""
@@ -193,7 +198,7 @@ class Precision:
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
         """Autocast where this precision means it."""
-        return torch.autocast("cpu", torch.bfloat16) if self.autocast else contextlib.nullcontext()
+        return autocast() if self.autocast else contextlib.nullcontext()
 
 
 FLOAT32 = Precision("float32", torch.float32, 1e-5, 2e-6)
@@ -328,4 +333,4 @@ def found_gradients(s: Setup, dy: Tensor, run: Callable[[Tensor], Tensor] | None
 def upstream(y: Tensor) -> Tensor:
     """A fixed gradient for y, of numbers that every dtype holds exactly."""
     generator = torch.Generator().manual_seed(5)
-    return torch.randint(-4, 5, y.shape, generator=generator).to(torch.float32) / 4
+    return torch.randint(-4, 5, y.shape, generator=generator, device="cpu").to(y.device, torch.float32) / 4

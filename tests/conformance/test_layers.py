@@ -14,7 +14,7 @@ from doratune.layers.linear import Linear
 from doratune.merge import merged_weight, verify_merge
 from doratune.ops.dropout import dropped_elements
 from helpers import assert_same, elementwise_error, error, replicas, snapshot
-from helpers_cases import AUTOCAST, CASES, FLOAT32, METHODS, PRECISIONS, found_gradients, setup, upstream
+from helpers_cases import AUTOCAST, CASES, FLOAT32, METHODS, PRECISIONS, autocast, found_gradients, setup, upstream
 
 every_case = pytest.mark.parametrize("case", CASES, ids=repr)
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -184,8 +184,8 @@ MODES = {
     "no_grad": (False, torch.no_grad),
     "train-no_grad": (True, torch.no_grad),
     "inference_mode": (False, torch.inference_mode),
-    "autocast": (False, lambda: torch.autocast("cpu", torch.bfloat16)),
-    "no_grad-autocast": (False, lambda: _both(torch.no_grad(), torch.autocast("cpu", torch.bfloat16))),
+    "autocast": (False, autocast),
+    "no_grad-autocast": (False, lambda: _both(torch.no_grad(), autocast())),
 }
 
 
