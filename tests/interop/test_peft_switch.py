@@ -270,6 +270,28 @@ def test_somebody_elses_forward_over_ours_goes_on(monkeypatch):
 # Reports and errors
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_under_torch_func_peft_computes(training, monkeypatch):
+    model = peft_llama().train(training)
+    model.set_attn_implementation("eager")  # vmap has no rule for torch's kernel on CPUs
+    values = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    pair = {name: torch.stack([p, 2 * p]) for name, p in values.items()}
+
+    def loss(values):
+        return torch.func.functional_call(model, values, (tokens(),)).logits.square().mean()
+
+    expected = torch.func.grad(loss)(values)
+    calls = counted(monkeypatch)
+    dt.peft.accelerate(model)
+    loss(values)
+    assert not calls
+    found = torch.func.grad(loss)(values)
+    assert calls
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    with torch.no_grad():
+        assert error(torch.func.vmap(loss, randomness="different")(pair)[0], loss(values)) < 1e-5
+
+
 def test_the_report_says_what_is_served_and_why_not():
     class Mixed(nn.Module):
         def __init__(self):

@@ -20,6 +20,7 @@ from doratune.layers.kind import Kind, Options
 from doratune.layers.loading import accept_plain_keys, after_load
 from doratune.layers.sharded import assign, whole
 from doratune.layers.weights import is_dtensor, on_device, remake_weight
+from doratune.ops.once import transformed
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -254,7 +255,7 @@ class AdaptedLayer(AdapterHolder):
             dense_norm=adapter.dense_norm,
             keep_output=adapter.keep_output,
             eight_bit=adapter.eight_bit,
-            reuse_scale=not self.training and not torch.is_grad_enabled(),
+            reuse_scale=not (self.training or torch.is_grad_enabled() or transformed()),
             reuse_norm=adapter.config.norm_refresh == "step",
             bias=groups["adapter_bias"]._parameters.get(name),
         )

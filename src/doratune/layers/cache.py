@@ -46,8 +46,12 @@ def _state(t: Tensor) -> tuple[Any, ...]:
 
 
 def _can_stamp(*tensors: Tensor) -> bool:
-    """Inference tensors have no version, fake and meta tensors no data, DTensors no data pointer of their own."""
-    return not any(t.is_inference() or t.is_meta or _is_fake(t) or is_dtensor(t) for t in tensors)
+    """Inference tensors have no version, fake and meta tensors no data, DTensors no data pointer of their own.
+
+    Those of ``torch.func`` have neither.
+    """
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return not any(t.is_inference() or t.is_meta or _is_fake(t) or is_dtensor(t) or wrapped(t) for t in tensors)
 
 
 def _is_fake(t: Tensor) -> bool:

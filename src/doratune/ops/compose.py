@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from doratune.ops.low_rank import as_rows, reshaped
-from doratune.ops.once import once_differentiable
+from doratune.ops.once import by_hand, once_differentiable, transformed
 
 Recompute = Callable[..., Tensor]
 """Computes ``z = W x + s B A x`` again from the tensors that the guard kept."""
@@ -144,7 +144,7 @@ def _scaled(u: Tensor, g: Tensor, inner: Tensor | None, outer: Tensor | None, di
         return u.clone()
     g, mean, one = _statistics(u, g, inner)
     outer = outer if outer is None else outer.to(g.dtype)
-    if u.device.type not in KERNELS:
+    if u.device.type not in KERNELS or transformed():  # torch does not know the kernels' derivatives in mixed dtypes
         flat = _features_second(u, dim)
         shift = -g * mean if outer is None else outer - g * mean
         return torch.addcmul(_along(shift, flat), flat.to(g.dtype), _along(g, flat)).to(u.dtype)
@@ -237,7 +237,7 @@ def scale_rows(
         guard: with "output", what to do if y is overwritten in place before the backward pass.
         fresh: nobody else needs u, so that y may be written over it.
     """
-    if not torch.is_grad_enabled():
+    if not by_hand():
         return _scaled(u, g, inner, outer, dim).view(u.shape)
     if guard is not None:
         g = _Guard.apply(g, dim, guard, *guard.inputs)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from doratune.ops.once import transformed
+
 
 def dropped_elements(x: Tensor, probability: float) -> Tensor:
     """True with ``probability`` for each element of x, bool of x's shape, from torch's generator of x's device."""
+    if transformed():  # each example may have its own
+        return torch.rand(x.shape, device=x.device) < probability
     if x.device.type != "cpu":
         return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(probability)
     # bernoulli_ takes most of a layer's time on a CPU. Sixteen random bits an element, four elements a draw, are six

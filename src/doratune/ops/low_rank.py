@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from doratune.ops.hardware import sums_stay_wide
-from doratune.ops.once import once_differentiable
+from doratune.ops.once import by_hand, once_differentiable, transformed
 
 
 def as_rows(t: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def low_rank_update(
     base_output: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropped: Tensor | None = None
 ) -> Tensor:
     """``u = base_output + s B A x`` in base_output's dtype; keeps x, ``A x`` and nothing of size ``[out, in]``."""
-    if torch.is_grad_enabled():
+    if by_hand():
         return _LowRankUpdate.apply(base_output, x, A, B, scale, dropped)
     dtype = base_output.dtype
     return _update(base_output, x, A.to(dtype), B.to(dtype), scale, dropped)[0]
@@ -44,8 +44,10 @@ def dense_low_rank(
     x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropped: Tensor | None = None
 ) -> Tensor:
     """``u = W x + b + s B A x`` in x's dtype, for frozen W and b; the two input gradients share one buffer."""
-    if torch.is_grad_enabled():
+    if by_hand():
         return _DenseLowRank.apply(x, W, bias, A, B, scale, dropped)
+    if transformed():  # nothing may be written in place
+        return low_rank_update(F.linear(x, W, bias), x, A, B, scale, dropped)
     return _dense(x, W, bias, A.to(x.dtype), B.to(x.dtype), scale, dropped)[0]
 
 
@@ -198,4 +200,4 @@ def _weight(W: Tensor, A: Tensor | None, B: Tensor | None, g: Tensor | None, sca
 
 def adapted_weight(W: Tensor, A: Tensor | None, B: Tensor | None, g: Tensor | None, scale: float) -> Tensor:
     """``W' = g (W + s B A)``, ``[out, in]`` in W's dtype; keeps nothing of that size for backward but W."""
-    return _AdaptedWeight.apply(W, A, B, g, scale)
+    return _AdaptedWeight.apply(W, A, B, g, scale) if by_hand() else _weight(W, A, B, g, scale).to(W.dtype)

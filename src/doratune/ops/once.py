@@ -1,4 +1,4 @@
-"""Backward passes that cannot be differentiated once more, and say so."""
+"""Backward passes by hand: when they serve, and that they cannot be differentiated once more."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import function
+
+
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` is active; its tensors have no memory and no versions of their own."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def by_hand() -> bool:
+    """Whether a backward pass by hand is wanted. Transforms differentiate torch's own operations, also twice."""
+    return torch.is_grad_enabled() and not transformed()
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:

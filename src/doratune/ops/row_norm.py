@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from doratune.ops.hardware import sums_stay_wide
-from doratune.ops.once import once_differentiable
+from doratune.ops.once import by_hand, once_differentiable
 
 TILE_BYTES = {"cpu": 16 * 1024 * 1024}
 LARGE_TILE_BYTES = 48 * 1024 * 1024
@@ -65,7 +65,7 @@ def _product(tile: Tensor, A: Tensor) -> Tensor:
     rank = A.shape[0]
     parts = A.new_empty((2 * rank, A.shape[1]), dtype=tile.dtype)
     high, low = parts[:rank].copy_(A), parts[rank:]
-    torch.sub(A, high, out=low)
+    low.copy_(A - high)
     if sums_stay_wide(tile.device):
         both = torch.mm(tile, parts.T, out_dtype=torch.float32)
         return both[:, :rank] + both[:, rank:]
@@ -103,7 +103,7 @@ def skinny_product(tiles: Tiles, A: Tensor) -> Tensor:
     if hasattr(tiles, "product"):
         shorter: Tensor = tiles.product(A)
         return shorter
-    return _TiledProduct.apply(A, tiles) if torch.is_grad_enabled() else _tiled_product(A, tiles)
+    return _TiledProduct.apply(A, tiles) if by_hand() else _tiled_product(A, tiles)
 
 
 def squared_row_norm(base_squared: Tensor, tiles: Tiles, A: Tensor, B: Tensor, scale: float) -> Tensor:

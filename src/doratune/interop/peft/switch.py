@@ -17,6 +17,7 @@ from doratune.errors import AdapterError
 from doratune.interop.peft.adapter import call_refusal, servable_adapter
 from doratune.interop.peft.report import Report, layers_of, report
 from doratune.interop.peft.service import ATTRIBUTE, DROPOUTS, Service, State
+from doratune.ops.once import transformed
 
 
 class Handle:
@@ -149,7 +150,8 @@ def _serving(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if service is None and State.installed is not None:
             service = Service(State.installed, installed=True)
             service.enter(self)
-        if service is None or call_refusal(args, kwargs) is not None:
+        # The adapters that transforms hand over may be many in one.
+        if service is None or call_refusal(args, kwargs) is not None or transformed():
             return original(self, x, *args, **kwargs)
         adapter = servable_adapter(self)
         if isinstance(adapter, str):
