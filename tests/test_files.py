@@ -16,7 +16,17 @@ import torch
 from safetensors.torch import load_file
 
 from doratune import AdapterError, files
-from doratune.files import CONFIG, PICKLED, WEIGHTS, output_problem, read_config, read_weights, write_adapter, writing
+from doratune.files import (
+    CONFIG,
+    PICKLED,
+    WEIGHTS,
+    output_problem,
+    read_config,
+    read_weights,
+    write_adapter,
+    write_weights,
+    writing,
+)
 
 OLD = ({"a": torch.ones(3)}, {"r": 1}, {"k": "old"})
 NEW = ({"a": torch.zeros(3)}, {"r": 2}, {"k": "new"})
@@ -352,6 +362,13 @@ def test_every_truncation_is_noticed(tmp_path):
         (tmp_path / WEIGHTS).write_bytes(whole[:length])
         with pytest.raises(AdapterError, match="cannot be read"):
             read_weights(tmp_path)
+
+
+def test_whoever_may_read_the_options_may_read_the_weights(tmp_path):
+    write_adapter(tmp_path, *NEW)
+    write_weights(tmp_path / "style.safetensors", NEW[0], {})
+    modes = {path.name: path.stat().st_mode for path in tmp_path.iterdir()}
+    assert modes[WEIGHTS] == modes["style.safetensors"] == modes[CONFIG]
 
 
 def test_the_file_is_plain_safetensors(tmp_path):

@@ -138,8 +138,11 @@ def _write_weights(staged: Path, folder: Path, tensors: dict[str, Tensor], metad
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    staged.touch()
+    usual = staged.stat().st_mode
     try:
         save_file(tensors, staged, metadata={"format": "pt", **metadata})
+        staged.chmod(usual)  # safetensors 0.8 makes files that nobody but their owner may read, such as a server
     except SafetensorError as error:
         raise AdapterError(f"cannot write {folder / staged.name}: {error}") from error
 

@@ -94,3 +94,10 @@ def test_of_an_adapter_that_began_from_another(tmp_path):
     found = card(tmp_path, start_from=str(tmp_path))
     assert "Begun from another adapter. Trained" in found.text
     assert str(tmp_path) not in found.content
+
+
+def test_of_an_adapter_that_peft_cannot_read(tmp_path):
+    found = card(tmp_path, dataclasses.replace(RESULT, peft=False))
+    assert found.data.library_name == "doratune"
+    assert "PeftModel" not in found.text
+    assert 'model = doratune.load_adapter(base, "FOLDER")' in found.text

@@ -270,6 +270,15 @@ def test_the_table_and_the_commands(assets, tmp_path):
     assert " --chat\n" in dataclasses.replace(result, chat=True).next_steps()
 
 
+def test_what_peft_cannot_read_is_not_said_to_be_for_peft(assets, tmp_path, monkeypatch):
+    monkeypatch.setattr("doratune.train.run.inexpressible", lambda model, name: {"PEFT lacks it": "model.layers.0"})
+    result = train(config(assets, tmp_path / "run", steps=1, save_every=None))
+    assert not result.peft
+    assert not TrainResult.load(tmp_path / "run").peft
+    assert "PeftModel" not in result.next_steps()
+    assert "PeftModel" not in (tmp_path / "run" / "adapter" / "README.md").read_text()
+
+
 def test_a_terminal_gets_a_bar_with_everything(assets, tmp_path):
     screen = io.StringIO()
     train(config(assets, tmp_path / "a", eval_every=2), Console(file=screen, force_terminal=True, width=160))

@@ -26,13 +26,14 @@ NAMES = {
 
 def write_card(folder: Path, config: TrainConfig, result: TrainResult) -> None:
     """Write a model card; folders of this machine are not named in it."""
-    write_whole(folder / FILE, f"---\n{_metadata(config)}\n---\n\n{_text(config, result)}")
+    write_whole(folder / FILE, f"---\n{_metadata(config, result)}\n---\n\n{_text(config, result)}")
 
 
-def _metadata(config: TrainConfig) -> str:
+def _metadata(config: TrainConfig, result: TrainResult) -> str:
+    library = "peft" if result.peft else "doratune"
     data = require("huggingface_hub").ModelCardData(
         base_model=config.model if is_hub_name(config.model) else None,
-        library_name="peft" if config.is_adapter else "transformers",
+        library_name=library if config.is_adapter else "transformers",
         pipeline_tag=config.task,
         tags=["doratune", *([config.method] if config.is_adapter else [])],
         datasets=[name for name in config.data if is_hub_name(name)] or None,
@@ -91,5 +92,8 @@ def _python(config: TrainConfig, result: TrainResult) -> str:
         return f'{imported}\n\nmodel = {loader}.from_pretrained("{HERE}")'
     base = config.model if is_hub_name(config.model) else f"path/to/{Path(config.model).name}"
     size = f", num_labels={len(result.labels)}, ignore_mismatched_sizes=True" if result.labels else ""
-    loading = f'base = {loader}.from_pretrained("{base}"{size})\nmodel = PeftModel.from_pretrained(base, "{HERE}")'
-    return f'from peft import PeftModel  # or doratune.load_adapter(base, "{HERE}")\n{imported}\n\n{loading}'
+    loading = f'base = {loader}.from_pretrained("{base}"{size})\nmodel = '
+    if not result.peft:
+        return f'import doratune\n{imported}\n\n{loading}doratune.load_adapter(base, "{HERE}")'
+    about = f'from peft import PeftModel  # or doratune.load_adapter(base, "{HERE}")\n{imported}'
+    return f'{about}\n\n{loading}PeftModel.from_pretrained(base, "{HERE}")'

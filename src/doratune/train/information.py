@@ -71,9 +71,9 @@ class Information:
             raw = json.loads(path.read_text(encoding="utf-8"))
             known = {field.name: raw[field.name] for field in dataclasses.fields(cls) if field.name in raw}
             found = cls(**known)
+            size = None if found.image_size is None else (int(found.image_size[0]), int(found.image_size[1]))
+            return dataclasses.replace(found, labels=tuple(map(str, found.labels)), image_size=size)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, LookupError) as error:
             raise AdapterError(f"{path} cannot be read: {error}") from error
-        size = None if found.image_size is None else (int(found.image_size[0]), int(found.image_size[1]))
-        return dataclasses.replace(found, labels=tuple(map(str, found.labels)), image_size=size)

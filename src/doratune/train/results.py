@@ -60,6 +60,8 @@ class TrainResult:
     dtype: str
     best_step: int | None = None
     """After which the loss was lowest, where that is what was kept; all that is measured after training is of it."""
+    peft: bool = True
+    """Whether PEFT reads the adapter; else it was written for doratune only."""
     processes: int = 1
     """That trained together; memory is that of the first."""
     labels: tuple[str, ...] = ()
@@ -162,6 +164,12 @@ class TrainResult:
         # A base may come with a head for other classes.
         size = f", num_labels={len(self.labels)}, ignore_mismatched_sizes=True" if self.labels else ""
         base = f"{loader}.from_pretrained({_in_python(self.model)}{size})"
+        peft = [
+            "# or in PEFT",
+            "from peft import PeftModel",
+            imported,
+            f"model = PeftModel.from_pretrained({base}, {written})",
+        ]
         return "\n".join(
             [
                 *lines,
@@ -172,10 +180,7 @@ class TrainResult:
                 "import doratune",
                 imported,
                 f"model = doratune.load_adapter({base}, {written})",
-                "# or in PEFT",
-                "from peft import PeftModel",
-                imported,
-                f"model = PeftModel.from_pretrained({base}, {written})",
+                *(peft if self.peft else ()),
             ]
         )
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from doratune.checkpoint import save_adapter
+from doratune.checkpoint import inexpressible, save_adapter
 from doratune.distributed import is_first, is_spread, processes
 from doratune.errors import AdapterError
 from doratune.extras import require
@@ -101,6 +101,7 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
             **_sizes(about),
             steps=trainer.state.global_step,
             best_step=best,
+            peft=not (config.is_adapter and inexpressible(model, "default")),
             seed=config.seed,
             processes=processes(),
             loss_before=before["eval_loss"],
