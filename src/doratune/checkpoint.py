@@ -6,7 +6,6 @@ is written here, PEFT reads as the same function, and the other way round.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from dataclasses import replace
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from doratune.config import AdapterConfig, matches, without_vain_options
-from doratune.contents import BIAS, METADATA, PREFIX, Contents, read_contents
+from doratune.contents import BIAS, PREFIX, Contents, read_contents
 from doratune.distributed import is_first, is_spread, processes
 from doratune.errors import AdapterError
 from doratune.files import CONFIG, WEIGHTS, read_config, read_weights, write_adapter
@@ -25,6 +24,7 @@ from doratune.layers import AdaptedLayer, SavedModule
 from doratune.layers.sharded import assign, whole
 from doratune.layers.weights import is_transformers_conv1d
 from doratune.model import active_adapter, attach, delete_adapter, set_adapter
+from doratune.own_options import metadata_of
 from doratune.peft_config import OWN_TYPE, from_peft, to_peft
 from doratune.peft_experts import taken_for_experts
 from doratune.targets import as_targets, layers_of, plain_modules, saved_modules, unwrap
@@ -57,18 +57,12 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     config = next(iter(layers.values())).adapters[name].config
     saved = [path for path in saved_modules(root) if matches(path, config.modules_to_save)]
     transposed = any(is_transformers_conv1d(layer.base_layer) for layer in layers.values())
-    own = {
-        "magnitude_only": sorted(path for path, layer in layers.items() if layer.adapters[name].rank == 0),
-        "norm_gradient": config.norm_gradient,
-        "norm_refresh": config.norm_refresh,
-        "eight_bit_outputs": config.eight_bit_outputs,
-        "init": config.init,
-    }
     options = to_peft(root, config, layers, saved, transposed)
     for reason, path in inexpressible(root, name).items():
         options["peft_type"] = OWN_TYPE
         log.warning("%s is written for doratune only. %s: %s", folder, path, reason)
-    write_adapter(Path(folder), tensors, options, {METADATA: json.dumps(own)})
+    magnitude_only = (path for path, layer in layers.items() if layer.adapters[name].rank == 0)
+    write_adapter(Path(folder), tensors, options, metadata_of(config, magnitude_only))
 
 
 def layers_to_save(root: nn.Module, name: str) -> dict[str, AdaptedLayer]:
