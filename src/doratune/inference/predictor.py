@@ -20,11 +20,10 @@ from doratune.inference.sources import NAMED, guessed_task, is_model, loading_ba
 from doratune.targets import HEAD_NAMES
 from doratune.train.device import explaining_memory, to_device
 from doratune.train.information import Information
+from doratune.train.model_names import NAMELESS, base_name, model_problem
 from doratune.train.models import (
     CLASSIFIERS,
-    NAMELESS,
     align_padding,
-    base_name,
     choose_dtype,
     context_length,
     load_base,
@@ -32,7 +31,6 @@ from doratune.train.models import (
     load_config,
     load_image_processor,
     load_tokenizer,
-    model_problem,
     peft_task,
     saved_classes,
 )

@@ -11,7 +11,8 @@ from pathlib import Path
 from doratune.errors import AdapterError
 from doratune.files import CONFIG, inner_folder, read_config, read_weights
 from doratune.train.information import Information
-from doratune.train.models import CLASSIFIERS, NAMELESS, base_name, load_config, model_problem, peft_task, place_of
+from doratune.train.model_names import NAMELESS, base_name, model_problem, place_of
+from doratune.train.models import CLASSIFIERS, load_config, peft_task
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 BASE = "base"

@@ -21,7 +21,8 @@ from doratune.train.checkpoints import find_last, remove_incomplete
 from doratune.train.config import TrainConfig
 from doratune.train.curves import draw_curves
 from doratune.train.failures import explained
-from doratune.train.models import choose_dtype, model_problem
+from doratune.train.model_names import model_problem
+from doratune.train.models import choose_dtype
 from doratune.train.noted import information
 from doratune.train.output import CHECKPOINTS, CURVES, METRICS, RECIPE
 from doratune.train.processes import is_first_asked

@@ -23,7 +23,8 @@ from doratune.train.checkpoints import find_last
 from doratune.train.config import TrainConfig, comparable
 from doratune.train.gather import Say
 from doratune.train.information import Information
-from doratune.train.models import SAVED_HEAD, base_name, place_of
+from doratune.train.model_names import base_name, place_of
+from doratune.train.models import SAVED_HEAD
 from doratune.train.output import CHECKPOINTS
 from doratune.train.without_effect import DECIDED, LOW_RANK
 from doratune.weight_files import header, read_metadata
