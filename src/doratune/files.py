@@ -192,10 +192,22 @@ def read_any_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def inner_folder(folder: Path) -> str:
-    """Runs keep what they trained one folder further down: a hint that names it."""
-    found = [path for path in (folder / "adapter" / CONFIG, folder / "model" / "config.json") if path.is_file()]
-    return f" (did you mean {found[0].parent}?)" if found else ""
+@contextlib.contextmanager
+def reading_adapter(folder: Path, or_model: bool = False) -> Iterator[None]:
+    """Runs keep what they trained one folder further down: an error about a run's folder names that one.
+
+    Args:
+        folder: that is read as an adapter's.
+        or_model: whether a whole model's would do as well.
+    """
+    try:
+        yield
+    except AdapterError as error:
+        meant = [folder / "adapter" / CONFIG, *([folder / "model" / "config.json"] if or_model else [])]
+        inner = next((path.parent for path in meant if path.is_file()), None)
+        if inner is None or (folder / CONFIG).is_file():
+            raise
+        raise AdapterError(f"{error} (did you mean {inner}?)") from error
 
 
 def weights_file(folder: Path, name: str = WEIGHTS) -> Path:

@@ -14,7 +14,7 @@ from doratune.checkpoint import attach_filled, config_of, read_adapter
 from doratune.config import AdapterConfig
 from doratune.contents import KEY, PREFIX
 from doratune.errors import AdapterError
-from doratune.files import CONFIG, inner_folder, read_config, weights_file
+from doratune.files import CONFIG, read_config, reading_adapter, weights_file
 from doratune.hub import adapter_folder
 from doratune.own_options import with_own_options
 from doratune.peft_config import from_peft
@@ -68,10 +68,8 @@ class Start:
             AdapterError: if it holds no adapter that can be used.
         """
         folder = adapter_folder(name)
-        try:
+        with reading_adapter(folder):
             raw = read_config(folder)
-        except AdapterError as error:
-            raise AdapterError(f"{error}{inner_folder(folder)}") from error
         options = from_peft(raw, str(folder / CONFIG))
         file = weights_file(folder)
         shapes = {key: shape for key, (_, shape) in header(file).items()}
