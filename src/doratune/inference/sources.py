@@ -111,7 +111,7 @@ def is_model(folder: Path) -> bool:
     return (folder / "config.json").is_file() and not (folder / CONFIG).is_file()
 
 
-def task_of_folder(folder: Path, base: str | None = None) -> str:
+def task_of_folder(folder: Path, base: str | None) -> str:
     """The task that an adapter or a whole model was trained for, found without loading a model.
 
     Raises:
