@@ -20,7 +20,7 @@ from doratune.layers.cache import without_autocast
 from doratune.layers.weights import on_device
 from doratune.merge import exact_scale
 from doratune.model import adapter_names, attach
-from doratune.ops import approximation, row_norm
+from doratune.ops import approximation
 from doratune.ops.hardware import full_precision
 from doratune.targets import as_targets, layers_of, plain_modules, saved_modules, unwrap
 
@@ -166,9 +166,7 @@ def _change(layer: AdaptedLayer, name: str) -> Tensor:
     D = torch.empty(rows.shape, dtype=torch.float32, device=rows.stored.device)
     if g is None:
         g = D.new_ones(rows.shape[0])
-    for outer, tile in rows.tiles():
-        for inner in row_norm.row_tiles(tile.shape, tile.device):
-            here = slice(outer.start + inner.start, outer.start + inner.stop)
-            part = None if B is None else B[here]
-            D[here] = approximation.weight_change(tile[inner], A, part, g[here], layer.adapters[name].scale)
+    for here, tile in rows.small_tiles():
+        part = None if B is None else B[here]
+        D[here] = approximation.weight_change(tile, A, part, g[here], layer.adapters[name].scale)
     return D

@@ -57,15 +57,13 @@ def merged_weight(layer: AdaptedLayer, name: str) -> Tensor:
             g = g[rows.part[0]]
         if A is not None and B is not None:
             A, B = rows.own(A, B)
-        for outer, tile in rows.tiles():
-            for inner in row_norm.row_tiles(tile.shape, tile.device):
-                here = slice(outer.start + inner.start, outer.start + inner.stop)
-                part = tile[inner].float()
-                if A is not None and B is not None:
-                    part = torch.addmm(part, B[here], A, alpha=layer.adapters[name].scale)
-                if g is not None:
-                    part = part * g[here, None]
-                parts.append(part.to(tile.dtype))
+        for here, tile in rows.small_tiles():
+            part = tile.float()
+            if A is not None and B is not None:
+                part = torch.addmm(part, B[here], A, alpha=layer.adapters[name].scale)
+            if g is not None:
+                part = part * g[here, None]
+            parts.append(part.to(tile.dtype))
     merged = torch.cat(parts)
     return merged if rows.part is None else sharded.as_part_of(rows.stored, merged)
 
