@@ -9,7 +9,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from torch import Tensor
 
@@ -26,11 +26,22 @@ DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 """An adapter of an image generator, alone in its folder."""
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file whole or not at all: a run killed meanwhile leaves the old one."""
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[TextIO]:
+    """A text file that takes its name when all is written: a run killed meanwhile leaves the old one."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    with whole_file(path) as file:
+        file.write(text)
 
 
 def output_problem(folder: Path) -> str | None:
