@@ -48,7 +48,7 @@ class MergeCheck:
 @full_precision()
 def merged_weight(layer: AdaptedLayer, name: str) -> Tensor:
     """``W' = g (W + s B A)``, ``[out, in]`` in W's dtype, computed in float32 by row tiles; parts stay parts."""
-    rows = layer.kind.rows(layer.base_layer)
+    rows = layer.weight_rows()
     A, B, _ = layer.whole_parts(name)
     parts = []
     with without_autocast(rows.stored.device):
@@ -88,7 +88,7 @@ def verify_merge(model: nn.Module) -> list[MergeCheck]:
         name = layer.active
         if name is None:
             continue
-        rows = layer.kind.rows(layer.base_layer)
+        rows = layer.weight_rows()
         x = sharded.on_all(rows.stored, layer.kind.probe(layer.base_layer, generator))
         merged = merged_weight(layer, name)
         layer.decide(name)  # training may have led to where the factored norm loses digits
@@ -187,7 +187,7 @@ def merge(model: nn.Module, verify: bool = False) -> nn.Module:
     untied = False
     losses: list[float] = []
     for layer in layers.values():
-        rows, base = layer.kind.rows(layer.base_layer), layer.base_layer
+        rows, base = layer.weight_rows(), layer.base_layer
         untied |= id(rows.stored) in shared
         weight = merged_weight(layer, name)
         loss = requantisation_loss(base, weight)

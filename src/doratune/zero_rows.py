@@ -24,7 +24,7 @@ def parts_for_file(layer: AdaptedLayer, name: str) -> tuple[Tensor | None, Tenso
     A, B, m = layer.whole_parts(name)
     if A is None or B is None:
         assert m is not None
-        out, columns = layer.kind.rows(layer.base_layer).shape
+        out, columns = layer.weight_rows().shape
         A = torch.full((1, columns), columns**-0.5, device=m.device)
         B = torch.zeros(out, 1, device=m.device)
     if m is None:
