@@ -14,7 +14,7 @@ from torch import nn
 
 import doratune as dt
 from doratune.checkpoint import _fill_layer
-from doratune.contents import METADATA
+from doratune.own_options import METADATA
 from file_helpers import (
     assert_unchanged,
     build,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import doratune as dt
-from doratune.contents import METADATA
+from doratune.own_options import METADATA
 from file_helpers import (
     build,
     gradients,

@@ -31,13 +31,13 @@ def changes(model, name="default"):
     """By path what an adapter adds to each weight, float64."""
     return {
         path: merged_weight(layer, name).double()
-        - torch.cat([tile for _, tile in layer.kind.rows(layer.base_layer).tiles()]).double()
+        - torch.cat([tile for _, tile in layer.weight_rows().tiles()]).double()
         for path, layer in adapted_layers(model).items()
     }
 
 
 def full_rank(model):
-    return max(min(layer.kind.rows(layer.base_layer).shape) for layer in adapted_layers(model).values())
+    return max(min(layer.weight_rows().shape) for layer in adapted_layers(model).values())
 
 
 # How near it comes

@@ -6,7 +6,6 @@ is written here, PEFT reads as the same function, and the other way round.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from dataclasses import replace
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from doratune.config import AdapterConfig, matches, without_vain_options
-from doratune.contents import BIAS, METADATA, PREFIX, Contents, read_contents
+from doratune.contents import BIAS, PREFIX, Contents, read_contents
 from doratune.distributed import is_first, is_spread, processes
 from doratune.errors import AdapterError
 from doratune.files import CONFIG, WEIGHTS, read_config, read_weights, write_adapter
@@ -25,19 +24,16 @@ from doratune.layers import AdaptedLayer, SavedModule
 from doratune.layers.sharded import assign, whole
 from doratune.layers.weights import is_transformers_conv1d
 from doratune.model import active_adapter, attach, delete_adapter, set_adapter
+from doratune.own_options import metadata_of
 from doratune.peft_config import OWN_TYPE, from_peft, to_peft
 from doratune.peft_experts import taken_for_experts
 from doratune.targets import as_targets, layers_of, plain_modules, saved_modules, unwrap
+from doratune.zero_rows import parts_for_file, recognise_plain_rows
 
 log = logging.getLogger("doratune")
 
-SAME_NORM = 1e-4
-"""A zero row of W whose stored m is its norm, up to this relative difference, is trained as plain LoRA."""
 LISTED = 10
 """Problems of a file that are shown: one wrong base makes one of every tensor."""
-PLACEHOLDER_B = 1e-3
-PLACEHOLDER_A = 1e-12
-"""Written in place of zeros where PEFT would divide 0 by 0; read back as 0."""
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "default") -> None:
@@ -61,18 +57,12 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     config = next(iter(layers.values())).adapters[name].config
     saved = [path for path in saved_modules(root) if matches(path, config.modules_to_save)]
     transposed = any(is_transformers_conv1d(layer.base_layer) for layer in layers.values())
-    own = {
-        "magnitude_only": sorted(path for path, layer in layers.items() if layer.adapters[name].rank == 0),
-        "norm_gradient": config.norm_gradient,
-        "norm_refresh": config.norm_refresh,
-        "eight_bit_outputs": config.eight_bit_outputs,
-        "init": config.init,
-    }
     options = to_peft(root, config, layers, saved, transposed)
     for reason, path in inexpressible(root, name).items():
         options["peft_type"] = OWN_TYPE
         log.warning("%s is written for doratune only. %s: %s", folder, path, reason)
-    write_adapter(Path(folder), tensors, options, {METADATA: json.dumps(own)})
+    magnitude_only = (path for path, layer in layers.items() if layer.adapters[name].rank == 0)
+    write_adapter(Path(folder), tensors, options, metadata_of(config, magnitude_only))
 
 
 def layers_to_save(root: nn.Module, name: str) -> dict[str, AdaptedLayer]:
@@ -124,7 +114,7 @@ def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor
     tensors: dict[str, Tensor] = {}
     layers = layers_of(model, name)
     for path, layer in layers.items():
-        for part, tensor in zip(layer.kind.file_names, _parts(layer, name), strict=True):
+        for part, tensor in zip(layer.kind.file_names, parts_for_file(layer, name), strict=True):
             if tensor is not None:
                 tensors[f"{PREFIX}{path}.{part}"] = layer.kind.to_file(layer.base_layer, part, tensor)
         if name in layer.adapter_bias:
@@ -144,43 +134,6 @@ def _saved_state(path: str, saved: SavedModule, name: str, layers: dict[str, Ada
     if matches(path, config.modules_to_save):
         return state
     return {k: v for k, v in state.items() if k in saved.trained[name]}
-
-
-@torch.no_grad()
-def _parts(layer: AdaptedLayer, name: str) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """A, B and m for a file. Rows of W that are zero get an m, or a row of B, that others can divide by."""
-    A, B, m = layer.whole_parts(name)
-    if A is None or B is None:
-        assert m is not None
-        out, columns = layer.kind.rows(layer.base_layer).shape
-        A = torch.full((1, columns), columns**-0.5, device=m.device)
-        B = torch.zeros(out, 1, device=m.device)
-    if m is None:
-        return A, B, None
-    zero = layer.base_squared() == 0
-    if zero.any():
-        n = layer.squared_norm(name).sqrt()
-        m = torch.where(zero & (m == 0), n, m)
-        dead = zero & (n == 0)
-        if dead.any():
-            # m = 0 makes the row 0 whatever B is; an update that is not 0 keeps others from dividing 0 by 0.
-            m = torch.where(dead, 0.0, m)
-            A = A if A.any() else torch.full_like(A, PLACEHOLDER_A)
-            B = B.clone()
-            B[_silent(dead, A, B)] = _stand_in_row(A)
-    return A, B, m
-
-
-def _silent(rows: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """Indices, among the rows marked, of those where B A is 0."""
-    indices = rows.nonzero()[:, 0]
-    return indices[(B[indices] @ A).square().sum(1) == 0]
-
-
-def _stand_in_row(A: Tensor) -> Tensor:
-    row = torch.zeros(A.shape[0], device=A.device)
-    row[A.square().sum(1).argmax()] = PLACEHOLDER_B
-    return row
 
 
 def load_adapter(
@@ -288,33 +241,10 @@ def _fill_layer(path: str, layer: AdaptedLayer, name: str, parts: dict[str, Tens
     if name in layer.magnitude:
         if m in parts:
             assign(layer.magnitude[name], kind.from_file(base, m, parts[m]))
-            _recognise_plain_rows(layer, name)
+            recognise_plain_rows(layer, name)
         else:
             layer.reset_magnitude(name)
     _decide_layer(path, layer, name)
-
-
-def _recognise_plain_rows(layer: AdaptedLayer, name: str) -> None:
-    """Zero rows of W whose m is their norm train as plain LoRA rows again; any other m is honoured."""
-    zero = layer.base_squared() == 0
-    if not zero.any():
-        return
-    A, B, m = layer.whole_parts(name)
-    assert m is not None
-    without_m = zero & (m == 0)
-    if A is not None and B is not None and without_m.any():
-        stands_in = (B == _stand_in_row(A)).all(1)  # noqa: SIM300
-        if (A == torch.tensor(PLACEHOLDER_A, device=A.device)).all():  # noqa: SIM300
-            A.zero_()
-        # These rows are 0 whatever B is; read as plain LoRA, with m = 0, their B would be heard.
-        kept = torch.zeros_like(zero)
-        kept[_silent(without_m, A, B)] = True
-        B[without_m & (stands_in | ~kept)] = 0
-        assign(layer.lora_A[name], A)
-        assign(layer.lora_B[name], B)
-    n = layer.squared_norm(name).sqrt()
-    m[zero & ((m - n).abs() <= SAME_NORM * n)] = 0
-    assign(layer.magnitude[name], m)
 
 
 def decide(root: nn.Module, name: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -11,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from doratune.config import AdapterConfig, vain_options
+from doratune.errors import AdapterError
 from doratune.layers import Kind, kind_of
 from doratune.layers.attention import Projection
 from doratune.layers.weights import on_device
-from doratune.peft_config import PeftOptions, saved_by_peft, with_own_options
+from doratune.own_options import with_own_options
+from doratune.peft_config import PeftOptions, saved_by_peft
 from doratune.renamed import todays_names
 from doratune.targets import outermost, plain_modules, plain_path, refusal
 
 PREFIX = "base_model.model."
-METADATA = "doratune"
-"""Key in the weights' metadata for what PEFT's options cannot say."""
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 BIAS = "base_layer.bias"
 PARTS = (
@@ -83,9 +82,9 @@ class _Reader:
 
     def read(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Contents:
         try:
-            self.contents.config = with_own_options(self.contents.config, json.loads(metadata.get(METADATA, "{}")))
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            self.problems.append(f"metadata {METADATA!r}: {error}")
+            self.contents.config = with_own_options(self.contents.config, metadata)
+        except AdapterError as error:
+            self.problems += error.problems
         for key, tensor in self._under_todays_names(tensors).items():
             problem = self._sort(key, tensor)
             if problem:

@@ -20,7 +20,7 @@ from doratune.layers.cache import without_autocast
 from doratune.layers.weights import on_device
 from doratune.merge import exact_scale
 from doratune.model import adapter_names, attach
-from doratune.ops import approximation, row_norm
+from doratune.ops import approximation
 from doratune.ops.hardware import full_precision
 from doratune.targets import as_targets, layers_of, plain_modules, saved_modules, unwrap
 
@@ -123,7 +123,7 @@ def _fit(layers: dict[str, AdaptedLayer], name: str, rank: int) -> tuple[list[La
         if name in layer.waiting:
             problems.append(f"{path}: holds no data yet (meta device)")
             continue
-        with on_device(layer.base_layer), without_autocast(layer.kind.rows(layer.base_layer).stored.device):
+        with on_device(layer.base_layer), without_autocast(layer.weight_rows().stored.device):
             D = _change(layer, name)
             size = approximation.squared_size(D)
             if not math.isfinite(size):
@@ -140,7 +140,7 @@ def _fit(layers: dict[str, AdaptedLayer], name: str, rank: int) -> tuple[list[La
 def _plain_config(root: nn.Module, layers: dict[str, AdaptedLayer], name: str, rank: int | None) -> AdapterConfig:
     """The new adapter's options; its rank is checked."""
     own = [layer.adapters[name] for layer in layers.values()]
-    highest = max(min(layer.kind.rows(layer.base_layer).shape) for layer in layers.values())
+    highest = max(min(layer.weight_rows().shape) for layer in layers.values())
     if rank is None:
         rank = min(max(adapter.rank for adapter in own) or AdapterConfig.rank, highest)
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= highest:
@@ -160,15 +160,13 @@ def _plain_config(root: nn.Module, layers: dict[str, AdaptedLayer], name: str, r
 
 def _change(layer: AdaptedLayer, name: str) -> Tensor:
     """D, float32 ``[out, in]``, made by row tiles."""
-    rows = layer.kind.rows(layer.base_layer)
+    rows = layer.weight_rows()
     A, B, _ = layer.whole_parts(name)
     g = exact_scale(layer, name)
     D = torch.empty(rows.shape, dtype=torch.float32, device=rows.stored.device)
     if g is None:
         g = D.new_ones(rows.shape[0])
-    for outer, tile in rows.tiles():
-        for inner in row_norm.row_tiles(tile.shape, tile.device):
-            here = slice(outer.start + inner.start, outer.start + inner.stop)
-            part = None if B is None else B[here]
-            D[here] = approximation.weight_change(tile[inner], A, part, g[here], layer.adapters[name].scale)
+    for here, tile in rows.small_tiles():
+        part = None if B is None else B[here]
+        D[here] = approximation.weight_change(tile, A, part, g[here], layer.adapters[name].scale)
     return D

@@ -9,7 +9,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from torch import Tensor
 
@@ -26,11 +26,22 @@ DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 """An adapter of an image generator, alone in its folder."""
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file whole or not at all: a run killed meanwhile leaves the old one."""
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[TextIO]:
+    """A text file that takes its name when all is written: a run killed meanwhile leaves the old one."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    with whole_file(path) as file:
+        file.write(text)
 
 
 def output_problem(folder: Path) -> str | None:
@@ -195,10 +206,22 @@ def read_any_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def inner_folder(folder: Path) -> str:
-    """Runs keep what they trained one folder further down: a hint that names it."""
-    found = [path for path in (folder / "adapter" / CONFIG, folder / "model" / "config.json") if path.is_file()]
-    return f" (did you mean {found[0].parent}?)" if found else ""
+@contextlib.contextmanager
+def reading_adapter(folder: Path, or_model: bool = False) -> Iterator[None]:
+    """Runs keep what they trained one folder further down: an error about a run's folder names that one.
+
+    Args:
+        folder: that is read as an adapter's.
+        or_model: whether a whole model's would do as well.
+    """
+    try:
+        yield
+    except AdapterError as error:
+        meant = [folder / "adapter" / CONFIG, *([folder / "model" / "config.json"] if or_model else [])]
+        inner = next((path.parent for path in meant if path.is_file()), None)
+        if inner is None or (folder / CONFIG).is_file():
+            raise
+        raise AdapterError(f"{error} (did you mean {inner}?)") from error
 
 
 def weights_file(folder: Path, name: str = WEIGHTS) -> Path:

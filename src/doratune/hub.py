@@ -15,6 +15,11 @@ OF_AN_ADAPTER = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 """The adapter, what ``doratune train`` notes beside it, tokenizers and image settings."""
 
 
+def is_path(name: str) -> bool:
+    """Whether a name can be a path only, and none of the hub's."""
+    return name.startswith((".", "~", "/")) or name.count("/") > 1
+
+
 def base_folder(name: str) -> Path:
     """Where a base model's weights are: a folder or file, or what the hub has under a name.
 
@@ -24,7 +29,7 @@ def base_folder(name: str) -> Path:
     path = Path(name).expanduser()
     if path.exists():
         return path
-    if name.startswith((".", "~", "/")) or name.count("/") > 1:
+    if is_path(name):
         raise AdapterError(f"base {name} does not exist; name a folder with safetensors files, or a model of the hub")
     return _download(f"base {name}", name, ("*.safetensors", "*.json"))
 

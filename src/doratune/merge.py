@@ -48,7 +48,7 @@ class MergeCheck:
 @full_precision()
 def merged_weight(layer: AdaptedLayer, name: str) -> Tensor:
     """``W' = g (W + s B A)``, ``[out, in]`` in W's dtype, computed in float32 by row tiles; parts stay parts."""
-    rows = layer.kind.rows(layer.base_layer)
+    rows = layer.weight_rows()
     A, B, _ = layer.whole_parts(name)
     parts = []
     with without_autocast(rows.stored.device):
@@ -57,15 +57,13 @@ def merged_weight(layer: AdaptedLayer, name: str) -> Tensor:
             g = g[rows.part[0]]
         if A is not None and B is not None:
             A, B = rows.own(A, B)
-        for outer, tile in rows.tiles():
-            for inner in row_norm.row_tiles(tile.shape, tile.device):
-                here = slice(outer.start + inner.start, outer.start + inner.stop)
-                part = tile[inner].float()
-                if A is not None and B is not None:
-                    part = torch.addmm(part, B[here], A, alpha=layer.adapters[name].scale)
-                if g is not None:
-                    part = part * g[here, None]
-                parts.append(part.to(tile.dtype))
+        for here, tile in rows.small_tiles():
+            part = tile.float()
+            if A is not None and B is not None:
+                part = torch.addmm(part, B[here], A, alpha=layer.adapters[name].scale)
+            if g is not None:
+                part = part * g[here, None]
+            parts.append(part.to(tile.dtype))
     merged = torch.cat(parts)
     return merged if rows.part is None else sharded.as_part_of(rows.stored, merged)
 
@@ -90,7 +88,7 @@ def verify_merge(model: nn.Module) -> list[MergeCheck]:
         name = layer.active
         if name is None:
             continue
-        rows = layer.kind.rows(layer.base_layer)
+        rows = layer.weight_rows()
         x = sharded.on_all(rows.stored, layer.kind.probe(layer.base_layer, generator))
         merged = merged_weight(layer, name)
         layer.decide(name)  # training may have led to where the factored norm loses digits
@@ -189,7 +187,7 @@ def merge(model: nn.Module, verify: bool = False) -> nn.Module:
     untied = False
     losses: list[float] = []
     for layer in layers.values():
-        rows, base = layer.kind.rows(layer.base_layer), layer.base_layer
+        rows, base = layer.weight_rows(), layer.base_layer
         untied |= id(rows.stored) in shared
         weight = merged_weight(layer, name)
         loss = requantisation_loss(base, weight)

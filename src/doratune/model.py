@@ -18,15 +18,8 @@ from doratune.layers import AdaptedLayer, AdapterHolder, AttentionHost, SavedMod
 from doratune.layers.attention import AttentionProjection
 from doratune.layers.holder import plain
 from doratune.preparation import freeze, keep_frozen, let_inputs_require_grad, prepare, thaw
-from doratune.targets import (
-    WRAPPER_NAMES,
-    Selection,
-    adapted_layers,
-    holders,
-    saved_modules,
-    select,
-    unwrap,
-)
+from doratune.selection import Selection, select
+from doratune.targets import WRAPPER_NAMES, adapted_layers, holders, saved_modules, unwrap
 
 
 def attach(model: nn.Module, config: AdapterConfig, name: str = "default", *, trainable: bool = True) -> nn.Module:

@@ -6,7 +6,7 @@ import math
 import re
 import reprlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -293,19 +293,3 @@ def to_peft(
 def _plain_number(value: float) -> float:
     """32.0 as 32: PEFT's own files hold whole numbers."""
     return int(value) if float(value).is_integer() else value
-
-
-def with_own_options(config: AdapterConfig, own: dict[str, Any]) -> AdapterConfig:
-    """Add what only doratune's files say, in the weights' metadata.
-
-    That is: layers of rank 0, the norm's gradient and its refreshing, outputs kept in 8 bits, the initialisation.
-    """
-    ranks = {f"^{re.escape(path)}": 0 for path in own.get("magnitude_only", [])}
-    return replace(
-        config,
-        norm_gradient=own.get("norm_gradient", config.norm_gradient),
-        norm_refresh=own.get("norm_refresh", config.norm_refresh),
-        eight_bit_outputs=own.get("eight_bit_outputs", config.eight_bit_outputs),
-        init=own.get("init", config.init),
-        rank_pattern={**ranks, **{key: rank for key, rank in config.rank_pattern.items() if key not in ranks}},
-    )

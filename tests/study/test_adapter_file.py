@@ -5,7 +5,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import doratune as dt
+from doratune.own_options import METADATA
 from doratune.study.adapter_file import inspect_adapter
+from doratune.study.stored_adapter import StoredAdapter
 from train.tiny import llama
 
 UP = "base_model.model.model.layers.0.mlp.up_proj."
@@ -84,6 +86,15 @@ def test_what_is_rarely_meant_is_named(folder, tensors, said):
     report = inspect_adapter(folder)
     assert not report.broken
     assert any(said in line and "up_proj" in line for line in report.suspicious)
+
+
+def test_metadata_that_no_adapter_is_loaded_with_breaks_a_file(folder):
+    file = folder / "adapter_model.safetensors"
+    save_file(load_file(file), file, metadata={"format": "pt", METADATA: "{"})
+    (line,) = inspect_adapter(folder).broken
+    assert line.startswith("metadata 'doratune': ")
+    with pytest.raises(dt.AdapterError, match=r"adapter_model.safetensors cannot be used: metadata 'doratune': "):
+        StoredAdapter(folder)
 
 
 def test_files_that_cannot_be_read(folder):

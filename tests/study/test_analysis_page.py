@@ -4,7 +4,7 @@ import pytest
 
 from doratune.study.analysis import PAPER, analyze
 from doratune.study.analysis_page import page_of, sentence
-from doratune.study.analysis_plots import panels, shapes_of, shapes_told
+from doratune.study.analysis_plots import shapes_of, shapes_told
 from doratune.study.correlation import Correlation
 from study.browser import browser, opened  # noqa: F401
 from study.checkpoints_on_disk import LAYERS, base_weights, turned, write
@@ -124,11 +124,3 @@ def test_shapes_of_few_and_of_many_layers():
     many = shapes_of([f"layers.{i}" for i in range(30)])
     assert len(set(many.values())) == 12
     assert shapes_told(list(many)).startswith("● 0 to 2, ■ 3 to 4")
-
-
-def test_the_picture_for_a_talk(analysis):
-    figure = panels(analysis.runs, ["q_proj", "up_proj"], "title")
-    assert len(figure.axes) == 4
-    titles = [axes.get_title(loc="left") for axes in figure.axes]
-    assert titles[0].startswith("with <it>, q_proj\nr = +0.95 [+0.")
-    assert titles[1].startswith("against, q_proj\nr = −0.97 [−")

@@ -1,7 +1,6 @@
 import gc
 import logging
 import shutil
-from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -205,26 +204,6 @@ def test_without_an_adapter_the_trainer_is_itself_and_resumes(tmp_path):
     resumed.train(resume_from_checkpoint=True)
     expected = trained(trainer)
     assert all(torch.equal(expected[name], p) for name, p in trained(resumed).items())
-
-
-def test_quantised_models_are_declared_trainable_and_masters_stay_float32():
-    from doratune.train.trainer import _keeping_masters, _trainable_when_quantised
-
-    model = llama()
-    model.is_quantized = True
-    assert not _trainable_when_quantised(model)._hf_peft_config_loaded
-    dt.attach(model, CONFIG)
-    assert _trainable_when_quantised(model)._hf_peft_config_loaded is True
-    model._hf_peft_config_loaded = False
-    model.hf_quantizer = SimpleNamespace(is_trainable=False)  # as those that quantise activations
-    assert not _trainable_when_quantised(model)._hf_peft_config_loaded
-    before = {name: p.detach().clone() for name, p in dt.trainable_parameters(model).items()}
-    with _keeping_masters(model):  # SFTTrainer does this to quantised models
-        for parameter in dt.trainable_parameters(model).values():
-            parameter.data = parameter.data.to(torch.bfloat16)
-    for name, parameter in dt.trainable_parameters(model).items():
-        assert parameter.dtype == torch.float32
-        assert torch.equal(parameter, before[name])
 
 
 def test_two_bases_one_mixin(tmp_path):

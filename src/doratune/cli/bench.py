@@ -13,7 +13,7 @@ import tyro
 
 from doratune.cli.common import check
 from doratune.config import AdapterConfig
-from doratune.files import read_config
+from doratune.files import read_config, reading_adapter
 from doratune.train.choices import Dtype
 
 if TYPE_CHECKING:
@@ -70,7 +70,6 @@ def run(options: Bench) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from doratune.inference.sources import reading_adapter
     from doratune.study.speed import measure_speed
     from doratune.train.models import check_context, choose_dtype, load_model
     from doratune.train.quiet import quiet_libraries

@@ -123,7 +123,7 @@ def _sizes(size: int, before: int) -> str:
 
 def _base_of_mlx(options: Convert) -> str:
     """The base model, as ``base_of`` finds it for PEFT's folders."""
-    from doratune.train.models import NAMELESS, found_beside
+    from doratune.train.model_names import NAMELESS, found_beside
 
     named = AdapterFiles.read(options.adapter).base  # a broken adapter is found before a large model is loaded
     if not (options.base or named):

@@ -12,8 +12,8 @@ import tyro
 from rich.markup import escape
 
 from doratune.cli.common import say
+from doratune.files import reading_adapter
 from doratune.hub import adapter_folder, base_folder
-from doratune.inference.sources import reading_adapter
 from doratune.study.adapter_file import FileReport, inspect_adapter
 from doratune.study.analysis import analyze
 from doratune.study.decompose import Decomposition

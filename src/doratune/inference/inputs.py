@@ -14,7 +14,7 @@ from doratune.inference.lines import lines_of
 from doratune.train import images, sources
 from doratune.train.columns import choose
 from doratune.train.config import TrainConfig
-from doratune.train.gather import BadRow, Say, gather
+from doratune.train.gather import BadRow, Say, gather, lacks
 from doratune.train.images import SUFFIXES, Picture, pictures
 from doratune.train.labels import name_of
 from doratune.train.sources import Row, path_of
@@ -127,10 +127,8 @@ def _texts(name: str, config: TrainConfig) -> Iterator[Row]:
         if not row.problem and "label" not in columns:  # the first rows may have none
             known.update(row.values)
             columns = {**choose(config, list(known), ["text"], row.where, ["label"]), **columns}
-        if row.problem or columns["text"] in row.values:
-            yield Row(row.where, {role: row.values.get(column) for role, column in columns.items()}, row.problem)
-        else:
-            yield Row(row.where, problem=f"has no column {columns['text']!r}; it has {', '.join(map(str, row.values))}")
+        problem = row.problem or lacks(row.values, [columns["text"]])
+        yield Row(row.where, {role: row.values.get(column) for role, column in columns.items()}, problem)
 
 
 def _with_columns(config: TrainConfig, name: str, trained: Mapping[str, str]) -> TrainConfig:

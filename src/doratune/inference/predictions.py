@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from doratune.errors import AdapterError
+from doratune.files import whole_file
 from doratune.inference.inputs import Input, Text
 from doratune.inference.predictor import Prediction
 
@@ -78,15 +79,11 @@ def csv_file(path: Path, labels: Sequence[str], inputs: Sequence[Input]) -> Iter
     Raises:
         AdapterError: if it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("w", encoding="utf-8", newline="") as file:
+        with whole_file(path) as file:
             yield CsvFile(file, labels, inputs)
-        partial.replace(path)
     except OSError as error:
         raise AdapterError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def record(prediction: Prediction, labels: Sequence[str]) -> dict[str, Any]:

@@ -13,18 +13,17 @@ import torch
 from doratune.checkpoint import load_adapter
 from doratune.errors import AdapterError
 from doratune.extras import require
-from doratune.files import inner_folder, read_config, read_weights
+from doratune.files import read_config, read_weights, reading_adapter
 from doratune.inference.inputs import Input
 from doratune.inference.loading import Loading
 from doratune.inference.sources import NAMED, guessed_task, is_model, loading_base, tokenizer_source
 from doratune.targets import HEAD_NAMES
 from doratune.train.device import explaining_memory, to_device
 from doratune.train.information import Information
+from doratune.train.model_names import NAMELESS, base_name, model_problem
 from doratune.train.models import (
     CLASSIFIERS,
-    NAMELESS,
     align_padding,
-    base_name,
     choose_dtype,
     context_length,
     load_base,
@@ -32,7 +31,6 @@ from doratune.train.models import (
     load_config,
     load_image_processor,
     load_tokenizer,
-    model_problem,
     peft_task,
     saved_classes,
 )
@@ -84,10 +82,8 @@ class Classifier:
         named = not whole and base is None
         name: str | None = str(folder)
         if not whole:
-            try:
+            with reading_adapter(folder, or_model=True):
                 name = base_name(folder, base)
-            except AdapterError as error:
-                raise AdapterError(f"{error}{inner_folder(folder)}") from error
             read_weights(folder)  # a broken file is found before a large model is loaded
         elif base is not None:
             raise AdapterError(f"{folder} is a whole model, which needs no --base")

@@ -10,7 +10,7 @@ from typing import Any
 from doratune.errors import AdapterError
 from doratune.inference.lines import lines_of
 from doratune.train.columns import GUESSES, PARTS_OF_PROMPTS, half_a_prompt
-from doratune.train.gather import BadRow
+from doratune.train.gather import BadRow, lacks
 from doratune.train.information import Information
 from doratune.train.prompt_template import fields_of, filled
 from doratune.train.sources import LISTED
@@ -83,8 +83,8 @@ class PromptColumns:
         if self.template is not None:
             return Prompt(filled(self.template, values))
         if self.column is not None:
-            if self.column not in values:
-                raise BadRow(f"has no column {self.column!r}; it has {', '.join(map(str, values))}")
+            if problem := lacks(values, [self.column]):
+                raise BadRow(problem)
             return Prompt(string(values[self.column], self.column))
         messages, text = _column(values, "messages"), _column(values, "prompt", "text")
         if messages is not None:

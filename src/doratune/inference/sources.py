@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from doratune.errors import AdapterError
-from doratune.files import CONFIG, inner_folder, read_config, read_weights
+from doratune.files import CONFIG, read_config, read_weights, reading_adapter
 from doratune.train.information import Information
-from doratune.train.models import CLASSIFIERS, NAMELESS, base_name, load_config, model_problem, peft_task, place_of
+from doratune.train.model_names import NAMELESS, base_name, model_problem, place_of
+from doratune.train.models import CLASSIFIERS, load_config, peft_task
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 BASE = "base"
@@ -53,11 +54,12 @@ def find_sources(folders: Sequence[str], base: str | None = None) -> Sources:
     named: dict[str, str] = {}
     for folder in map(Path, folders):
         try:
-            found = base_name(folder, base)
-            read_weights(folder)  # a broken file is found before a large model is loaded
-            _refuse_classifier(folder)
+            with reading_adapter(folder, or_model=True):
+                found = base_name(folder, base)
+                read_weights(folder)  # a broken file is found before a large model is loaded
+                _refuse_classifier(folder)
         except AdapterError as error:
-            problems.append(f"{error}{inner_folder(folder)}")
+            problems.append(str(error))
             continue
         name = folder_name(folder, adapters)
         adapters[name] = folder
@@ -109,7 +111,7 @@ def is_model(folder: Path) -> bool:
     return (folder / "config.json").is_file() and not (folder / CONFIG).is_file()
 
 
-def task_of_folder(folder: Path, base: str | None = None) -> str:
+def task_of_folder(folder: Path, base: str | None) -> str:
     """The task that an adapter or a whole model was trained for, found without loading a model.
 
     Raises:
@@ -119,10 +121,8 @@ def task_of_folder(folder: Path, base: str | None = None) -> str:
         return about.task
     if is_model(folder):
         return guessed_task(str(folder))
-    try:
+    with reading_adapter(folder, or_model=True):
         name = base_name(folder, base)
-    except AdapterError as error:
-        raise AdapterError(f"{error}{inner_folder(folder)}") from error
     if name is None:
         raise AdapterError(NAMELESS.format(folder))
     with loading_base(name, base is None):
@@ -159,17 +159,6 @@ def _refuse_classifier(folder: Path) -> None:
     about = Information.load(folder)
     if about and about.task in CLASSIFIERS:
         raise AdapterError(f"{folder} was trained for {about.task}; use doratune predict {folder} FILES...")
-
-
-@contextlib.contextmanager
-def reading_adapter(folder: Path) -> Iterator[None]:
-    """An error about a run's folder names the adapter's folder in it."""
-    try:
-        yield
-    except AdapterError as error:
-        if (folder / CONFIG).is_file() or not (folder / "adapter" / CONFIG).is_file():
-            raise
-        raise AdapterError(f"{error}{inner_folder(folder)}") from error
 
 
 def folder_name(folder: Path, taken: Collection[str] = ()) -> str:

@@ -19,7 +19,7 @@ from doratune.layers.holder import AdapterHolder, base_attribute
 from doratune.layers.kind import Kind, Options
 from doratune.layers.loading import accept_plain_keys, after_load
 from doratune.layers.sharded import assign, whole
-from doratune.layers.weights import is_dtensor, on_device, remake_weight
+from doratune.layers.weights import WeightRows, is_dtensor, on_device, remake_weight
 from doratune.ops.once import transformed
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -90,7 +90,7 @@ class AdaptedLayer(AdapterHolder):
     def add(self, name: str, config: AdapterConfig, trainable: bool = True) -> None:
         """Add an adapter that changes nothing yet: ``B = 0``, ``m = |W|``."""
         remake_weight(self.base_layer)
-        rows = self.kind.rows(self.base_layer)
+        rows = self.weight_rows()
         out, columns = rows.shape
         rank = config.rank_of(self.path)
         eight_bit = config.keeps_eight_bits(self.path)
@@ -115,7 +115,7 @@ class AdaptedLayer(AdapterHolder):
     @_with_weights
     def initialise(self) -> None:
         """Give start values to the adapters that still wait for a base with data."""
-        weight = self.kind.rows(self.base_layer).stored
+        weight = self.weight_rows().stored
         if weight.is_meta:
             return
         for name in sorted(self.waiting):
@@ -148,19 +148,23 @@ class AdaptedLayer(AdapterHolder):
     def reset_magnitude(self, name: str) -> None:
         """Set ``m = |W + s B A|``, so that the magnitude changes nothing (0 marks a row trained as plain LoRA)."""
         with torch.no_grad():
-            base = self.cache.base_squared(self.kind.rows(self.base_layer))
+            base = self.cache.base_squared(self.weight_rows())
             n = self.squared_norm(name).sqrt()
             assign(self.magnitude[name], torch.where(base > 0, n, 0.0))
+
+    def weight_rows(self) -> WeightRows:
+        """W, ``[out, in]``."""
+        return self.kind.rows(self.base_layer)
 
     @_with_weights
     def base_squared(self) -> Tensor:
         """``|W|^2``, float32 ``[out]``."""
-        return self.cache.base_squared(self.kind.rows(self.base_layer))
+        return self.cache.base_squared(self.weight_rows())
 
     @_with_weights
     def squared_norm(self, name: str) -> Tensor:
         """``|W + s B A|^2``, float32 ``[out]``, from dense tiles, exact."""
-        rows = self.kind.rows(self.base_layer)
+        rows = self.weight_rows()
         base = self.cache.base_squared(rows)
         if name not in self.lora_A:
             return base
@@ -179,7 +183,7 @@ class AdaptedLayer(AdapterHolder):
         bias = self.adapter_bias[name] if name in self.adapter_bias else getattr(self.base_layer, "bias", None)
         A, B, m = self.whole_parts(name)
         assert m is not None
-        rows = self.kind.rows(self.base_layer)
+        rows = self.weight_rows()
         bias = None if bias is None else whole(bias.detach())
         adapter.dense_norm, adapter.keep_output = choices(self.cache, rows, A, B, m, adapter.scale, bias)
 
@@ -192,7 +196,7 @@ class AdaptedLayer(AdapterHolder):
     @_with_weights
     def row_scale(self, name: str) -> Tensor:
         """g of one adapter, float32 ``[out]``, between forwards."""
-        adapter, rows = self.adapters[name], self.kind.rows(self.base_layer)
+        adapter, rows = self.adapters[name], self.weight_rows()
         A, B, m = self.whole_parts(name)
         assert m is not None
         if A is not None and B is not None:

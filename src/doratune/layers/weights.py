@@ -7,7 +7,7 @@ Whatever the storage, W is seen as ``[out, in]``, one row per magnitude: an ``nn
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -37,6 +37,12 @@ class WeightRows(NamedTuple):
     def own(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """What of A ``[r, in]`` and B ``[out, r]`` belongs to the tiles' columns and rows."""
         return (A, B) if self.part is None else (A[:, self.part[1]], B[self.part[0]])
+
+    def small_tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """The tiles, cut where a float32 copy of one would take much memory."""
+        for outer, tile in self.tiles():
+            for inner in row_tiles(tile.shape, tile.device):
+                yield slice(outer.start + inner.start, outer.start + inner.stop), tile[inner]
 
     @classmethod
     def of_matrix(cls, matrix: Tensor, stored: Tensor) -> WeightRows:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from doratune.config import AdapterConfig
 from doratune.contents import KEY, PREFIX
+from doratune.errors import AdapterError
 from doratune.files import CONFIG, WEIGHTS, read_config, read_weights
+from doratune.own_options import with_own_options
 from doratune.peft_config import from_peft
 from doratune.study.names import natural
 
@@ -64,7 +66,7 @@ def inspect_adapter(folder: Path) -> FileReport:
     """
     raw = read_config(folder)
     config = from_peft(raw, str(folder / CONFIG)).config
-    tensors, _ = read_weights(folder)
+    tensors, metadata = read_weights(folder)
     report = FileReport(
         str(folder),
         config.method,
@@ -73,6 +75,10 @@ def inspect_adapter(folder: Path) -> FileReport:
         raw.get("task_type"),
         (folder / WEIGHTS).stat().st_size,
     )
+    try:
+        with_own_options(config, metadata)
+    except AdapterError as error:
+        report.broken += error.problems
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if not tensor.is_floating_point():

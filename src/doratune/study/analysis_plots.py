@@ -26,7 +26,6 @@ from doratune.study.plots import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 METHODS = {"full": "full fine-tuning", "lora": "LoRA", "dora": "DoRA"}
 """What a run's method is called in the paper."""
@@ -64,23 +63,6 @@ def scatter(run: Run, kind: str, correlation: Correlation, name: str, title: str
         if len(run.checkpoints) > 1:
             legend_outside(figure, axes)
     return Plot(name, figure, _caption(correlation), tips)
-
-
-def panels(runs: Sequence[Run], kinds: Sequence[str], title: str = "") -> Figure:
-    """One picture for a talk: a column for each run, a row for each kind of weight."""
-    with style():
-        figure, grid = new_figure(
-            3.4 * len(runs), 2.9 * len(kinds) + 0.3, nrows=len(kinds), ncols=len(runs), squeeze=False
-        )
-        for axes_of_kind, kind in zip(grid, kinds, strict=True):
-            for axes, run in zip(axes_of_kind, runs, strict=True):
-                correlation = run.correlation(kind)
-                _draw_scatter(axes, run, kind, correlation)
-                axes.set_title(f"{run.label}, {kind}\nr = {number(correlation.value)} {interval(correlation)}")
-        legend_outside(figure, grid[0][-1])
-        if title:
-            figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    return figure
 
 
 def _draw_scatter(axes: Axes, run: Run, kind: str, correlation: Correlation) -> dict[str, list[Tip]]:
@@ -153,7 +135,7 @@ def correlations(runs: Sequence[Run], found: Mapping[str, Mapping[str, Correlati
     return Plot("correlations", figure, about, tips, wide=True)
 
 
-def over_depth(run: Run, name: str, title: str, quantity: str, log: bool = True) -> Plot:
+def over_depth(run: Run, name: str, title: str, quantity: str, log: bool) -> Plot:
     """One quantity of each weight at the last checkpoint, layer by layer, a line for each kind."""
     last = [p for p in run.last() if p.layer is not None and p.change.size > 0]
     layers = sorted({p.layer or "" for p in last}, key=natural)

@@ -93,10 +93,7 @@ def adapter_change(model: nn.Module, spectra: bool = False) -> dict[str, Decompo
     layers = {path: layer for path, layer in adapted_layers(model).items() if layer.active is not None}
     if not layers:
         raise AdapterError("adapter_change: no adapter is active on the model")
-    return {
-        path: _measure(_of_rows(layer.kind.rows(layer.base_layer)), _of_layer(layer), spectra)
-        for path, layer in layers.items()
-    }
+    return {path: _measure(_of_rows(layer.weight_rows()), _of_layer(layer), spectra) for path, layer in layers.items()}
 
 
 def _measure(old: Matrix, new: Matrix, spectra: bool) -> Decomposition:
@@ -195,7 +192,7 @@ def _of_rows(weight: WeightRows) -> Matrix:
 
 def _of_layer(layer: AdaptedLayer) -> Matrix:
     """``W'`` of the active adapter."""
-    weight = _of_rows(layer.kind.rows(layer.base_layer))
+    weight = _of_rows(layer.weight_rows())
     name = layer.active
     if name is None or not layer.enabled:
         return weight

@@ -217,7 +217,7 @@ def _run(
         _as_after_attaching(model)
         about = summary(model)
         layers = list(adapted_layers(model).values())
-        shapes = [layer.kind.rows(layer.base_layer).shape for layer in layers]
+        shapes = [layer.weight_rows().shape for layer in layers]
         sizes = [out * columns for out, columns in shapes]
         block = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)), None)
         tape = Tape()
@@ -242,7 +242,7 @@ def _run(
 def _as_after_attaching(model: nn.Module) -> None:
     """Set what needs data: |W|^2 without zero rows, and keep_output, as on a real model after attaching."""
     for layer in adapted_layers(model).values():
-        squared = torch.empty(layer.kind.rows(layer.base_layer).shape[0], dtype=torch.float32)
+        squared = torch.empty(layer.weight_rows().shape[0], dtype=torch.float32)
         layer.cache._base_squared = lambda rows, n=squared: (n, n, False)  # type: ignore[method-assign, misc]
         for adapter in layer.adapters.values():
             adapter.keep_output = True

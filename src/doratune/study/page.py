@@ -176,11 +176,8 @@ class Page:
         self.sections.append(Section(heading, text))
         return self.sections[-1]
 
-    def html(self, files: bool = True) -> str:
+    def html(self) -> str:
         """The page.
-
-        Args:
-            files: link to those that ``write`` puts beside it; False: the page is to stand alone.
 
         Raises:
             AdapterError: if jinja2 is not installed.
@@ -196,7 +193,7 @@ class Page:
         # Many marks, in several plots, are the same weight: each text stands in the page once.
         tips: dict[str, int] = {}
         svgs = {plot.name: themed_svg(plot.svg, plot.name, plot.label, plot.tips, tips) for plot in self._plots()}
-        text: str = environment.get_template("page.html.j2").render(page=self, svgs=svgs, tips=list(tips), files=files)
+        text: str = environment.get_template("page.html.j2").render(page=self, svgs=svgs, tips=list(tips))
         return text
 
     def write(self, folder: Path, numbers: Any) -> Path:

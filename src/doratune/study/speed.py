@@ -96,7 +96,7 @@ def _watch(watch: Watch | None, what: str) -> Callable[[int, float], Any] | None
 def _move(model: Any) -> None:
     """Give LoRA and DoRA the same random values."""
     for seed, layer in enumerate(adapted_layers(model).values()):
-        rows = layer.kind.rows(layer.base_layer)
+        rows = layer.weight_rows()
         for name in (LORA, DORA):
             if name in layer.lora_A:
                 adapter = layer.adapters[name]

@@ -94,7 +94,7 @@ def make_trainer(
     callbacks: Sequence[Any] = (),
 ) -> Any:
     """transformers' Trainer, to train and measure or, where nothing is prepared to train on, to measure only."""
-    from transformers import PrinterCallback, TrainingArguments
+    from transformers import PrinterCallback
     from transformers.integrations import TensorBoardCallback
 
     from doratune.train import labels
@@ -105,6 +105,35 @@ def make_trainer(
 
     class TokenTrainer(Noted, TokenMean, AdapterTrainer):
         """For language models."""
+
+    trainer = (ClassTrainer if prepared.labels else TokenTrainer)(
+        model,
+        _arguments(config, model, prepared, dtype, mixed),
+        data_collator=prepared.collate,
+        train_dataset=prepared.train,
+        eval_dataset=prepared.held_out,
+        processing_class=prepared.processor,
+        compute_metrics=labels.accuracy if prepared.labels else None,
+        preprocess_logits_for_metrics=labels.most_likely if prepared.labels else None,
+        magnitude_learning_rate=config.magnitude_learning_rate,
+        magnitude_weight_decay=config.magnitude_weight_decay,
+        lora_plus_ratio=config.lora_plus_ratio,
+        callbacks=list(callbacks),
+    )
+    trainer.information = information(config, prepared)
+    if prepared.labels:
+        # Classifiers take any argument and pass over the number of examples to divide by: Trainer has to divide.
+        trainer.model_accepts_loss_kwargs = False
+    trainer.remove_callback(PrinterCallback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):  # the measurement before training would go to another folder
+            callback.logging_dir = str(config.output / TENSORBOARD)
+    return trainer
+
+
+def _arguments(config: TrainConfig, model: Any, prepared: Prepared, dtype: torch.dtype, mixed: bool) -> Any:
+    """The options of a run as transformers has them."""
+    from transformers import TrainingArguments
 
     arguments = TrainingArguments(
         output_dir=str(config.output / CHECKPOINTS),
@@ -149,29 +178,7 @@ def make_trainer(
     )
     # Trainer would run the model on all GPUs in threads (nn.DataParallel), with a batch each; processes are the way.
     arguments._n_gpu = min(1, arguments.n_gpu)
-    trainer = (ClassTrainer if prepared.labels else TokenTrainer)(
-        model,
-        arguments,
-        data_collator=prepared.collate,
-        train_dataset=prepared.train,
-        eval_dataset=prepared.held_out,
-        processing_class=prepared.processor,
-        compute_metrics=labels.accuracy if prepared.labels else None,
-        preprocess_logits_for_metrics=labels.most_likely if prepared.labels else None,
-        magnitude_learning_rate=config.magnitude_learning_rate,
-        magnitude_weight_decay=config.magnitude_weight_decay,
-        lora_plus_ratio=config.lora_plus_ratio,
-        callbacks=list(callbacks),
-    )
-    trainer.information = information(config, prepared)
-    if prepared.labels:
-        # Classifiers take any argument and pass over the number of examples to divide by: Trainer has to divide.
-        trainer.model_accepts_loss_kwargs = False
-    trainer.remove_callback(PrinterCallback)
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, TensorBoardCallback):  # the measurement before training would go to another folder
-            callback.logging_dir = str(config.output / TENSORBOARD)
-    return trainer
+    return arguments
 
 
 def _warmup(config: TrainConfig, prepared: Prepared) -> float:

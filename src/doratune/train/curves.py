@@ -15,7 +15,7 @@ MEASURED = {"eval_loss": "held-out loss", "eval_accuracy": "held-out accuracy"}
 
 
 def draw_curves(
-    runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, title: str = "", loss_unit: str = "nats per token"
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, title: str, loss_unit: str = "nats per token"
 ) -> None:
     """Draw training and held-out loss over the steps, and held-out accuracy where it was measured.
 
@@ -49,8 +49,7 @@ def draw_curves(
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
-    if title:
-        figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11)
     figure.savefig(path)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -69,12 +69,12 @@ def usable(row: Row, use: Callable[[Row], _T]) -> _T:
     return use(row)
 
 
-def lacks(row: Row, columns: Iterable[str]) -> str | None:
-    """The problem of a row that lacks some of these columns; None if it has all."""
-    missing = [column for column in columns if column not in row.values]
+def lacks(values: Mapping[str, Any], columns: Iterable[str]) -> str | None:
+    """The problem of a row whose values lack some of these columns; None if it has all."""
+    missing = [column for column in columns if column not in values]
     if not missing:
         return None
-    return f"has no column {', '.join(map(repr, missing))}; it has {', '.join(map(str, row.values))}"
+    return f"has no column {', '.join(map(repr, missing))}; it has {', '.join(map(str, values))}"
 
 
 def set_aside(

@@ -243,7 +243,7 @@ def _table(
 ) -> Iterator[Row]:
     """Rows of a table; those without a column of a needed role have a problem."""
     for row in read(name, split):
-        if problem := row.problem or lacks(row, [columns[role] for role in needed]):
+        if problem := row.problem or lacks(row.values, [columns[role] for role in needed]):
             yield Row(row.where, problem=problem)
             continue
         value = row.values[columns["image"]]

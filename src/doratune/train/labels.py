@@ -50,7 +50,7 @@ def ordered(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def refuse_unknown(names: Collection[str], known: Collection[str], option: str = "eval_data") -> None:
+def refuse_unknown(names: Collection[str], known: Collection[str], option: str) -> None:
     """Data to measure on have to have the classes of the data to train on.
 
     Raises:

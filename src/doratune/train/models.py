@@ -18,6 +18,7 @@ from doratune.ops.hardware import multiplies
 from doratune.targets import HEAD_NAMES
 from doratune.train.choices import Dtype
 from doratune.train.information import Information
+from doratune.train.model_names import NAMELESS, base_name, model_problem
 
 LOADERS = {
     "text-generation": "AutoModelForCausalLM",
@@ -31,30 +32,9 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation of red, green and blue, as most vision models but the first ViT were pretrained with."""
 TOKENIZER_FILES = ("*token*", "vocab*", "*.model", "*.gguf")
 """Without any of these a folder has no tokenizer."""
-NAMELESS = "{} does not name its base model; give it with --base"
 SAVED_HEAD = re.compile(r"(^|\.)(score|classifier|classification_head)(\.out_proj)?\.weight$")
 """Names of the weight that gives the logits, in an adapter's file. Its rows are the classes."""
 CLASSIFIERS = ("text-classification", "image-classification", "SEQ_CLS")
-
-
-def model_problem(name: str) -> str | None:
-    """What is wrong with a model's name as far as one can see without loading it, or None."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            return f"model {name}: the folder has no config.json; name the folder of a transformers model"
-        return None
-    if folder.exists():
-        return f"model {name} is a file; name the folder of a transformers model"
-    if name.startswith((".", "~", os.sep)) or name.count("/") > 1:
-        return f"model {name}: no such folder"
-    return None
-
-
-def place_of(name: str) -> str:
-    """Where a model is: one folder may have several names."""
-    folder = Path(name).expanduser()
-    return str(folder.resolve()) if folder.exists() else name
 
 
 def load_model(
@@ -131,27 +111,6 @@ def load_base(
         task = peft_task(read_config(folder))
         return load_model(name, dtype, task, saved_classes(folder, name) if task in CLASSIFIERS else (), options)
     return load_model(name, dtype, about.task, about.labels, options)
-
-
-def base_name(folder: str | os.PathLike[str], given: str | None = None) -> str | None:
-    """The base model of an adapter's folder: the one given, else the one that PEFT's file or ``doratune.json`` names.
-
-    A relative path is taken from the working directory, as PEFT does, else from the adapter's folder.
-
-    Raises:
-        AdapterError: if the folder holds no adapter, or one of the two files is broken.
-    """
-    raw, about = read_config(Path(folder)), Information.load(folder)
-    if given:
-        return given
-    name = str(raw.get("base_model_name_or_path") or (about.base if about else None) or "")
-    return found_beside(Path(folder), name) if name else None
-
-
-def found_beside(folder: Path, name: str) -> str:
-    """The base model that an adapter's folder names; a path that is nowhere else may start from that folder."""
-    beside = folder / name
-    return str(beside) if not Path(name).expanduser().exists() and beside.is_dir() else name
 
 
 def peft_task(raw: Mapping[str, Any]) -> str | None:

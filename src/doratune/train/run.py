@@ -13,7 +13,6 @@ from doratune.errors import AdapterError
 from doratune.extras import require
 from doratune.files import output_problem
 from doratune.older_readers import name_rope_twice
-from doratune.summary import Summary
 from doratune.train import recipe, resuming, start
 from doratune.train.assemble import autocast, make_model, make_trainer, precision
 from doratune.train.card import write_card
@@ -21,7 +20,8 @@ from doratune.train.checkpoints import find_last, remove_incomplete
 from doratune.train.config import TrainConfig
 from doratune.train.curves import draw_curves
 from doratune.train.failures import explained
-from doratune.train.models import choose_dtype, model_problem
+from doratune.train.model_names import model_problem
+from doratune.train.models import choose_dtype
 from doratune.train.noted import information
 from doratune.train.output import CHECKPOINTS, CURVES, METRICS, RECIPE
 from doratune.train.processes import is_first_asked
@@ -98,7 +98,10 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
             rank=adapter.rank if adapter else None,
             model=config.model,
             adapter=str(folder),
-            **_sizes(about),
+            trained=about.trained,
+            base=about.base,
+            direction=about.direction,
+            magnitude=about.magnitude,
             steps=trainer.state.global_step,
             best_step=best,
             peft=not (config.is_adapter and inexpressible(model, "default")),
@@ -268,12 +271,3 @@ def _draw(config: TrainConfig, prepared: Prepared) -> None:
     loss_unit = "nats per token" if prepared.unit == "tokens" else f"nats per {prepared.unit.rstrip('s')}"
     title = f"{config.method}, {config.task} on {Path(config.model).name}"
     draw_curves({config.method: records}, config.output / CURVES, title, loss_unit)
-
-
-def _sizes(about: Summary) -> dict[str, int]:
-    return {
-        "trained": about.trained,
-        "base": about.base,
-        "direction": about.direction,
-        "magnitude": about.magnitude,
-    }

@@ -12,6 +12,7 @@ from typing import Any
 
 from doratune.errors import AdapterError, first_line
 from doratune.extras import require
+from doratune.hub import is_path
 from doratune.train.config import TrainConfig
 
 TEXT = (".txt", ".text", ".md")
@@ -45,8 +46,8 @@ def path_of(name: str) -> Path:
 def is_hub_name(name: str) -> bool:
     """Whether a name that is no local path can be a data set of the hub: ``name`` or ``owner/name``."""
     path = path_of(name)
-    looks_local = name.startswith((".", "~", "/")) or name.count("/") > 1 or path.suffix.lower() in (*TABLES, *TEXT)
-    return not path.exists() and not looks_local and path.suffix not in (".npz", ".gz", ".zip")
+    looks_local = is_path(name) or path.suffix.lower() in (*TABLES, *TEXT) or path.suffix in (".npz", ".gz", ".zip")
+    return not path.exists() and not looks_local
 
 
 def is_dataset_folder(path: Path) -> bool:

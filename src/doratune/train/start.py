@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +12,19 @@ from torch import nn
 
 from doratune.checkpoint import attach_filled, config_of, read_adapter
 from doratune.config import AdapterConfig
-from doratune.contents import KEY, METADATA, PREFIX
+from doratune.contents import KEY, PREFIX
 from doratune.errors import AdapterError
-from doratune.files import CONFIG, inner_folder, read_config, weights_file
+from doratune.files import CONFIG, read_config, reading_adapter, weights_file
 from doratune.hub import adapter_folder
-from doratune.peft_config import from_peft, with_own_options
+from doratune.own_options import with_own_options
+from doratune.peft_config import from_peft
 from doratune.targets import plain_path, unwrap
 from doratune.train.checkpoints import find_last
 from doratune.train.config import TrainConfig, comparable
 from doratune.train.gather import Say
 from doratune.train.information import Information
-from doratune.train.models import SAVED_HEAD, base_name, place_of
+from doratune.train.model_names import base_name, place_of
+from doratune.train.models import SAVED_HEAD
 from doratune.train.output import CHECKPOINTS
 from doratune.train.without_effect import DECIDED, LOW_RANK
 from doratune.weight_files import header, read_metadata
@@ -67,10 +68,8 @@ class Start:
             AdapterError: if it holds no adapter that can be used.
         """
         folder = adapter_folder(name)
-        try:
+        with reading_adapter(folder):
             raw = read_config(folder)
-        except AdapterError as error:
-            raise AdapterError(f"{error}{inner_folder(folder)}") from error
         options = from_peft(raw, str(folder / CONFIG))
         file = weights_file(folder)
         shapes = {key: shape for key, (_, shape) in header(file).items()}
@@ -79,9 +78,9 @@ class Start:
         if not paths:
             raise AdapterError(f"{file} holds no adapter")
         try:
-            own = with_own_options(options.config, json.loads(read_metadata(file).get(METADATA, "{}")))
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise AdapterError(f"{file}: metadata {METADATA!r}: {error}") from error
+            own = with_own_options(options.config, read_metadata(file))
+        except AdapterError as error:
+            raise AdapterError(f"{file}: {error}") from error
         if options.layers_to_transform is not None:
             own = dataclasses.replace(own, targets=tuple(sorted(paths)))
         heads = [shape[0] for key, shape in shapes.items() if SAVED_HEAD.search(key)]

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +20,10 @@ import torch
 from torch import nn
 
 from doratune.checkpoint import decide, save_adapter
-from doratune.distributed import is_fully_sharded, is_spread, load_whole_optimizer_state, whole_optimizer_state
+from doratune.distributed import is_spread, load_whole_optimizer_state, whole_optimizer_state
 from doratune.errors import AdapterError
 from doratune.extras import require
-from doratune.layers import AdaptedLayer
-from doratune.model import active_adapter, parameter_groups, trainable_parameters
-from doratune.targets import holders
+from doratune.model import active_adapter, parameter_groups
 from doratune.train.checkpoints import (
     checkpoints,
     last_checkpoint,
@@ -35,6 +32,13 @@ from doratune.train.checkpoints import (
     restore_adapter,
     rotate,
     unmark,
+)
+from doratune.train.guards import (
+    keeping_masters,
+    refuse_bypassed_head,
+    refuse_strangers,
+    resumable,
+    trainable_when_quantised,
 )
 from doratune.train.launch import keep_torchao_from_ddp, refuse_unserved, refuse_unsynchronised
 from doratune.train.optimizer import keeping_rates, refuse_broken_weights, with_faster_b
@@ -73,14 +77,14 @@ class AdapterTrainerMixin(Trainer):
         self.magnitude_weight_decay = magnitude_weight_decay
         self.lora_plus_ratio = lora_plus_ratio
         self._has_looked_for_unused = False
-        with _keeping_masters(model), _resumable(model, [*args, *kwargs.values()]):
-            super().__init__(_trainable_when_quantised(model), *args, **kwargs)
+        with keeping_masters(model), resumable(model, [*args, *kwargs.values()]):
+            super().__init__(trainable_when_quantised(model), *args, **kwargs)
         refuse_unserved(self)
-        _refuse_bypassed_head(self.model)
+        refuse_bypassed_head(self.model)
 
     def call_model_init(self, trial: Any = None) -> Any:
         """The Trainer's own; a quantised model that it makes is declared trainable."""
-        return _trainable_when_quantised(super().call_model_init(trial))
+        return trainable_when_quantised(super().call_model_init(trial))
 
     # The optimiser
 
@@ -93,7 +97,7 @@ class AdapterTrainerMixin(Trainer):
         model = self.model
         if active_adapter(model) is None:
             return super().create_optimizer(*args, **kwargs)
-        _refuse_strangers(model)
+        refuse_strangers(model)
         if self.optimizer is not None:
             return super().create_optimizer(*args, **kwargs)
         chosen: Any = self.optimizer_cls_and_kwargs  # type: ignore[has-type]
@@ -227,7 +231,7 @@ class AdapterTrainerMixin(Trainer):
         self.lr_scheduler.load_state_dict(load(Path(checkpoint) / "scheduler.pt"))
 
     @contextlib.contextmanager
-    def _without_rotation(self) -> Any:
+    def _without_rotation(self) -> Iterator[None]:
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             yield
@@ -245,78 +249,6 @@ class AdapterTrainerMixin(Trainer):
             super()._load_best_model()
         elif self.state.best_model_checkpoint is not None:
             restore_adapter(self.model, self.state.best_model_checkpoint)
-
-
-def _trainable_when_quantised(model: Any) -> Any:
-    """Trainer refuses quantised models unless they carry PEFT's adapters; doratune's will do as well.
-
-    Kinds that let no gradient through stay refused; of torchao's the layers know better than transformers.
-    """
-    if not getattr(model, "is_quantized", False) or active_adapter(model) is None:
-        return model
-    quantizer = getattr(model, "hf_quantizer", None)
-    torchao = type(quantizer).__name__.startswith("TorchAo")
-    if quantizer is None or torchao or quantizer.is_trainable:
-        model._hf_peft_config_loaded = True
-    return model
-
-
-@contextlib.contextmanager
-def _resumable(model: Any, given: Sequence[Any]) -> Any:
-    """Trainer refuses checkpoints of models that were sharded while loading, as it cannot save their optimiser's state.
-
-    The state of an adapter's optimiser is saved here. Trainers differ in where their arguments stand.
-    """
-    args = next((one for one in given if hasattr(one, "save_only_model")), None)
-    if args is None or not isinstance(model, nn.Module) or active_adapter(model) is None:
-        yield
-        return
-    before, args.save_only_model = args.save_only_model, args.save_only_model or is_fully_sharded(model)
-    try:
-        yield
-    finally:
-        args.save_only_model = before
-
-
-@contextlib.contextmanager
-def _keeping_masters(model: Any) -> Any:
-    """Undo what SFTTrainer does to quantised models: casting trained parameters, magnitudes too, to bfloat16."""
-    parameters = trainable_parameters(model).values() if isinstance(model, nn.Module) else ()
-    masters = [(parameter, parameter.data) for parameter in parameters]
-    yield
-    for parameter, data in masters:
-        if parameter.dtype != data.dtype:
-            parameter.data = data.to(parameter.device)
-
-
-def _refuse_bypassed_head(model: nn.Module) -> None:
-    """TRL's trainers give a model a forward that multiplies with the head's weight and never calls the head."""
-    if active_adapter(model) is None:
-        return
-    # A wrapper may have taken over every name of what it wraps, but not the module it was written in.
-    function = inspect.unwrap(model.forward, stop=_is_trls)
-    head = model.get_output_embeddings() if _is_trls(function) else None  # type: ignore[operator]
-    if isinstance(head, AdaptedLayer) and head.active is not None:
-        raise AdapterError(
-            f"the output head {head.path} has an adapter, and TRL's trainers compute their loss from its weight, past "
-            f"the adapter, which would not learn; leave {head.path} out of the targets, or train it whole with "
-            f"modules_to_save=[{head.path.rpartition('.')[2]!r}]"
-        )
-
-
-def _is_trls(function: Any) -> bool:
-    return str(getattr(function, "__globals__", {}).get("__name__")).startswith("trl.")
-
-
-def _refuse_strangers(model: nn.Module) -> None:
-    name = active_adapter(model)
-    own = {id(p) for h in holders(model) if name in h.adapter_names() for p in h.adapter_parameters(name)}
-    strangers = [n for n, p in trainable_parameters(model).items() if id(p) not in own]
-    if strangers:
-        raise AdapterError(
-            f"{len(strangers)} trained parameters are no part of the adapter {name!r}, so its checkpoints would not "
-            f"hold them: {', '.join(strangers[:5])}; name their modules in modules_to_save, or freeze them"
-        )
 
 
 def __getattr__(name: str) -> Any:

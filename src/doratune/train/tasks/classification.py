@@ -87,7 +87,7 @@ def _reading(config: TrainConfig, say: Say) -> tuple[dict[str, str], Callable[[R
     say(f"columns: {described(columns, config)}")
 
     def use(row: Row) -> Example:
-        if problem := lacks(row, columns.values()):
+        if problem := lacks(row.values, columns.values()):
             raise BadRow(problem)
         return Example(string(row.values[columns["text"]], "text"), classes.name_of(row.values[columns["label"]]))
 

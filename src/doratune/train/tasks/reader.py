@@ -45,7 +45,7 @@ class Reader:
             BadRow: if it has none to learn.
         """
         config, tokenizer = self.config, self.tokenizer
-        if problem := lacks(row, self.columns.values()):
+        if problem := lacks(row.values, self.columns.values()):
             raise BadRow(problem)
         if problem := half_of(self.columns, row.values, config):  # its names may not have been looked at
             raise BadRow(problem)
