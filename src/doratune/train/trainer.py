@@ -38,7 +38,7 @@ from doratune.train.checkpoints import (
 )
 from doratune.train.launch import keep_torchao_from_ddp, refuse_unserved, refuse_unsynchronised
 from doratune.train.optimizer import keeping_rates, refuse_broken_weights, with_faster_b
-from doratune.train.unused import warn_of_unused
+from doratune.train.unused import warn_of_no_adapter, warn_of_unused
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -59,6 +59,9 @@ class AdapterTrainerMixin(Trainer):
     Raises:
         AdapterError: for what adapters do not work with: ways of spreading a model, an adapted head under TRL's loss.
     """
+
+    _may_train_whole = False
+    """Whether a model without adapters is meant: otherwise a forgotten ``attach`` is likelier."""
 
     def __init__(
         self,
@@ -92,6 +95,8 @@ class AdapterTrainerMixin(Trainer):
         """
         model = self.model
         if active_adapter(model) is None:
+            if not self._may_train_whole:
+                warn_of_no_adapter(model)
             return super().create_optimizer(*args, **kwargs)
         _refuse_strangers(model)
         if self.optimizer is not None:

@@ -1,4 +1,4 @@
-"""Adapters without a gradient: they stay as they started, and nothing else would tell."""
+"""Adapters without a gradient, or none at all: nothing else would tell."""
 
 from __future__ import annotations
 
@@ -32,3 +32,14 @@ def warn_of_unused(model: nn.Module) -> None:
         ", ".join(unused[:LISTED]),
         ", ..." if len(unused) > LISTED else "",
     )
+
+
+def warn_of_no_adapter(model: nn.Module) -> None:
+    """Say that all of a model is trained, where its adapter may have been forgotten."""
+    if all(p.requires_grad for p in model.parameters()):
+        count = sum(p.numel() for p in model.parameters())
+        log.warning(
+            "the model has no adapter: all of its %s parameters are trained, and its checkpoints hold them; attach one "
+            "before (dt.attach), or use a plain Trainer",
+            f"{count:,}",
+        )
