@@ -97,6 +97,12 @@ def test_selection(options, expected):
     assert paths(attached(**options)) == expected
 
 
+def test_one_name_is_not_taken_for_an_expression_without_a_word():
+    refused(
+        tiny(), "'up', an expression for whole paths", "names are given as a list; here they are down, ", targets="up"
+    )
+
+
 def test_names_match_whole_parts_of_a_path():
     assert matches("layers.0.up", ["up"])
     assert matches("up", ["up"])

@@ -287,7 +287,12 @@ def _nothing(
         others = _adaptable({path: m for path, m in modules.items() if path not in selection.left_alone})
         advice = f"; name other layers in targets: {', '.join(others[:12])}" if others else ""
         return f"the model has no linear layer to adapt{reasons}{advice}"
-    wanted = config.targets if isinstance(config.targets, str) else ", ".join(config.targets)
+    if isinstance(config.targets, str):
+        return (
+            f"{config.targets!r}, an expression for whole paths, matches no module that can be adapted; names are "
+            f"given as a list; here they are {', '.join(_adaptable(modules)[:12]) or 'none'}"
+        )
+    wanted = ", ".join(config.targets)
     return f"{wanted!r} matches no module that can be adapted{_suggestion(wanted, modules)}"
 
 
@@ -308,8 +313,10 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.module  # type: ignore[assignment]
         elif hasattr(model, "_orig_mod"):
             model = model._orig_mod  # type: ignore[assignment]
-        else:
+        elif isinstance(model, nn.Module):
             return model
+        else:
+            raise AdapterError(f"model: expected a torch.nn.Module, found a {type(model).__name__}")
 
 
 def _is_deepspeed(model: nn.Module) -> bool:

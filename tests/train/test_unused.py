@@ -44,3 +44,8 @@ def test_a_model_without_an_adapter_is_told(frozen, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "doratune"):
         AdapterTrainer(model, arguments, train_dataset=rows).train()
     assert ("the model has no adapter" in caplog.text) is not frozen
+    options = {"magnitude_learning_rate": 1e-2, "lora_plus_ratio": 16}
+    with pytest.raises(
+        dt.AdapterError, match="magnitude_learning_rate, lora_plus_ratio: the model has no active adapter"
+    ):
+        AdapterTrainer(model, arguments, train_dataset=rows, **options).train()

@@ -38,7 +38,7 @@ from doratune.train.checkpoints import (
 )
 from doratune.train.launch import keep_torchao_from_ddp, refuse_unserved, refuse_unsynchronised
 from doratune.train.optimizer import keeping_rates, refuse_broken_weights, with_faster_b
-from doratune.train.unused import warn_of_no_adapter, warn_of_unused
+from doratune.train.unused import check_without_adapter, warn_of_unused
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -91,12 +91,13 @@ class AdapterTrainerMixin(Trainer):
         """The Trainer's own optimiser, over doratune's parameter groups.
 
         Raises:
-            AdapterError: if parameters outside the adapter are trained, which its checkpoints would not hold.
+            AdapterError: if parameters outside the adapter are trained, which its checkpoints would not hold, or
+                options are given that a model without adapters leaves without effect.
         """
         model = self.model
         if active_adapter(model) is None:
             if not self._may_train_whole:
-                warn_of_no_adapter(model)
+                check_without_adapter(self)
             return super().create_optimizer(*args, **kwargs)
         _refuse_strangers(model)
         if self.optimizer is not None:
