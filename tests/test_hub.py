@@ -87,9 +87,11 @@ def test_a_name_that_the_hub_does_not_have(hub):
     assert dt.adapter_names(model) == []
 
 
-def test_without_its_library_a_name_is_a_folder(hub, monkeypatch):
+def test_without_its_library_a_name_is_a_folder_and_the_extra_is_named(hub, monkeypatch):
     monkeypatch.setattr("doratune.hub.installed", lambda library: False)
-    with pytest.raises(dt.AdapterError, match="user/mine does not exist"):
+    with pytest.raises(
+        dt.AdapterError, match=r"user/mine does not exist; .* model hub: pip install 'doratune\[train\]'"
+    ):
         dt.load_adapter(llama(), "user/mine")
 
 

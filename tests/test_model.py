@@ -395,6 +395,24 @@ def test_groups_without_parameters_are_left_out():
     assert [g["name"] for g in dt.parameter_groups(model, lr=0.1)] == ["weights"]
 
 
+@pytest.mark.parametrize("use", [lambda m: dt.attach(m, LORA), lambda m: dt.load_adapter(m, "adapter"), dt.merge])
+def test_what_is_no_model_is_refused(use):
+    with pytest.raises(dt.AdapterError, match=r"model: expected a torch\.nn\.Module, found a str"):
+        use("org/model")
+
+
+def test_nothing_to_train_is_told_before_the_optimiser_is_made(tmp_path):
+    model = tiny()
+    dt.attach(model, LORA)
+    dt.save_adapter(model, tmp_path)
+    frozen = tiny()
+    dt.load_adapter(frozen, tmp_path)
+    with pytest.raises(dt.AdapterError, match=r"no parameter of the model is to be trained: .* trainable=True"):
+        dt.parameter_groups(frozen, lr=0.1)
+    dt.load_adapter(frozen, tmp_path, "second", trainable=True)
+    assert dt.parameter_groups(frozen, lr=0.1)
+
+
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_.*able. is deprecated:FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("config", [DORA, LORA], ids=["dora", "lora"])

@@ -52,6 +52,18 @@ def test_all_linear_of_a_transformers_model():
     assert not any("lm_head" in p or "embed" in p for p in paths(model))
 
 
+def test_all_linear_leaves_the_heads_of_models_inside():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    classifier = BertForSequenceClassification(BertConfig(vocab_size=32, **sizes))
+    whole = nn.ModuleDict({"teacher": nn.ModuleList([tiny_llama()]), "student": classifier, "head": nn.Linear(4, 2)})
+    adapted = paths(attached(whole))
+    assert len(adapted) == 14 + 7 + 1
+    assert "head" in adapted  # of no transformers model: nobody says that it is an output head
+    assert not adapted & {"teacher.0.lm_head", "student.classifier"}
+
+
 def test_all_linear_takes_transformers_conv1d_and_leaves_the_classifier():
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
@@ -83,6 +95,12 @@ def test_all_linear_takes_transformers_conv1d_and_leaves_the_classifier():
 )
 def test_selection(options, expected):
     assert paths(attached(**options)) == expected
+
+
+def test_one_name_is_not_taken_for_an_expression_without_a_word():
+    refused(
+        tiny(), "'up', an expression for whole paths", "names are given as a list; here they are down, ", targets="up"
+    )
 
 
 def test_names_match_whole_parts_of_a_path():

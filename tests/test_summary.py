@@ -69,6 +69,14 @@ def test_words():
         assert line in text
 
 
+def test_what_is_left_alone_in_every_block_takes_one_line():
+    model = dt.attach(tiny(), dt.AdapterConfig(rank=4, targets=["q_proj"]))
+    text = str(dt.summary(model))
+    assert "left alone: 2 x v_proj (not among the targets)" in text
+    assert "left alone: embed (not among the targets)" in text
+    assert text.count("left alone") == 5
+
+
 def test_weights_that_no_kind_serves_are_listed():
     class Experts(nn.Module):
         def __init__(self):

@@ -23,7 +23,7 @@ from doratune.hub import adapter_folder
 from doratune.layers import AdaptedLayer, SavedModule
 from doratune.layers.sharded import assign, whole
 from doratune.layers.weights import is_transformers_conv1d
-from doratune.model import active_adapter, attach, delete_adapter, set_adapter
+from doratune.model import active_adapter, adapter_names, attach, delete_adapter, set_adapter
 from doratune.own_options import metadata_of
 from doratune.peft_config import OWN_TYPE, from_peft, to_peft
 from doratune.peft_experts import taken_for_experts
@@ -73,7 +73,8 @@ def layers_to_save(root: nn.Module, name: str) -> dict[str, AdaptedLayer]:
     """
     layers = layers_of(root, name)
     if not layers:
-        raise AdapterError(f"the model has no adapter {name!r} to save")
+        others = ", ".join(adapter_names(root))
+        raise AdapterError(f"the model has no adapter {name!r} to save" + (f"; it has {others}" if others else ""))
     return layers
 
 

@@ -40,12 +40,17 @@ def adapter_folder(name: str | os.PathLike[str]) -> Path:
     What can only be a folder comes back as it is, whether it exists or not: whoever reads it says what is missing.
 
     Raises:
-        AdapterError: if there is no such folder, and the hub has no such name or cannot be reached.
+        AdapterError: if there is no such folder, and the hub has no such name or cannot be asked.
     """
     path, text = Path(name).expanduser(), os.fspath(name)
     # Of `run/adaptor` beside a folder `run` the second part is mistyped.
-    if path.exists() or not NAME.fullmatch(text) or path.parent.exists() or not installed("huggingface_hub"):
+    if path.exists() or not NAME.fullmatch(text) or path.parent.exists():
         return path
+    if not installed("huggingface_hub"):
+        raise AdapterError(
+            f"{text} does not exist; name a folder, or, to have it looked for on the model hub: pip install "
+            "'doratune[train]'"
+        )
     return _download(text, text, tuple(OF_AN_ADAPTER))
 
 

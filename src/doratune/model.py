@@ -264,8 +264,16 @@ def parameter_groups(
 
     Magnitudes may have a learning rate of their own, and are not decayed unless asked: decay would pull them to 0,
     not to where they started. Biases are not decayed either.
+
+    Raises:
+        AdapterError: if no parameter of the model is to be trained.
     """
     trained = trainable_parameters(model)
+    if not trained:
+        raise AdapterError(
+            "no parameter of the model is to be trained: attach an adapter, choose the active one with set_adapter, or "
+            "load it with trainable=True (load_adapter freezes it otherwise)"
+        )
     magnitudes = {id(p) for layer in adapted_layers(model).values() for p in layer.magnitude.values()}
     groups: dict[str, list[nn.Parameter]] = {"weights": [], "biases": [], "magnitudes": []}
     for name, parameter in trained.items():

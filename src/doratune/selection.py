@@ -43,7 +43,7 @@ def select(model: nn.Module, config: AdapterConfig) -> Selection:
     problems: list[str] = []
     aside = held_aside(modules)
     selection = Selection(saved=_saved_whole(config, modules, aside, problems))
-    heads = _heads(model, modules)
+    heads = _heads(modules)
     everything = config.targets == ALL_LINEAR
     unserved: dict[str, str] = {}
     passed_over: dict[str, str] = {}
@@ -158,16 +158,27 @@ def _is_linear(module: nn.Module) -> bool:
     return kind is not None and kind.name in ("linear", "attention")
 
 
-def _heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
-    """Paths of the output head: what transformers calls output embeddings, or a head by its usual name."""
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    if head is not None:
-        head = plain(head)
-        return {path for path, module in modules.items() if module is head}
-    if callable(get_head):
-        return {path for path in modules if path.split(".")[0] in HEAD_NAMES}
-    return set()
+def _heads(modules: dict[str, nn.Module]) -> set[str]:
+    """Paths of output heads: what transformers calls output embeddings, or a head by its usual name.
+
+    The model may hold transformers' models, as a LightningModule does: each has a head of its own.
+    """
+    heads: set[str] = set()
+    outer: list[str] = []
+    for path, module in modules.items():
+        get_head = getattr(module, "get_output_embeddings", None)
+        if not callable(get_head) or any(path.startswith(prefix) for prefix in outer):
+            continue
+        prefix = f"{path}." if path else ""
+        outer.append(prefix)
+        head = get_head()
+        if head is not None:
+            head = plain(head)
+            heads |= {other for other, module in modules.items() if module is head}
+        else:
+            inside = (other for other in modules if other.startswith(prefix))
+            heads |= {other for other in inside if other.removeprefix(prefix).split(".")[0] in HEAD_NAMES}
+    return heads
 
 
 def _adaptable(modules: dict[str, nn.Module]) -> list[str]:
@@ -194,5 +205,10 @@ def _nothing(
         others = _adaptable({path: m for path, m in modules.items() if path not in selection.left_alone})
         advice = f"; name other layers in targets: {', '.join(others[:12])}" if others else ""
         return f"the model has no linear layer to adapt{reasons}{advice}"
-    wanted = config.targets if isinstance(config.targets, str) else ", ".join(config.targets)
+    if isinstance(config.targets, str):
+        return (
+            f"{config.targets!r}, an expression for whole paths, matches no module that can be adapted; names are "
+            f"given as a list; here they are {', '.join(_adaptable(modules)[:12]) or 'none'}"
+        )
+    wanted = ", ".join(config.targets)
     return f"{wanted!r} matches no module that can be adapted{_suggestion(wanted, modules)}"

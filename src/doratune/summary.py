@@ -81,7 +81,12 @@ class Summary:
             lines.append(f"  {count:4d} x {name} ({kind}): {method}, rank {rank}")
         for path, size in self.saved.items():
             lines.append(f"  trained whole: {path}, {size:,} parameters")
-        lines.extend(f"  left alone: {path} ({reason})" for path, reason in self.left_alone.items())
+        alike: dict[tuple[str, str], list[str]] = {}
+        for path, reason in self.left_alone.items():
+            alike.setdefault((path.rpartition(".")[2], reason), []).append(path)
+        for (name, reason), paths in alike.items():
+            which = paths[0] if len(paths) == 1 else f"{len(paths)} x {name}"
+            lines.append(f"  left alone: {which} ({reason})")
         return "\n".join(lines)
 
 

@@ -113,8 +113,10 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.module  # type: ignore[assignment]
         elif hasattr(model, "_orig_mod"):
             model = model._orig_mod  # type: ignore[assignment]
-        else:
+        elif isinstance(model, nn.Module):
             return model
+        else:
+            raise AdapterError(f"model: expected a torch.nn.Module, found a {type(model).__name__}")
 
 
 def _is_deepspeed(model: nn.Module) -> bool:

@@ -48,6 +48,15 @@ def test_rows_of_a_table(tmp_path):
     assert read_prompts(tmp_path / "p.csv") == [Prompt("once")]
 
 
+def test_tools_of_a_chat_reach_the_template(tmp_path):
+    path = write(tmp_path / "p.jsonl", {"messages": [USER], "tools": [{"name": "add"}]}, {"messages": [USER]})
+    made = tokenizer()
+    made.chat_template = "{{ tools }}" + TEMPLATE
+    with_tools, without = read_prompts(path)
+    assert with_tools.render(made).startswith("[{'name': 'add'}]")
+    assert without.render(made).startswith("None")
+
+
 def test_prompts_of_several_columns(tmp_path):
     path = write(tmp_path / "p.jsonl", {"instruction": "add", "input": "1 2", "output": "3"})
     with pytest.raises(dt.AdapterError, match="'instruction' alone or together with 'input'; say which: --prompt-temp"):

@@ -20,13 +20,30 @@ def test_speed_leaves_out_the_time_that_held_out_data_took(monkeypatch):
     bar.on_train_begin(args, state, None)
     clock[0], state.global_step, state.epoch = 5.0, 15, 1.5
     bar.on_log(args, state, None, {"loss": 1.5})
-    assert "loss 1.500  held-out 2.000  accuracy 25.0%  8.0 images/s" in screen.getvalue()
-    assert "5 s left" in screen.getvalue()
+    told = "step 15/20  0:00:05 left  loss 1.500  held-out 2.000  accuracy 25.0%  8.0 images/s"
+    assert told in screen.getvalue()
     clock[0] = 25.0
     bar.on_log(args, state, None, {"eval_loss": 1.0, "eval_runtime": 20.0})
     assert bar.speed(args, state) == pytest.approx(8.0)
     assert bar.held_out == ["held-out 1.000"]
     bar.on_train_end(args, state, None)
+
+
+def test_a_narrow_terminal_shows_the_time_that_is_left(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: clock[0])
+    args = SimpleNamespace(device=SimpleNamespace(type="cpu"))
+    state = SimpleNamespace(global_step=0, max_steps=1200, num_input_tokens_seen=0)
+    screen = io.StringIO()
+    console = Console(file=screen, width=60, force_terminal=True, color_system=None)
+    bar = Progress(console, "tokens", None, {"eval_loss": 2.0})
+    bar.on_train_begin(args, state, None)
+    clock[0], state.global_step, state.num_input_tokens_seen = 100.0, 600, 12_345_678
+    bar.on_log(args, state, None, {"loss": 1.5})
+    bar.on_step_end(args, state, None)
+    bar.bar.refresh()
+    bar.close()
+    assert "step 600/1200  0:01:40 left  loss 1.500  held-out 2.000" in screen.getvalue()
 
 
 @pytest.mark.parametrize(

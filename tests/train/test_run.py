@@ -84,10 +84,11 @@ def test_other_methods(assets, tmp_path, method):
     dt.load_adapter(llama(), tmp_path / "run" / "adapter")
 
 
-def test_full_fine_tuning_writes_a_model(assets, tmp_path):
+def test_full_fine_tuning_writes_a_model(assets, tmp_path, caplog):
     from doratune.train.models import load_model
 
     result = train(config(assets, tmp_path / "run", method="full"))
+    assert "has no adapter" not in caplog.text  # as was asked for
     assert result.trained == result.base
     assert result.loss_after < result.loss_before
     for again in (load_model(result.adapter), *loaded(result.next_steps())):

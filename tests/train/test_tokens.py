@@ -149,6 +149,22 @@ def test_null_fields_of_a_chat_are_absent_fields():
     assert module.turns_of([call]) == [call]
 
 
+def test_tools_of_a_chat_reach_the_template():
+    made = chat_tokenizer()
+    made.chat_template = "{% if tools %}{{ tools | map(attribute='name') | join }}<end>{% endif %}" + made.chat_template
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    for tools in ([{"name": "add"}], '[{"name": "add"}]'):
+        example = module.chat(turns, made, learn_all=False, tools=tools)
+        assert made.decode(example.ids) == "add<end>[user]hi<end>[assistant]yes<end>"
+        assert learnt(example, made) == "yes<end>"
+    for tools in (None, "", []):
+        assert module.chat(turns, made, True, tools=tools) == module.chat(turns, made, True)
+    with pytest.raises(BadRow, match="tools: expected a list of functions, found 'add'"):
+        module.chat(turns, made, True, tools='"add"')
+    with pytest.raises(BadRow, match="tools: expected a list of functions, or its JSON: Expecting value"):
+        module.chat(turns, made, True, tools="add")
+
+
 def test_half_a_character_is_a_bad_row():
     made = chat_tokenizer()
     for use in (

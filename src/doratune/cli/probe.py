@@ -14,7 +14,12 @@ def random_inputs(model: Any) -> dict[str, Any]:
     name, config = getattr(model, "main_input_name", None), model.config
     words, pixels = getattr(config, "vocab_size", None), getattr(config, "image_size", None)
     if name == "input_ids" and words:
-        return {name: torch.randint(0, words, (2, 32), generator=generator).to(model.device)}
+        tokens = torch.randint(0, words, (2, 32), generator=generator).to(model.device)
+        return (
+            {name: tokens, "decoder_input_ids": tokens}
+            if getattr(config, "is_encoder_decoder", False)
+            else {name: tokens}
+        )
     if name == "pixel_values" and pixels:
         height, width = (pixels, pixels) if isinstance(pixels, int) else pixels
         images = torch.randn(2, config.num_channels, height, width, generator=generator)

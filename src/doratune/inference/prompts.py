@@ -14,7 +14,7 @@ from doratune.train.gather import BadRow, lacks
 from doratune.train.information import Information
 from doratune.train.prompt_template import fields_of, filled
 from doratune.train.sources import LISTED
-from doratune.train.tokens import string, turns_of
+from doratune.train.tokens import string, tools_of, turns_of
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Prompt:
 
     text: str = ""
     messages: tuple[dict[str, Any], ...] | None = None
+    tools: tuple[Any, ...] | None = None
+    """Functions that the model may call in its answer."""
     where: str = field(default="", compare=False)
     """File and line that it was read from."""
 
@@ -37,7 +39,12 @@ class Prompt:
         if not tokenizer.chat_template:
             raise AdapterError("the model's tokenizer has no chat template; give the prompt as plain text")
         try:
-            return tokenizer.apply_chat_template(list(self.messages), tokenize=False, add_generation_prompt=True)
+            return tokenizer.apply_chat_template(
+                list(self.messages),
+                tools=None if self.tools is None else list(self.tools),
+                tokenize=False,
+                add_generation_prompt=True,
+            )
         except Exception as error:  # templates raise their own, in their own words
             place = f"{self.where}: " if self.where else ""
             raise AdapterError(f"{place}the model's chat template refuses these messages: {error}") from error
@@ -88,7 +95,8 @@ class PromptColumns:
             return Prompt(string(values[self.column], self.column))
         messages, text = _column(values, "messages"), _column(values, "prompt", "text")
         if messages is not None:
-            return Prompt(messages=_asked(values[messages]))
+            tools = tools_of(values.get("tools"))
+            return Prompt(messages=_asked(values[messages]), tools=None if tools is None else tuple(tools))
         if self.trained is not None and all(name in values for name in fields_of(self.trained)):
             return Prompt(filled(self.trained, values))
         if text is None:

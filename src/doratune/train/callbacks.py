@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import time
@@ -92,12 +93,8 @@ class Progress(TrainerCallback):
 
         self.console, self.unit, self.examples = console, unit, examples
         self.bar = progress.Progress(
-            progress.TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            progress.TextColumn("{task.fields[told]}"),  # one column: a narrow terminal cuts its end, and nothing else
             progress.BarColumn(bar_width=None),
-            progress.TextColumn("{task.fields[told]}"),
-            progress.TimeElapsedColumn(),
-            progress.TextColumn("left"),
-            progress.TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
@@ -111,7 +108,8 @@ class Progress(TrainerCallback):
         self.start, self.first = time.monotonic(), state.global_step
         self.before = seen(self.unit, self.examples, args, state)
         self.measuring = 0.0
-        self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step, told="")
+        begun = f"step {state.global_step}/{state.max_steps}"
+        self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step, told=begun)
         self.bar.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -126,8 +124,11 @@ class Progress(TrainerCallback):
     def _told(self, args: Any, state: Any) -> str:
         speed = self.speed(args, state)
         memory = peak_memory(args.device) / 2**30
-        parts = [f"loss {self.loss}", *self.held_out, f"{speed:,.{0 if speed >= 100 else 1}f} {self.unit}/s"]
-        return "  ".join([*parts, f"{memory:.1f} GiB"])
+        per_step = (time.monotonic() - self.start) / max(1, state.global_step - self.first)
+        left = datetime.timedelta(seconds=round(per_step * (state.max_steps - state.global_step)))
+        parts = [f"step {state.global_step}/{state.max_steps}", f"{left} left", f"loss {self.loss}", *self.held_out]
+        speed_told = f"{speed:,.{0 if speed >= 100 else 1}f} {self.unit}/s"
+        return "  ".join([*parts, speed_told, f"{memory:.1f} GiB"])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Take over the newest values."""
@@ -141,10 +142,7 @@ class Progress(TrainerCallback):
 
     def _print_line(self, args: Any, state: Any) -> None:
         self.next_line = state.global_step + max(1, state.max_steps // 10)
-        elapsed = time.monotonic() - self.start
-        left = elapsed / max(1, state.global_step - self.first) * (state.max_steps - state.global_step)
-        line = f"step {state.global_step}/{state.max_steps}  {self._told(args, state)}  {left:.0f} s left"
-        self.console.print(line, soft_wrap=True)
+        self.console.print(self._told(args, state), soft_wrap=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the bar as it stands."""

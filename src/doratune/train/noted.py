@@ -19,6 +19,7 @@ class Noted(Trainer):
     """Put it before the Trainer among the bases."""
 
     information: Information
+    _may_train_whole = True  # by the method full
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -73,7 +73,10 @@ def problem_of(name: str) -> str | None:
     if path.is_dir():
         if is_dataset_folder(path):
             return None
-        return f"is a folder, but not one of datasets' save_to_disk; name files ({FORMATS})"
+        return (
+            f"is a folder, but not one of datasets' save_to_disk; name files ({FORMATS}), or, for a folder of images, "
+            "--task image-classification"
+        )
     if not path.is_file():
         return PIPE
     if path.stat().st_size == 0:

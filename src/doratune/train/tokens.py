@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,7 +87,7 @@ def completion(prompt: Any, answer: Any, tokenizer: Any, learn_prompt: bool) -> 
     return Tokens.of(before + after, [learn_prompt] * len(before) + [True] * len(after))
 
 
-def chat(messages: Any, tokenizer: Any, learn_all: bool, marked: str | None = None) -> Tokens:
+def chat(messages: Any, tokenizer: Any, learn_all: bool, marked: str | None = None, tools: Any = None) -> Tokens:
     """A conversation in the model's chat template; what the assistant says is learnt, or all.
 
     Args:
@@ -93,23 +95,25 @@ def chat(messages: Any, tokenizer: Any, learn_all: bool, marked: str | None = No
         tokenizer: with a chat template.
         learn_all: learn the whole conversation.
         marked: a template that marks what the assistant says; None: that is what each of its turns adds.
+        tools: functions that the assistant may call, as ``tools_of`` takes them.
 
     Raises:
-        BadRow: if roles or contents are not those of a chat, or the template does not take them.
+        BadRow: if roles, contents or tools are not those of a chat, or the template does not take them.
     """
     turns = conversation(messages)
+    rendered = functools.partial(_rendered, tokenizer, tools=tools_of(tools))
     if learn_all:
-        return Tokens.of(_rendered(tokenizer, turns)["input_ids"])
+        return Tokens.of(rendered(turns)["input_ids"])
     if marked is not None:
-        found = _rendered(tokenizer, turns, chat_template=marked, return_assistant_tokens_mask=True)
+        found = rendered(turns, chat_template=marked, return_assistant_tokens_mask=True)
         return Tokens.of(found["input_ids"], list(map(bool, found["assistant_masks"])))
-    whole = _rendered(tokenizer, turns)["input_ids"]
+    whole = rendered(turns)["input_ids"]
     learnt = [False] * len(whole)
     for number, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
-        before = _rendered(tokenizer, turns[:number], add_generation_prompt=True)["input_ids"]
-        upto = _rendered(tokenizer, turns[: number + 1])["input_ids"]
+        before = rendered(turns[:number], add_generation_prompt=True)["input_ids"]
+        upto = rendered(turns[: number + 1])["input_ids"]
         if whole[: len(before)] != before or whole[: len(upto)] != upto:
             raise BadRow(
                 f"the chat template changes earlier turns, so what message {number + 1} adds cannot be told; "
@@ -168,6 +172,24 @@ def turns_of(messages: Any) -> list[dict[str, Any]]:
             _refuse_halves(turn["content"], f"message {number}")
         turns.append(turn)
     return turns
+
+
+def tools_of(value: Any) -> list[Any] | None:
+    """The functions that an assistant may call: a list of their descriptions, or its JSON; None where there are none.
+
+    Raises:
+        BadRow: if it is neither.
+    """
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise BadRow(f"tools: expected a list of functions, or its JSON: {error}") from error
+    if not value:
+        return None
+    if not isinstance(value, list | tuple) or not all(isinstance(tool, Mapping) for tool in value):
+        raise BadRow(f"tools: expected a list of functions, found {_short(value)}")
+    return list(value)
 
 
 def require_template(tokenizer: Any, model: str) -> None:

@@ -42,7 +42,7 @@ from doratune.train.guards import (
 )
 from doratune.train.launch import keep_torchao_from_ddp, refuse_unserved, refuse_unsynchronised
 from doratune.train.optimizer import keeping_rates, refuse_broken_weights, with_faster_b
-from doratune.train.unused import warn_of_unused
+from doratune.train.unused import check_without_adapter, warn_of_unused
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -63,6 +63,9 @@ class AdapterTrainerMixin(Trainer):
     Raises:
         AdapterError: for what adapters do not work with: ways of spreading a model, an adapted head under TRL's loss.
     """
+
+    _may_train_whole = False
+    """Whether a model without adapters is meant: otherwise a forgotten ``attach`` is likelier."""
 
     def __init__(
         self,
@@ -92,10 +95,13 @@ class AdapterTrainerMixin(Trainer):
         """The Trainer's own optimiser, over doratune's parameter groups.
 
         Raises:
-            AdapterError: if parameters outside the adapter are trained, which its checkpoints would not hold.
+            AdapterError: if parameters outside the adapter are trained, which its checkpoints would not hold, or
+                options are given that a model without adapters leaves without effect.
         """
         model = self.model
         if active_adapter(model) is None:
+            if not self._may_train_whole:
+                check_without_adapter(self)
             return super().create_optimizer(*args, **kwargs)
         refuse_strangers(model)
         if self.optimizer is not None:

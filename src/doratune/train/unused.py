@@ -1,11 +1,13 @@
-"""Adapters without a gradient: they stay as they started, and nothing else would tell."""
+"""Adapters without a gradient, or none at all: nothing else would tell."""
 
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from torch import nn
 
+from doratune.errors import AdapterError
 from doratune.targets import adapted_layers
 
 log = logging.getLogger("doratune")
@@ -32,3 +34,28 @@ def warn_of_unused(model: nn.Module) -> None:
         ", ".join(unused[:LISTED]),
         ", ..." if len(unused) > LISTED else "",
     )
+
+
+def check_without_adapter(trainer: Any) -> None:
+    """Say that all of a model is trained, where its adapter may have been forgotten.
+
+    Raises:
+        AdapterError: if there are options for adapters.
+    """
+    given = {
+        "magnitude_learning_rate": trainer.magnitude_learning_rate is not None,
+        "magnitude_weight_decay": trainer.magnitude_weight_decay != 0,
+        "lora_plus_ratio": trainer.lora_plus_ratio != 1,
+    }
+    if vain := [name for name, is_given in given.items() if is_given]:
+        raise AdapterError(
+            f"{', '.join(vain)}: the model has no active adapter of dt.attach or dt.load_adapter, and for others "
+            "(PEFT's) these do nothing"
+        )
+    parameters = list(trainer.model.parameters())
+    if all(p.requires_grad for p in parameters):
+        log.warning(
+            "the model has no adapter: all of its %s parameters are trained, and its checkpoints hold them; attach one "
+            "before (dt.attach), or use a plain Trainer",
+            f"{sum(p.numel() for p in parameters):,}",
+        )

@@ -29,7 +29,7 @@ def test_parts_with_data_of_their_own_stay_whole():
     [
         (FOUND[:1], None, "at least two classes"),
         (FOUND, [Example(0, "c")], "eval_data has classes that the data to train on lack: c"),
-        ([FOUND[0], FOUND[1]], None, "no class has an example to spare.*--eval-data"),
+        ([FOUND[0], FOUND[1]], None, r"to spare \(2 examples of 2 classes, such as 'a'\): .*--eval-data"),
         (FOUND, [], "no class has an example to spare"),
     ],
 )

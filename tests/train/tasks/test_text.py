@@ -95,7 +95,9 @@ def test_problems_of_files(tmp_path, model):
     files.data = (*files.data, str(tmp_path / "absent.txt"), str(tmp_path))
     found = list(module.problems(files))
     assert len(found) == 5
-    for line, part in zip(found, ("is empty", "white space", "not UTF-8", "no such file", "is a folder"), strict=True):
+    for line, part in zip(
+        found, ("is empty", "white space", "not UTF-8", "no such file", "image-classification"), strict=True
+    ):
         assert part in line
 
 
@@ -106,6 +108,16 @@ def test_prompts_and_completions(tmp_path, model, said):
         assert whole.startswith("ask")
         assert learnt == whole[whole.index("tell") :]
     assert said[0] == "columns: prompt = 'prompt' (guessed), completion = 'completion' (guessed)"
+
+
+def test_prompts_that_run_into_their_completions_are_told(tmp_path, model, said):
+    module.prepare(rows(tmp_path, model, [{"question": "How many?", "answer": "4"}] * 20), said.append)
+    (told,) = (line for line in said if "run into" in line)
+    assert told.startswith("20 prompts run into their completions, such as 'How many?4': nothing is put between them")
+    said.clear()
+    for prompt, completion in (("How many? ", "4"), ("How many?", " 4"), ("<|assistant|>", "4"), ("How many:", "4")):
+        module.prepare(rows(tmp_path, model, [{"prompt": prompt, "completion": completion}] * 20), said.append)
+    assert not any("run into" in line for line in said)
 
 
 def test_loss_on_all(tmp_path, model, said):
@@ -196,6 +208,13 @@ def test_chats_and_prompts_as_chats(tmp_path, chat_model, said):
     assert all(learnt == "tell<end>" for _, learnt in decoded(found.train))
     found = module.prepare(rows(tmp_path, chat_model, PAIRS, as_chat=True), said.append)
     assert all(whole.startswith("[user]ask") for whole, _ in decoded(found.train))
+
+
+def test_tools_of_chats_reach_the_template(tmp_path, chat_model, said, monkeypatch):
+    seen = []
+    monkeypatch.setattr("doratune.train.tokens.tools_of", seen.append)
+    module.prepare(rows(tmp_path, chat_model, [{**chat, "tools": [{"name": "add"}]} for chat in CHATS]), said.append)
+    assert seen == [[{"name": "add"}]] * 20
 
 
 def test_chats_need_a_template(tmp_path, model, said):

@@ -28,7 +28,8 @@ def divided(
         refuse_unknown({one.label for one in part}, names, option)
     if not others or (config.test_fraction and not test):
         raise AdapterError(
-            "no class has an example to spare: at least one to train on and one to measure on are needed; give more "
-            "examples, or others to measure on with --eval-data (--test-data)"
+            f"no class has an example to spare ({len(found)} examples of {len(names)} classes, such as {names[0]!r}): "
+            "at least one to train on and one to measure on are needed; give more examples, or others to measure on "
+            "with --eval-data (--test-data). Quantities are no classes"
         )
     return names, found, others, test

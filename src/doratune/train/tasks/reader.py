@@ -21,6 +21,8 @@ class Reader:
         self.config, self.tokenizer = config, tokenizer
         self.marked: str | None = None
         """Chat template that marks what the assistant says."""
+        self.run_together, self.such_as = 0, ""
+        """Prompts whose last word runs into the completion's first, and one of them."""
         names, where = columns_of(config.data, config.split, config.streaming)
         self.columns = roles_of_text(config, names or ["text"], where)
         if "messages" in self.columns or config.as_chat:
@@ -54,9 +56,21 @@ class Reader:
         if "text" in values:
             return tokens.document(values["text"], tokenizer)
         if "messages" in values:
-            return tokens.chat(values["messages"], tokenizer, learn_all, self.marked)
+            return tokens.chat(values["messages"], tokenizer, learn_all, self.marked, row.values.get("tools"))
         prompt = filled(config.prompt_template, row.values) if config.prompt_template else values["prompt"]
         if config.as_chat:
             turns = [("user", tokens.string(prompt, "prompt")), ("assistant", values["completion"])]
             return tokens.chat([{"role": r, "content": c} for r, c in turns], tokenizer, learn_all, self.marked)
-        return tokens.completion(prompt, values["completion"], tokenizer, learn_all)
+        example = tokens.completion(prompt, values["completion"], tokenizer, learn_all)
+        if (prompt[-1].isalnum() or prompt[-1] in ".!?") and values["completion"][0].isalnum():
+            self.run_together += 1
+            self.such_as = self.such_as or prompt[-20:] + values["completion"][:20]
+        return example
+
+    def tell(self, say: Say) -> None:
+        """What is likely not meant about the rows that were read, though they can be used."""
+        if self.run_together:
+            say(
+                f"{self.run_together:,} prompts run into their completions, such as {self.such_as!r}: nothing is put "
+                "between them; --as-chat makes chats of them, --prompt-template a prompt that ends as you want"
+            )

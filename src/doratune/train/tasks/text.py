@@ -52,6 +52,7 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
             f"{unused} tokens at the end fill no block"
         )
         return _prepared(config, reader, train, held_out, test, blocks)
+    reader.tell(say)
     if tested is None:
         examples, tested = set_aside(examples or [], config.test_fraction)
     if others is None:
