@@ -500,6 +500,16 @@ def test_layers_without_weights_are_left_alone_and_refused_by_name():
     )
 
 
+def test_a_module_around_layers_says_which():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "block": nn.ModuleList([nn.Linear(8, 8)])})
+    refused(
+        model,
+        "attention: MultiheadAttention is no layer, but contains some: k_proj, out_proj, q_proj, v_proj",
+        "block: ModuleList is no layer, but contains some: 0",
+        targets=["attention", "block"],
+    )
+
+
 def test_all_linear_does_not_pass_over_layers_quantised_by_others():
     class Packed(nn.Module):
         def __init__(self):

@@ -89,6 +89,10 @@ def refusal(modules: dict[str, nn.Module], path: str) -> str | None:
     module = modules[path]
     kind = kind_of(module)
     if kind is None:
+        below = [other for other in modules if other.startswith(f"{path}.") and kind_of(modules[other]) is not None]
+        inside = sorted({other.rpartition(".")[2] for other in below})
+        if inside:
+            return f"{type(module).__name__} is no layer, but contains some: {', '.join(inside[:12])}"
         return f"no kind of layer serves {type(module).__name__}; served are {', '.join(k.name for k in KINDS)}"
     shape = getattr(getattr(module, "weight", None), "shape", ())
     if len(shape) > 1 and 0 in shape:  # what DeepSpeed leaves in a weight's place has one dimension
