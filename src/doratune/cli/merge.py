@@ -19,7 +19,7 @@ from doratune.cli.probe import logits, random_inputs
 from doratune.errors import AdapterError
 from doratune.hub import adapter_folder
 from doratune.merge import MergeCheck, merge, verify_merge
-from doratune.older_readers import name_rope_twice
+from doratune.model_files import save_model
 from doratune.train.choices import Dtype
 
 PREPROCESSOR = "preprocessor_config.json"
@@ -145,8 +145,7 @@ def _write(model: Any, tokenizer: Any, adapter: Path, base: str, output: Path) -
     images = _image_settings(model, adapter, base)
     about = Information.load(adapter)
     with new_folder(output, "the merged model") as folder:
-        model.save_pretrained(folder)
-        name_rope_twice(folder)
+        save_model(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if about is not None:  # which predict needs besides the weights; they are no longer loaded as in training

@@ -12,7 +12,7 @@ from doratune.distributed import is_first, is_spread, processes
 from doratune.errors import AdapterError
 from doratune.extras import require
 from doratune.files import output_problem
-from doratune.older_readers import name_rope_twice
+from doratune.model_files import save_model
 from doratune.train import recipe, resuming, start
 from doratune.train.assemble import autocast, make_model, make_trainer, precision
 from doratune.train.card import write_card
@@ -258,8 +258,7 @@ def _save(config: TrainConfig, model: Any, prepared: Prepared) -> Path:
     if not is_first():
         return folder
     if not config.is_adapter:
-        model.save_pretrained(folder)
-        name_rope_twice(folder)
+        save_model(model, folder)
     if prepared.unit == "images" or not config.is_adapter:
         prepared.processor.save_pretrained(folder)
     information(config, prepared).save(folder)

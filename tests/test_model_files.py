@@ -7,7 +7,7 @@ from mlx_lm.utils import load_model
 from transformers import AutoConfig, AutoModelForCausalLM, GlmConfig, GlmForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from doratune.cli import main
-from doratune.older_readers import name_rope_twice
+from doratune.model_files import name_rope_twice, save_model
 from inference.small import save_moved, save_writer
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -23,8 +23,7 @@ LLAMA3 = {
 
 
 def saved(folder, model):
-    model.save_pretrained(folder)
-    name_rope_twice(folder)
+    save_model(model, folder)
     return json.loads((folder / "config.json").read_text())
 
 
@@ -39,6 +38,11 @@ def test_todays_reader_takes_both(tmp_path, rope):
     assert again.config.rope_parameters == model.config.rope_parameters
     ids = torch.arange(40)[None]
     assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_whoever_may_read_the_config_may_read_the_weights(tmp_path):
+    save_model(LlamaForCausalLM(LlamaConfig(**SIZES)), tmp_path)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
 
 @pytest.mark.parametrize("rope", [PLAIN, LLAMA3], ids=["plain", "scaled"])

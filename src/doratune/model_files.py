@@ -1,8 +1,4 @@
-"""A model's config.json for programs that know the names of transformers 4.
-
-transformers 5 puts all that rotary positions need into ``rope_parameters``. Who looks for ``rope_theta`` beside it
-takes a default instead, without a word (mlx-lm 0.32 with a Llama): the model is then another one.
-"""
+"""A whole model's files, for other programs and other users of the machine as well."""
 
 from __future__ import annotations
 
@@ -17,8 +13,21 @@ BESIDE = ("rope_theta", "partial_rotary_factor")
 """What stood in the config itself; the rest was called ``rope_scaling``."""
 
 
+def save_model(model: Any, folder: Path) -> None:
+    """Write a transformers model, ``config.json`` and safetensors."""
+    model.save_pretrained(folder)
+    name_rope_twice(folder)
+    usual = (folder / FILE).stat().st_mode
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(usual)  # safetensors 0.8 makes files that nobody but their owner may read, such as a server
+
+
 def name_rope_twice(folder: Path) -> None:
-    """Write the older names of a saved model's rotary positions beside today's; transformers 5 takes both."""
+    """Write the older names of a saved model's rotary positions beside today's; transformers 5 takes both.
+
+    transformers 5 puts all that they need into ``rope_parameters``. Who looks for the ``rope_theta`` of transformers 4
+    takes a default instead, without a word (mlx-lm 0.32 with a Llama): the model is then another one.
+    """
     path = folder / FILE
     config = json.loads(path.read_text(encoding="utf-8"))
     changed = [_name_twice(part) for part in (config, config.get("text_config")) if isinstance(part, dict)]
