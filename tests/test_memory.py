@@ -53,6 +53,23 @@ def test_eight_bits_halve_what_is_kept_for_the_magnitude():
     assert output <= kept["dora, 8-bit"] - kept["lora"] < 1.1 * output
 
 
+def test_checkpointing_keeps_no_outputs():
+    """torch 2.8 kept each that a function had saved as its own output."""
+    blocks = nn.ModuleList([nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)) for _ in range(16)])
+    dt.attach(blocks, dt.AdapterConfig(rank=2))
+    x = torch.randn(2048, 64, requires_grad=True)
+
+    def step():
+        y = x
+        for block in blocks:
+            y = checkpoint(block, y, use_reentrant=False)
+        y.sum().backward()
+
+    step()
+    outputs = 2 * len(blocks) * x.nbytes
+    assert peak_bytes(step) < 0.9 * outputs, "only the blocks' inputs are kept, half as much"
+
+
 def test_eight_bits_are_kept_in_files(tmp_path):
     model = nn.Sequential(nn.Linear(32, 32))
     config = dt.AdapterConfig(rank=4, eight_bit_outputs=["0"], norm_refresh="step")

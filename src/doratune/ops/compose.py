@@ -81,7 +81,8 @@ class _ScaleRows(torch.autograd.Function):
         ctx.g, ctx.inner, ctx.outer, ctx.dim = g, inner, outer, dim
         ctx.keep, ctx.guard, ctx.same_bias = keep, guard, same_bias
         if ctx.needs_input_grad[1]:
-            ctx.save_for_backward(*((y,) if keep == "output" else kept))
+            # As no output: torch 2.8 keeps those under checkpointing, too. Versions are shared with y.
+            ctx.save_for_backward(*((y.detach(),) if keep == "output" else kept))
         return y
 
     @staticmethod

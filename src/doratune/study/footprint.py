@@ -65,7 +65,9 @@ def peak_bytes(run: Callable[[], Any], device: torch.device | str = "cpu") -> in
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with _no_profiler_notes(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    # There is one cycle only; torch 2.10 warns about others unless they are to be added up.
+    profiler = torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True)
+    with _no_profiler_notes(), profiler as profile:
         result = run()
     del result
     with tempfile.TemporaryDirectory() as folder:
