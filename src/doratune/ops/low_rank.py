@@ -142,11 +142,12 @@ def _gradients(
     """
     needs_x, needs_A, needs_B = needs
     # (h^T du)^T and not du^T h: it reads du row by row.
-    dB = _scaled(_product(h.T, du, dtypes[1]).T, scale) if needs_B else None
+    dB = _gradient(_product(h.T, du, dtypes[1]).T, scale, dtypes[1]) if needs_B else None
     if not (needs_x or needs_A):
         return None, None, dB
     dh = du @ B
-    dA = _scaled(_product(dh.T, _seen(as_rows(x).to(du.dtype), dropped), dtypes[0]), scale) if needs_A else None
+    seen = _seen(as_rows(x).to(du.dtype), dropped) if needs_A else None
+    dA = None if seen is None else _gradient(_product(dh.T, seen, dtypes[0]), scale, dtypes[0])
     if needs_x:
         if dropped is not None:
             low = (dh * scale @ A).masked_fill_(as_rows(dropped), 0)
@@ -157,16 +158,15 @@ def _gradients(
     return dx, dA, dB
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``a b`` in another dtype, its sums not rounded on the way where the device can give them so."""
-    if dtype == torch.float32 != a.dtype and sums_stay_wide(a.device):
-        return torch.mm(a, b, out_dtype=dtype)
-    return (a @ b).to(dtype)
+def _product(a: Tensor, b: Tensor, wanted: torch.dtype) -> Tensor:
+    """``a b``; in float32 if that is wanted and the device can give the sums of 16-bit numbers unrounded."""
+    if wanted == torch.float32 != a.dtype and sums_stay_wide(a.device):
+        return torch.mm(a, b, out_dtype=wanted)
+    return a @ b
 
 
-def _scaled(t: Tensor, scale: float) -> Tensor:
-    """``scale t``, contiguous as gradients have to be, in one pass."""
-    return torch.mul(t, scale, out=t.new_empty(t.shape))
+def _gradient(product: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    return product.to(dtype, memory_format=torch.contiguous_format).mul_(scale)
 
 
 class _AdaptedWeight(torch.autograd.Function):
