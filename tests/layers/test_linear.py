@@ -218,6 +218,17 @@ def test_a_trained_base_gets_its_gradient_and_a_fresh_norm():
 # Corners of the numbers
 
 
+def test_a_row_of_nan_harms_no_gradient_of_others():
+    base = nn.Linear(6, 8)
+    with torch.no_grad():
+        base.weight[7] = torch.nan  # as rows that pad a vocabulary
+    layer = one_layer(host(base))
+    layer(torch.randn(4, 6))[:, :7].sum().backward()
+    assert layer.lora_A["default"].grad.isfinite().all()
+    assert layer.lora_B["default"].grad.isfinite().all()
+    assert layer.row_scale("default")[7] == 1
+
+
 def test_zero_rows_train_without_nan_as_lora_rows():
     for norm_gradient in ("detached", "exact"):
         base = nn.Linear(6, 8)

@@ -198,7 +198,7 @@ class ScaleCache:
             everywhere = rows.collected(squared)
         if not _can_stamp(rows.stored):
             return squared, everywhere, True
-        may_be_zero = bool((everywhere == 0).any())
+        may_be_zero = not bool((everywhere > 0).all())  # NaN counts as 0
         self._base = _Stamp(rows.stored), squared, everywhere, may_be_zero
         return squared, everywhere, may_be_zero
 

@@ -140,7 +140,7 @@ def row_scale(magnitude: Tensor, squared_norm: Tensor, base_squared: Tensor | No
     Args:
         magnitude: m, ``[out]``.
         squared_norm: ``n^2``, float32 ``[out]``; a row that rounding left below 0 is taken for 0, and n for 1.
-        base_squared: ``|W|^2``, float32 ``[out]``; None where all rows of W are known not to be zero.
+        base_squared: ``|W|^2``, float32 ``[out]``, NaN like 0; None where all rows of W are known to be above 0.
     """
     g = magnitude.float() / F.threshold(squared_norm, 0.0, 1.0).sqrt()
-    return g if base_squared is None else torch.where((base_squared == 0) & (magnitude == 0), 1.0, g)
+    return g if base_squared is None else torch.where((base_squared > 0) | (magnitude != 0), g, 1.0)
