@@ -2,13 +2,17 @@
 
 import pytest
 import torch
-from torch.func import functional_call, grad, vmap
+from torch import nn
+from torch.func import functional_call, grad, jvp, vmap
 
-from helpers import error
+import doratune as dt
+from helpers import error, move
 from helpers_cases import CASES, METHODS, PRECISIONS, setup, upstream
 
 every_case = pytest.mark.parametrize("case", CASES, ids=repr)
 every_method = pytest.mark.parametrize("method", METHODS)
+RESCALED = ("embedding-padding", "embedding-scaled")
+"""Options of nn.Embedding that change gradients, but not what forward mode finds."""
 every_precision = pytest.mark.parametrize("precision", PRECISIONS[:2], ids=repr)
 
 
@@ -83,6 +87,39 @@ def test_second_derivatives_are_the_references(case, method):
     expected = torch.autograd.grad(sum((g * along[n]).sum() for g, n in zip(first, values, strict=True)), leaves)
     for e, (name, found) in zip(expected, grad(slope)(values).items(), strict=True):
         assert error(found, e) < 1e-4, name
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # by which torch has jvp
+@every_method
+@pytest.mark.parametrize("case", [c for c in CASES if c.name not in RESCALED], ids=repr)
+def test_forward_mode_differentiates_what_gradients_do(case, method):
+    s = setup(case, method)
+    dy = upstream(s.run())
+    values, _ = parts(s)
+    along = {name: torch.randn_like(p) for name, p in values.items()}
+    gradients = grad(loss_of(s))(values, s.x, dy)
+    expected = sum((gradients[name] * along[name]).sum() for name in values)
+    _, found = jvp(lambda values: loss_of(s)(values, s.x, dy), (values,), (along,))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_transforms_may_be_compiled(method):
+    model = dt.attach(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), dt.AdapterConfig(rank=2, method=method))
+    move(model)
+    values = {name: p.detach() for name, p in dt.trainable_parameters(model).items()}
+
+    def loss(values, x):
+        return functional_call(model, values, (x,)).square().sum()
+
+    x = torch.randn(4, 6)
+    torch._dynamo.reset()
+    for transformed, inputs in ((grad(loss), x), (vmap(grad(loss), in_dims=(None, 0)), x[:, None])):
+        expected = transformed(values, inputs)
+        compiled = torch.compile(transformed, fullgraph=True, backend="aot_eager")
+        for name, found in compiled(values, inputs).items():
+            assert error(found, expected[name]) < 1e-5, name
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("method", ["dora", "lora"])

@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from doratune.layers.weights import WeightRows, is_dtensor
 from doratune.ops import row_norm
 from doratune.ops.hardware import full_precision
+from doratune.ops.once import transformed
 
 Value = TypeVar("Value")
 
@@ -257,9 +258,11 @@ class ScaleCache:
             exactly = contextlib.nullcontext() if torch.compiler.is_compiling() else full_precision()
             with torch.no_grad(), exactly:
                 value = row_norm.dense_squared_norm(rows.tiles, A, B, scale)
-            squared = value + (squared - squared.detach()) if squared.requires_grad else value
+            squared = value.detach() + (squared - squared.detach()) if squared.requires_grad else value
         with torch.set_grad_enabled(exact):
             squared = rows.collected(squared)
+        if norm_gradient == "detached" and transformed():  # derivatives in forward mode pass through no_grad
+            squared = squared.detach()
         if reuse and _can_stamp(*made_from):
             self._norm = (_Stamp(*made_from), scale, squared)
         return squared

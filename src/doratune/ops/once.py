@@ -13,7 +13,7 @@ from torch.autograd import function
 
 def transformed() -> bool:
     """Whether a transform of ``torch.func`` is active; its tensors have no memory and no versions of their own."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return torch._C._are_functorch_transforms_active()
 
 
 def by_hand() -> bool:
