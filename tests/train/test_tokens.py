@@ -147,6 +147,12 @@ def test_null_fields_of_a_chat_are_absent_fields():
     assert made.decode(module.chat(turns, made, learn_all=True).ids) == "[user]hi<end>[assistant]yes<end>"
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
     assert module.turns_of([call]) == [call]
+    called = {"name": "f", "arguments": {"x": 1, "y": None}}  # as a table has it, if others have y
+    (turn,) = module.turns_of([{**call, "tool_calls": [called]}])
+    assert turn["tool_calls"] == [{"name": "f", "arguments": {"x": 1}}]
+    assert module.tools_of([{"name": "f", "parameters": {"x": {"type": "int"}, "y": None}}]) == [
+        {"name": "f", "parameters": {"x": {"type": "int"}}}
+    ]
 
 
 def test_tools_of_a_chat_reach_the_template():

@@ -161,7 +161,8 @@ def turns_of(messages: Any) -> list[dict[str, Any]]:
             raise BadRow(f"message {number}: expected role and content, found {_short(message)}")
         # Tables store absent fields as null, and templates take a field of tool calls, even null, for tool calls. The
         # content stays: templates ask for it.
-        turn = {k: v for k, v in message.items() if k == "content" or (v is not None and (k != "tool_calls" or v))}
+        turn = {k: v if k == "content" else _without_nulls(v) for k, v in message.items()}
+        turn = {k: v for k, v in turn.items() if k == "content" or (v is not None and (k != "tool_calls" or v))}
         if "from" in turn and "value" in turn:
             turn = {"role": SHAREGPT.get(turn["from"], turn["from"]), "content": turn["value"]}
         if turn.get("role") not in ROLES:
@@ -189,7 +190,15 @@ def tools_of(value: Any) -> list[Any] | None:
         return None
     if not isinstance(value, list | tuple) or not all(isinstance(tool, Mapping) for tool in value):
         raise BadRow(f"tools: expected a list of functions, found {_short(value)}")
-    return list(value)
+    found: list[Any] = _without_nulls(value)
+    return found
+
+
+def _without_nulls(value: Any) -> Any:
+    """Tables give every call and every function the arguments of all others, as null."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def require_template(tokenizer: Any, model: str) -> None:
