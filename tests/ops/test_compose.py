@@ -80,6 +80,17 @@ def test_gradients_of_masters_are_not_rounded_where_products_keep_their_sums(fun
         assert not torch.equal(wide.bfloat16().float(), wide)
 
 
+@pytest.mark.parametrize("function", [by_dense, by_update])
+def test_products_of_other_dtypes_stay_as_they_are_there(function, monkeypatch):
+    """On NVIDIA's GPUs, too, torch gives float32 sums of 16-bit numbers only."""
+    x, W, A, B, _, _ = tensors((64, 7), dtype=torch.float64)
+    leaves = [A.requires_grad_(), B.requires_grad_()]
+    monkeypatch.setattr(low_rank, "sums_stay_wide", lambda device: True)
+    monkeypatch.setattr(torch, "mm", lambda *_, **__: pytest.fail("float64 with out_dtype"))
+    for gradient in torch.autograd.grad(function(x, W, A, B, 0.5).sum(), leaves):
+        assert gradient.dtype == torch.float32
+
+
 @given(
     batch=st.lists(st.integers(0, 4), max_size=3),
     columns=st.integers(1, 9),

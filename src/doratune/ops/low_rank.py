@@ -160,7 +160,7 @@ def _gradients(
 
 def _product(a: Tensor, b: Tensor, wanted: torch.dtype) -> Tensor:
     """``a b``; in float32 if that is wanted and the device can give the sums of 16-bit numbers unrounded."""
-    if wanted == torch.float32 != a.dtype and sums_stay_wide(a.device):
+    if wanted == torch.float32 and a.dtype.itemsize == 2 and sums_stay_wide(a.device):
         return torch.mm(a, b, out_dtype=wanted)
     return a @ b
 
