@@ -15,11 +15,8 @@ def random_inputs(model: Any) -> dict[str, Any]:
     words, pixels = getattr(config, "vocab_size", None), getattr(config, "image_size", None)
     if name == "input_ids" and words:
         tokens = torch.randint(0, words, (2, 32), generator=generator).to(model.device)
-        return (
-            {name: tokens, "decoder_input_ids": tokens}
-            if getattr(config, "is_encoder_decoder", False)
-            else {name: tokens}
-        )
+        decoder = ["decoder_input_ids"] if getattr(config, "is_encoder_decoder", False) else []
+        return dict.fromkeys([name, *decoder], tokens)
     if name == "pixel_values" and pixels:
         height, width = (pixels, pixels) if isinstance(pixels, int) else pixels
         images = torch.randn(2, config.num_channels, height, width, generator=generator)
