@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, jvp, vmap
 
 from helpers import error
 from helpers_cases import CASES, METHODS, PRECISIONS, setup, upstream
@@ -83,6 +83,24 @@ def test_second_derivatives_are_the_references(case, method):
     expected = torch.autograd.grad(sum((g * along[n]).sum() for g, n in zip(first, values, strict=True)), leaves)
     for e, (name, found) in zip(expected, grad(slope)(values).items(), strict=True):
         assert error(found, e) < 1e-4, name
+
+
+# Importing what torch's forward mode needs warns of another part of torch.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@every_method
+@every_case
+def test_forward_mode_holds_the_same_norm_still(case, method):
+    s = setup(case, method)
+    dy = upstream(s.run())
+    values, _ = parts(s)
+    along = {name: torch.randn_like(p) for name, p in values.items()}
+    if case.blocked_column is not None and "A" in s.parameters():
+        (name,) = (name for name in along if "lora_A" in name)
+        along[name][:, case.blocked_column] = 0  # torch's forward mode does not know padding
+    gradients = grad(loss_of(s))(values, s.x, dy)
+    expected = sum((gradients[name] * t).sum() for name, t in along.items())
+    _, found = jvp(lambda values: loss_of(s)(values, s.x, dy), (values,), (along,))
+    assert abs(found - expected) < 1e-4 * sum((gradients[name] * t).abs().sum() for name, t in along.items())
 
 
 @pytest.mark.parametrize("method", ["dora", "lora"])

@@ -336,6 +336,15 @@ def test_eight_bits_are_enough_for_the_magnitudes_gradient(dim, dtype):
     assert error(dg, (dy.double() * u.double()).sum(0)) < 0.02
 
 
+def test_eight_bits_of_small_numbers_in_float16():
+    torch.manual_seed(0)
+    u, dy = (torch.randn(256, 48).half() for _ in range(2))
+    u = u * 1e-3
+    g = torch.ones(48, requires_grad=True)
+    (dg,) = torch.autograd.grad(scale_rows(u, g, keep="8-bit"), g, dy)
+    assert error(dg, (dy.double() * u.double()).sum(0)) < 0.02
+
+
 @pytest.mark.parametrize("value", [0.0, 1e-42])
 def test_eight_bits_of_nothing(value):
     u = torch.full((4, 3), value)

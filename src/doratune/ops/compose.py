@@ -107,7 +107,9 @@ class _ScaleRows(torch.autograd.Function):
 def _eight_bits(u: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """u as int8, with a step size for each position, so that a large value costs digits at its own position only."""
     # 126 and not 127: a step rounded to bfloat16 could make 128 of it, which int8 takes for -128.
-    step = u.abs().amax(dim, keepdim=True).clamp_min(torch.finfo(u.dtype).tiny * 126) / 126
+    # float16's steps go below its normal numbers, to where they still have 6 bits: outputs may well be that small.
+    smallest = 2.0**-18 if u.dtype == torch.float16 else torch.finfo(u.dtype).tiny
+    step = u.abs().amax(dim, keepdim=True).clamp_min(smallest * 126) / 126
     return (u / step).round_().to(torch.int8), step
 
 
