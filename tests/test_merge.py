@@ -34,6 +34,23 @@ def test_merged_is_unmerged_and_plain(dtype, tolerance, config):
     assert dt.adapter_names(model) == []
 
 
+@pytest.mark.parametrize("config", [DORA, LORA, dt.AdapterConfig(rank=0)], ids=["dora", "lora", "magnitude"])
+def test_float64_keeps_its_digits(config):
+    model = tiny().double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.div_(3)  # no float32 number
+    dt.attach(model, config)
+    before = {path: layer.base_layer.weight.clone() for path, layer in adapted_layers(model).items()}
+    dt.merge(model, verify=True)
+    for path, weight in before.items():
+        assert torch.equal(model.get_submodule(path).weight, weight)
+    model = moved(config, tiny().double())
+    expected = output(model, ids())
+    dt.merge(model, verify=True)
+    assert error(output(model, ids()), expected) < 1e-5
+
+
 def test_verify_reports_each_layer_and_leaves_the_model(caplog):
     model = moved()
     before = snapshot(model)

@@ -56,6 +56,16 @@ def equal(first, second):
 # Attach and detach
 
 
+@pytest.mark.parametrize("value", [1e20, -float("inf"), float("nan")])
+def test_rows_without_a_norm_are_told(value, caplog):
+    model = tiny()
+    with torch.no_grad():
+        model.layers[0].up.weight[3, 2] = value
+    dt.attach(model, DORA)
+    (message,) = caplog.messages
+    assert message.startswith("layers.0.up: 1 rows of the weight have no norm")
+
+
 @pytest.mark.parametrize("config", [DORA, LORA], ids=["dora", "lora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_attach_changes_nothing_and_detach_gives_the_base_back(dtype, config):

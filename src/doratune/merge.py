@@ -20,6 +20,7 @@ from doratune.merged_config import forget_quantisation, tie_nothing
 from doratune.model import active_adapter, unhold
 from doratune.ops import row_norm
 from doratune.ops.hardware import full_precision
+from doratune.ops.low_rank import wide
 from doratune.preparation import thaw, trained_before
 from doratune.targets import adapted_layers, holders, plain_path, shared_parameters, unwrap
 
@@ -47,7 +48,7 @@ class MergeCheck:
 @torch.no_grad()
 @full_precision()
 def merged_weight(layer: AdaptedLayer, name: str) -> Tensor:
-    """``W' = g (W + s B A)``, ``[out, in]`` in W's dtype, computed in float32 by row tiles; parts stay parts."""
+    """``W' = g (W + s B A)``, ``[out, in]`` in W's dtype, by row tiles, in float32 or float64; parts stay parts."""
     rows = layer.weight_rows()
     A, B, _ = layer.whole_parts(name)
     parts = []
@@ -58,9 +59,9 @@ def merged_weight(layer: AdaptedLayer, name: str) -> Tensor:
         if A is not None and B is not None:
             A, B = rows.own(A, B)
         for here, tile in rows.small_tiles():
-            part = tile.float()
+            part = tile.to(wide(tile.dtype))
             if A is not None and B is not None:
-                part = torch.addmm(part, B[here], A, alpha=layer.adapters[name].scale)
+                part = torch.addmm(part, B[here].to(part.dtype), A.to(part.dtype), alpha=layer.adapters[name].scale)
             if g is not None:
                 part = part * g[here, None]
             parts.append(part.to(tile.dtype))
@@ -115,7 +116,8 @@ def _tolerance(layer: AdaptedLayer, name: str, dtype: torch.dtype) -> float:
     shorter = (base / squared)[squared > 0].sqrt()
     worst = float(shorter.clamp_min(1).max()) if len(shorter) else 1.0
     roundings = 16 if dtype.itemsize > 2 else 4
-    return min(roundings * torch.finfo(dtype).eps * worst, 0.125)
+    eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)  # adapters are float32, whatever the base is
+    return min(roundings * eps * worst, 0.125)
 
 
 def merged_layer(layer: AdaptedLayer, name: str, weight: Tensor) -> nn.Module:

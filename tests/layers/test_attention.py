@@ -100,6 +100,15 @@ def outputs(model, x, **options):
     return found
 
 
+def test_float64_keeps_its_digits(x):
+    model, x = made(SelfAttention).double(), x.double()
+    for p in model.parameters():
+        p.div_(3)  # no float32 number
+    before = model(x)
+    dt.attach(model, dt.AdapterConfig(rank=2))  # changes nothing yet
+    assert error(model(x), before) < 1e-12
+
+
 @every_method
 @every_attention
 def test_adapters_act_in_every_mode_and_merge(kind, options, config, x):

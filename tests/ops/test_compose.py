@@ -347,6 +347,29 @@ def test_eight_bits_are_enough_for_the_magnitudes_gradient(dim, dtype):
     assert error(dg, (dy.double() * u.double()).sum(0)) < 0.02
 
 
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize(("shape", "dim"), [((256, 48), -1), ((8, 32, 48), -1), ((8, 48, 5, 6), 1)], ids=str)
+def test_large_biases_take_none_of_the_eight_bits(shape, dim):
+    """As those of some models' k_proj, where the base's own output holds them."""
+    torch.manual_seed(0)
+    z, dy = torch.randn(shape), torch.randn(shape)
+    bias, g = torch.zeros(48), torch.ones(48, requires_grad=True)
+    bias[5] = 300
+    along = bias.view(-1, *[1] * (len(shape) - 2)) if dim == 1 else bias
+    (dg,) = torch.autograd.grad(scale_rows(z + along, g, bias, bias, dim=dim, keep="8-bit"), g, dy)
+    others = [i for i in range(len(shape)) if i != dim % len(shape)]
+    assert error(dg, (dy.double() * z.double()).sum(others)) < 0.02
+
+
+def test_eight_bits_of_small_numbers_in_float16():
+    torch.manual_seed(0)
+    u, dy = (torch.randn(256, 48).half() for _ in range(2))
+    u = u * 1e-3
+    g = torch.ones(48, requires_grad=True)
+    (dg,) = torch.autograd.grad(scale_rows(u, g, keep="8-bit"), g, dy)
+    assert error(dg, (dy.double() * u.double()).sum(0)) < 0.02
+
+
 @pytest.mark.parametrize("value", [0.0, 1e-42])
 def test_eight_bits_of_nothing(value):
     u = torch.full((4, 3), value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,6 +22,8 @@ from doratune.layers.loading import accept_plain_keys, after_load
 from doratune.layers.sharded import assign, whole
 from doratune.layers.weights import WeightRows, is_dtensor, on_device, remake_weight
 from doratune.ops.once import transformed
+
+log = logging.getLogger("doratune")
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -150,6 +153,13 @@ class AdaptedLayer(AdapterHolder):
         with torch.no_grad():
             base = self.cache.base_squared(self.weight_rows())
             n = self.squared_norm(name).sqrt()
+            if wrong := int((~torch.isfinite(n)).sum()):
+                log.warning(
+                    "%s: %d rows of the weight have no norm in float32, as they hold NaN, infinite numbers or some "
+                    "above 1e19; the adapter cannot work on them",
+                    self.path,
+                    wrong,
+                )
             assign(self.magnitude[name], torch.where(base > 0, n, 0.0))
 
     def weight_rows(self) -> WeightRows:

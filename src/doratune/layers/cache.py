@@ -10,11 +10,12 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from doratune.layers.weights import WeightRows, is_dtensor
 from doratune.ops import row_norm
@@ -22,6 +23,17 @@ from doratune.ops.hardware import full_precision
 from doratune.ops.once import transformed
 
 Value = TypeVar("Value")
+
+_steps = 0
+"""How many steps the process's optimisers have made: torch's fused kernels, among others, leave no version behind."""
+
+
+def _count_step(*_: Any) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 class _Stamp:
@@ -40,6 +52,19 @@ class _Stamp:
             if reference() is not t or state != _state(t):
                 return False
         return True
+
+
+class _Memory(Generic[Value]):
+    """A value made from an adapter's tensors and its scale."""
+
+    def __init__(self, made_from: Sequence[Tensor], scale: float, value: Value) -> None:
+        self.stamp = _Stamp(*made_from)
+        self.scale = scale
+        self.steps = _steps
+        self.value = value
+
+    def holds(self, made_from: Sequence[Tensor], scale: float) -> bool:
+        return self.steps == _steps and self.scale == scale and self.stamp.fits(*made_from)
 
 
 def _state(t: Tensor) -> tuple[Any, ...]:
@@ -140,9 +165,9 @@ class ScaleCache:
 
     def clear_scale(self) -> None:
         """Forget what depends on the adapter; ``|W|^2`` does not."""
-        self._norm: tuple[_Stamp, float, Tensor] | None = None
-        self._scale: tuple[_Stamp, float, Tensor] | None = None
-        self._evaluation: tuple[_Stamp, float, Evaluation] | None = None
+        self._norm: _Memory[Tensor] | None = None
+        self._scale: _Memory[Tensor] | None = None
+        self._evaluation: _Memory[Evaluation] | None = None
         if self._of_part is not None:
             self._of_part.clear_scale()
 
@@ -232,7 +257,7 @@ class ScaleCache:
                 squared = self._squared_norm(base, rows, A, B, scale, norm_gradient, dense_norm, reuse_norm)
             g = row_norm.row_scale(magnitude, squared, everywhere if may_be_zero else None)
         if reuse and _can_stamp(*made_from):
-            self._scale = (_Stamp(*made_from), scale, g)
+            self._scale = _Memory(made_from, scale, g)
         return g
 
     def _squared_norm(
@@ -251,6 +276,8 @@ class ScaleCache:
         if reuse and not _begins_a_step(A, B) and (n2 := _remembered(self._norm, scale, made_from)) is not None:
             return n2
         exact = torch.is_grad_enabled() and norm_gradient == "exact"
+        if transformed() and norm_gradient != "exact":
+            A, B = A.detach(), B.detach()  # forward-mode derivatives take no notice of no_grad
         with torch.set_grad_enabled(exact):
             squared = row_norm.squared_row_norm(base, rows.tiles, A, B, scale)
         if dense_norm:
@@ -261,10 +288,8 @@ class ScaleCache:
             squared = value.detach() + (squared - squared.detach()) if squared.requires_grad else value
         with torch.set_grad_enabled(exact):
             squared = rows.collected(squared)
-        if norm_gradient == "detached" and transformed():  # derivatives in forward mode pass through no_grad
-            squared = squared.detach()
         if reuse and _can_stamp(*made_from):
-            self._norm = (_Stamp(*made_from), scale, squared)
+            self._norm = _Memory(made_from, scale, squared)
         return squared
 
     def evaluation(
@@ -287,20 +312,18 @@ class ScaleCache:
         # PEFT's adapters may be 16-bit, g is float32.
         ready = Evaluation(A.detach().T.to(scaled.dtype), scaled.T.contiguous(), g)
         if _can_stamp(*made_from):
-            self._evaluation = (_Stamp(*made_from), scale, ready)
+            self._evaluation = _Memory(made_from, scale, ready)
         return ready
 
 
 def _begins_a_step(*parameters: Tensor) -> bool:
     """Whether gradients are wanted and none has arrived yet, as in the first forward after ``zero_grad``.
 
-    An optimiser may have moved the parameters just before, and not every optimiser gives them a new version.
+    An optimiser that is not torch's may have moved the parameters just before, and given them no new version.
     """
     return torch.is_grad_enabled() and any(p.requires_grad and p.grad is None for p in parameters if p.is_leaf)
 
 
-def _remembered(memory: tuple[_Stamp, float, Value] | None, scale: float, made_from: Sequence[Tensor]) -> Value | None:
+def _remembered(memory: _Memory[Value] | None, scale: float, made_from: Sequence[Tensor]) -> Value | None:
     """The value of a memory that still holds, else None. The memory is an argument: other threads may clear it."""
-    if memory is not None and memory[1] == scale and memory[0].fits(*made_from):
-        return memory[2]
-    return None
+    return memory.value if memory is not None and memory.holds(made_from, scale) else None

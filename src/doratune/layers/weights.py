@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from doratune.ops.row_norm import Tiles, row_tiles
 
@@ -114,16 +115,22 @@ class _ByForward:
     def product(self, A: Tensor) -> Tensor:
         """``W A^T``, float32 ``[out, r]``, differentiable in A."""
         x = A.to(self.weight.dtype)
-        return (self.base(x).float() - self.base(torch.zeros_like(x[:1])).float()).T
+        return (self._run(x).float() - self._run(torch.zeros_like(x[:1])).float()).T
+
+    def _run(self, x: Tensor) -> Tensor:
+        """The layer's own forward with a bias of zeros: W beside a bias in 16 bits would lose most of its digits."""
+        bias = self.base._parameters.get("bias")
+        y: Tensor = self.base(x) if bias is None else functional_call(self.base, {"bias": torch.zeros_like(bias)}, (x,))
+        return y
 
     def _blocks(self) -> Iterable[tuple[slice, Tensor]]:
         """Columns of W, ``[n, out]``: the forward of a few rows of the identity, so many that three fit into a tile."""
         with torch.no_grad():
-            offset = self.base(self.weight.new_zeros(1, self.columns))
+            offset = self._run(self.weight.new_zeros(1, self.columns))
             for columns in row_tiles((self.columns, self.columns + 3 * self.out), self.weight.device):
                 identity = self.weight.new_zeros(columns.stop - columns.start, self.columns)
                 identity.diagonal(columns.start).fill_(1)
-                yield columns, self.base(identity) - offset
+                yield columns, self._run(identity) - offset
 
 
 def embedding_rows(base: nn.Module) -> WeightRows:

@@ -69,7 +69,7 @@ class _ScaleRows(torch.autograd.Function):
         in_place: bool,
     ) -> Tensor:
         inner = outer if same_bias else inner
-        kept = _eight_bits(u, dim) if keep == "8-bit" else (u,)
+        kept = _eight_bits(u, inner, dim) if keep == "8-bit" else (u,)
         if in_place:
             ctx.mark_dirty(u)
             _scale_in_place(u, g, inner, outer, dim)
@@ -91,7 +91,7 @@ class _ScaleRows(torch.autograd.Function):
         needs_u, needs_g, needs_inner, needs_outer = ctx.needs_input_grad[:4]
         g = ctx.g
         kept = _kept_tensor(ctx, dy) if needs_g else None
-        bias = ctx.outer if ctx.keep == "output" else ctx.inner
+        bias = {"output": ctx.outer, "input": ctx.inner, "8-bit": None}[ctx.keep]
         wanted = (needs_u, kept is not None, needs_inner or needs_outer)
         # Without a kept tensor dy is handed over in its place; the kernel does not read it, as dg is not asked for.
         du, dg, total = _scaled_backward(dy, dy if kept is None else kept, g, bias, ctx.dim, wanted)
@@ -104,10 +104,18 @@ class _ScaleRows(torch.autograd.Function):
         return du, dg, d_inner, d_outer, None, None, None, None, None
 
 
-def _eight_bits(u: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """u as int8, with a step size for each position, so that a large value costs digits at its own position only."""
+def _eight_bits(u: Tensor, inner: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:
+    """``u - inner`` as int8, with a step size for each position: a large value costs digits at its own position only.
+
+    A bias is larger at the same features of every position: left in, a few would cost all positions their digits.
+    """
+    if inner is not None:
+        flat = _features_second(u, dim)
+        u = (flat - _along(inner.to(u.dtype), flat)).view(u.shape)
     # 126 and not 127: a step rounded to bfloat16 could make 128 of it, which int8 takes for -128.
-    step = u.abs().amax(dim, keepdim=True).clamp_min(torch.finfo(u.dtype).tiny * 126) / 126
+    # float16's steps go below its normal numbers, to where they still have 6 bits: outputs may well be that small.
+    smallest = 2.0**-18 if u.dtype == torch.float16 else torch.finfo(u.dtype).tiny
+    step = u.abs().amax(dim, keepdim=True).clamp_min(smallest * 126) / 126
     return (u / step).round_().to(torch.int8), step
 
 

@@ -169,6 +169,11 @@ def _gradient(product: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     return product.to(dtype, memory_format=torch.contiguous_format).mul_(scale)
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a weight of ``dtype`` is computed: float32, and float64 for itself."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class _AdaptedWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, W: Tensor, A: Tensor | None, B: Tensor | None, g: Tensor | None, scale: float) -> Tensor:
@@ -180,21 +185,23 @@ class _AdaptedWeight(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dW: Tensor) -> tuple[Tensor | None, ...]:
         W, A, B, g = ctx.saved_tensors
-        dW = dW.float()
+        dW = dW.to(wide(W.dtype))
         dA = dB = dg = None
         if ctx.needs_input_grad[3]:
             dg = (dW * _weight(W, A, B, None, ctx.scale)).sum(1)
         if g is not None:
             dW = dW * g[:, None]
         if ctx.needs_input_grad[1]:
-            dA = ctx.scale * (B.float().T @ dW)
+            dA = ctx.scale * (B.to(dW.dtype).T @ dW)
         if ctx.needs_input_grad[2]:
-            dB = ctx.scale * (dW @ A.float().T)
+            dB = ctx.scale * (dW @ A.to(dW.dtype).T)
         return (dW.to(W.dtype) if ctx.needs_input_grad[0] else None), dA, dB, dg, None
 
 
 def _weight(W: Tensor, A: Tensor | None, B: Tensor | None, g: Tensor | None, scale: float) -> Tensor:
-    V = W.float() if A is None or B is None else torch.addmm(W.float(), B.float(), A.float(), alpha=scale)
+    V = W.to(wide(W.dtype))
+    if A is not None and B is not None:
+        V = torch.addmm(V, B.to(V.dtype), A.to(V.dtype), alpha=scale)
     return V if g is None else V * g[:, None]
 
 
