@@ -206,10 +206,9 @@ def test_nothing_of_the_size_of_the_base_is_kept():
     ours = twin(one(nn.Linear(64, 48)))
     evaluated(ours, torch.randn(3, 64))
     cache = the_layer(ours)._doratune.memories["default"].cache
-    tensors = [t for entry in vars(cache).values() if entry for t in entry if isinstance(t, torch.Tensor)]
-    kept = list({t.data_ptr(): t.numel() for t in tensors}.values())
-    assert kept.count(48) == 2  # |W|^2 and g
-    assert max(kept) <= 4 * 64
+    remembered = [*cache._base, *cache._evaluation.value, cache._scale.value]
+    kept = list({t.data_ptr(): t.numel() for t in remembered if isinstance(t, torch.Tensor)}.values())
+    assert sorted(kept) == [48, 48, 4 * 48, 4 * 64]  # |W|^2 and g, g s B and A
 
 
 # The process
