@@ -98,12 +98,9 @@ def tensors_to_save(root: nn.Module, name: str) -> dict[str, Tensor]:
 def inexpressible(root: nn.Module, name: str) -> dict[str, str]:
     """Why PEFT and all that read its format cannot have an adapter, each reason with a layer that it holds for."""
     layers = layers_of(root, name)
-    found = {
-        reason: path
-        for path, layer in layers.items()
-        if (reason := layer.kind.file_refusal(layer.base_layer)) is not None
-    }
-    redirected = taken_for_experts(root, layers)
+    refused = {path: layer.kind.file_refusal(layer.base_layer) for path, layer in layers.items()}
+    found = {reason: path for path, reason in refused.items() if reason is not None}
+    redirected = taken_for_experts(root, [path for path, reason in refused.items() if reason is None])
     if redirected:
         names = ", ".join(sorted({path.rpartition(".")[2] for path in redirected}))
         found[f"PEFT takes {names} of a {root.config.model_type} for its experts'"] = redirected[0]  # type: ignore[union-attr]

@@ -13,6 +13,7 @@ from doratune.config import AdapterConfig, vain_options
 from doratune.errors import AdapterError
 from doratune.layers import Kind, kind_of
 from doratune.layers.attention import Projection
+from doratune.layers.experts import ExpertProjection
 from doratune.layers.weights import on_device
 from doratune.own_options import with_own_options
 from doratune.peft_config import PeftOptions, saved_by_peft
@@ -73,8 +74,10 @@ class _Reader:
         self.root = root
         self.spelling = spelling
         self.modules = plain_modules(root)
-        self.targeted = options.targeted(root)
         self.own_type = options.own_type
+        self.targeted = options.targeted(root)
+        if not self.own_type:  # PEFT's names mean modules
+            self.targeted -= {path for path in self.targeted if isinstance(self.modules[path], ExpertProjection)}
         whole = set(outermost(saved_by_peft(options.config.modules_to_save, self.modules)))
         self.whole = {path: self.modules[path].state_dict() for path in whole}
         self.contents = Contents(options.config, whole=whole)
@@ -204,10 +207,11 @@ class _Reader:
 
     def _check_parts(self, path: str, base: nn.Module, kind: Kind) -> None:
         config, parts = self.contents.config, self.contents.layers[path]
-        out, columns = kind.rows(base).shape
+        rows = kind.rows(base)
+        out, columns = rows.shape
         rank = max(1, config.rank_of(path))
         a, b, m = kind.file_names
-        like: dict[str, tuple[int, ...]] = {a: (rank, columns), b: (out, rank)}
+        like: dict[str, tuple[int, ...]] = {a: (rows.matrices * rank, columns), b: (out, rank)}
         if config.method == "dora":
             like[m] = (out,)
         if config.bias != "none" and getattr(base, "bias", None) is not None:
