@@ -104,7 +104,7 @@ class AttentionProjection(Kind):
     def explain(self, base: nn.Module) -> tuple[str, str]:
         return "with an adapted weight", "nn.MultiheadAttention computes with its weights, not with layers"
 
-    def file_refusal(self, base: nn.Module) -> str | None:
+    def file_refusal(self, base: nn.Module, config: AdapterConfig) -> str | None:
         return "PEFT does not adapt single projections of nn.MultiheadAttention, and none of them with DoRA"
 
     @staticmethod

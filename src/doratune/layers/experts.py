@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from doratune.config import AdapterConfig
 from doratune.layers.host import Host, Part
 from doratune.layers.kind import Kind, Options
 from doratune.layers.sharded import whole
@@ -211,8 +212,10 @@ class Experts(Kind):
     def explain(self, base: nn.Module) -> tuple[str, str]:
         return "dense, one product for all experts", ""
 
-    def file_refusal(self, base: nn.Module) -> str | None:
-        return "PEFT has no DoRA for fused expert weights, and its LoRA for them has another form (target_parameters)"
+    def file_refusal(self, base: nn.Module, config: AdapterConfig) -> str | None:
+        if config.method == "lora" and not config.dropout and config.bias == "none":
+            return None
+        return "PEFT adapts fused experts with plain LoRA only, without dropout and biases (target_parameters)"
 
     def probe(self, base: nn.Module, generator: torch.Generator) -> Tensor:
         assert isinstance(base, ExpertProjection)

@@ -136,8 +136,8 @@ class Kind:
         """The opposite of ``to_file``, for a tensor of the right shape."""
         return tensor
 
-    def file_refusal(self, base: nn.Module) -> str | None:
-        """Why an adapter on this layer cannot be exchanged in PEFT's format, or None."""
+    def file_refusal(self, base: nn.Module, config: AdapterConfig) -> str | None:
+        """Why an adapter with these options on this layer cannot be exchanged in PEFT's format, or None."""
         return None
 
     def merged_layer(self, base: nn.Module, merged: Tensor, bias: Tensor | None) -> nn.Module:
