@@ -148,10 +148,15 @@ class PeftOptions:
     layers_pattern: list[str]
     own_type: bool = False
     """Written by doratune for layers that PEFT cannot express."""
-    modules: str | Sequence[str] = ()
-    """PEFT's ``target_modules``, which never mean experts; the config's targets have the parameters, too."""
     parameters: Sequence[str] = ()
     """PEFT's ``target_parameters``, which mean fused experts."""
+    modules_alone: str | Sequence[str] | None = None
+    """PEFT's ``target_modules`` where there are parameters, too; the config's targets are both."""
+
+    @property
+    def modules(self) -> str | Sequence[str]:
+        """PEFT's ``target_modules``, which never mean experts."""
+        return self.config.targets if self.modules_alone is None else self.modules_alone
 
     def targeted(self, model: nn.Module) -> set[str]:
         """Paths of the modules that PEFT would adapt on this model."""
@@ -243,7 +248,7 @@ def from_peft(raw: dict[str, Any], where: str) -> PeftOptions:
         indices = [indices]
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     own_type = raw["peft_type"] == OWN_TYPE
-    return PeftOptions(config, indices or None, patterns, own_type, targets, parameters)
+    return PeftOptions(config, indices or None, patterns, own_type, parameters, targets if parameters else None)
 
 
 def _with_parameters(targets: str | list[str], parameters: list[str]) -> str | list[str]:
