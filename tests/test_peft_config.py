@@ -77,6 +77,7 @@ WRONG = {
     "lora_dropout": ["0.1", 1, 1.5, -0.1, None, True, float("nan")],
     "target_modules": [5, None, "", [], {}, [5], [""], [["q"]], "(", "a{99999999999}", True, "all-linear"],
     "exclude_modules": [5, {"a": 1}, [5], [""], "(", True],
+    "target_parameters": ["experts.down_proj", [""], 3],
     "rank_pattern": [[], 5, "q", {"q": "8"}, {"q": 0}, {"(": 8}, {"q": True}, {"(?i)q": 8}, {"q": 10**30}, [["q", 8]]],
     "alpha_pattern": [[], 5, "q", {"q": "8"}, {"q": 0}, {"(": 8}, {"q": True}, {"q": 10**400}],
     "use_rslora": ["yes", 1, [], "false"],

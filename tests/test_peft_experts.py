@@ -6,9 +6,12 @@ import json
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
     WhisperConfig,
@@ -16,6 +19,7 @@ from transformers import (
 )
 
 import doratune as dt
+from doratune.study.adapter_file import inspect_adapter
 from file_helpers import move
 from helpers import error, tiny_llama
 
@@ -97,3 +101,70 @@ def test_a_model_that_takes_no_input_ids_runs_in_peft(tmp_path):
     with torch.no_grad():
         theirs, ours = peft.PeftModel.from_pretrained(base, tmp_path)(**inputs), model(**inputs)
     assert error(theirs.logits, ours.logits) < 1e-5
+
+
+def gpt_oss():
+    return GptOssForCausalLM(GptOssConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2, head_dim=8))
+
+
+BOTH = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+@pytest.mark.parametrize("parameters", [BOTH, BOTH[1:], ["mlp.experts.gate_up_proj"]], ids=len)
+@pytest.mark.parametrize("modules", [["q_proj"], [], r".*\.q_proj"], ids=str)
+@pytest.mark.parametrize("make", [qwen, gpt_oss])
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match")  # PEFT looks at modules only
+def test_pefts_lora_on_experts_is_read_and_written(make, modules, parameters, tmp_path):
+    torch.manual_seed(0)
+    base = make()
+    options = peft.LoraConfig(
+        r=4,
+        target_modules=modules,
+        target_parameters=parameters,
+        rank_pattern={"experts.down_proj": 2},
+        task_type="CAUSAL_LM",
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(base), options)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.1)
+    expected = logits(theirs)
+    assert error(expected, logits(base)) > 1e-2
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = dt.load_adapter(copy.deepcopy(base), tmp_path / "theirs")
+    assert error(logits(ours), expected) < 1e-5
+    as_dora = dt.load_adapter(copy.deepcopy(base), tmp_path / "theirs", as_dora=True)
+    assert error(logits(as_dora), expected) < 1e-5
+    dt.save_adapter(ours, tmp_path / "ours")
+    assert error(logits(peft.PeftModel.from_pretrained(base, tmp_path / "ours")), expected) < 1e-5
+    ranks = {layer.path.rpartition(".")[2]: layer.rank for layer in inspect_adapter(tmp_path / "ours").layers}
+    names = [name.rpartition(".")[2] for name in parameters] + ["q_proj"] * bool(modules)
+    assert ranks == {name: 2 if name == "down_proj" else 4 for name in names}
+
+
+def test_a_dora_on_experts_converts_to_what_peft_reads(tmp_path):
+    torch.manual_seed(0)
+    base = qwen()
+    model = move(dt.attach(copy.deepcopy(base), dt.AdapterConfig(rank=2, targets=["q_proj", "gate_up_proj"])))
+    expected = logits(model)
+    assert dt.convert_to_lora(model, rank=32, to="plain").kept == pytest.approx(1)
+    dt.save_adapter(model, tmp_path, "plain")
+    assert error(logits(peft.PeftModel.from_pretrained(base, tmp_path)), expected) < 1e-4
+
+
+def test_a_file_of_experts_lists_what_does_not_fit(tmp_path):
+    torch.manual_seed(0)
+    model = move(dt.attach(qwen(), dt.AdapterConfig(rank=2, method="lora", targets=["experts.down_proj"])))
+    dt.save_adapter(model, tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.0.mlp.experts.lora_B.weight"
+    weights[key] = weights[key][:, :-1].contiguous()
+    del weights[key.replace("layers.0", "layers.1")]
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(dt.AdapterError) as caught:
+        dt.load_adapter(qwen(), tmp_path)
+    assert [problem.partition(": ")[2] for problem in caught.value.problems] == [
+        "expected shape (128, 2), found (32, 7)",
+        "missing",
+    ]

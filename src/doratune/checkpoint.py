@@ -25,8 +25,8 @@ from doratune.layers.sharded import assign, whole
 from doratune.layers.weights import is_transformers_conv1d
 from doratune.model import active_adapter, adapter_names, attach, delete_adapter, set_adapter
 from doratune.own_options import metadata_of
-from doratune.peft_config import OWN_TYPE, from_peft, to_peft
-from doratune.peft_experts import taken_for_experts
+from doratune.peft_config import from_peft, to_peft
+from doratune.peft_experts import expert_counts, taken_for_experts, to_parameters
 from doratune.targets import as_targets, layers_of, plain_modules, saved_modules, unwrap
 from doratune.zero_rows import parts_for_file, recognise_plain_rows
 
@@ -57,10 +57,12 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     config = next(iter(layers.values())).adapters[name].config
     saved = [path for path in saved_modules(root) if matches(path, config.modules_to_save)]
     transposed = any(is_transformers_conv1d(layer.base_layer) for layer in layers.values())
-    options = to_peft(root, config, layers, saved, transposed)
-    for reason, path in inexpressible(root, name).items():
-        options["peft_type"] = OWN_TYPE
+    reasons = inexpressible(root, name)
+    for reason, path in reasons.items():
         log.warning("%s is written for doratune only. %s: %s", folder, path, reason)
+    options = to_peft(root, config, layers, saved, transposed, own_type=bool(reasons))
+    if not reasons:
+        tensors = to_parameters(tensors, expert_counts(plain_modules(root), layers))
     magnitude_only = (path for path, layer in layers.items() if layer.adapters[name].rank == 0)
     write_adapter(Path(folder), tensors, options, metadata_of(config, magnitude_only))
 
@@ -98,12 +100,11 @@ def tensors_to_save(root: nn.Module, name: str) -> dict[str, Tensor]:
 def inexpressible(root: nn.Module, name: str) -> dict[str, str]:
     """Why PEFT and all that read its format cannot have an adapter, each reason with a layer that it holds for."""
     layers = layers_of(root, name)
-    found = {
-        reason: path
-        for path, layer in layers.items()
-        if (reason := layer.kind.file_refusal(layer.base_layer)) is not None
+    refused = {
+        path: layer.kind.file_refusal(layer.base_layer, layer.adapters[name].config) for path, layer in layers.items()
     }
-    redirected = taken_for_experts(root, layers)
+    found = {reason: path for path, reason in refused.items() if reason is not None}
+    redirected = taken_for_experts(root, [path for path, layer in layers.items() if layer.kind.name != "experts"])
     if redirected:
         names = ", ".join(sorted({path.rpartition(".")[2] for path in redirected}))
         found[f"PEFT takes {names} of a {root.config.model_type} for its experts'"] = redirected[0]  # type: ignore[union-attr]

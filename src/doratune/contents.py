@@ -16,6 +16,7 @@ from doratune.layers.attention import Projection
 from doratune.layers.weights import on_device
 from doratune.own_options import with_own_options
 from doratune.peft_config import PeftOptions, saved_by_peft
+from doratune.peft_experts import expert_counts, from_parameters
 from doratune.renamed import todays_names
 from doratune.targets import outermost, plain_modules, plain_path, refusal
 
@@ -73,8 +74,8 @@ class _Reader:
         self.root = root
         self.spelling = spelling
         self.modules = plain_modules(root)
-        self.targeted = options.targeted(root)
         self.own_type = options.own_type
+        self.targeted = options.targeted(root)
         whole = set(outermost(saved_by_peft(options.config.modules_to_save, self.modules)))
         self.whole = {path: self.modules[path].state_dict() for path in whole}
         self.contents = Contents(options.config, whole=whole)
@@ -85,6 +86,8 @@ class _Reader:
             self.contents.config = with_own_options(self.contents.config, metadata)
         except AdapterError as error:
             self.problems += error.problems
+        if not self.own_type:
+            tensors = from_parameters(tensors, expert_counts(self.modules, self.targeted))
         for key, tensor in self._under_todays_names(tensors).items():
             problem = self._sort(key, tensor)
             if problem:
@@ -192,7 +195,7 @@ class _Reader:
         else:
             problem = refusal(self.modules, path)
         if not problem and module is not None and kind is not None:
-            problem = None if self.own_type else kind.file_refusal(module)
+            problem = None if self.own_type else kind.file_refusal(module, self.contents.config)
             problem = problem or kind.config_refusal(self.contents.config)
             with on_device(module):
                 if kind.rows(module).stored.is_meta:
@@ -204,10 +207,11 @@ class _Reader:
 
     def _check_parts(self, path: str, base: nn.Module, kind: Kind) -> None:
         config, parts = self.contents.config, self.contents.layers[path]
-        out, columns = kind.rows(base).shape
+        rows = kind.rows(base)
+        out, columns = rows.shape
         rank = max(1, config.rank_of(path))
         a, b, m = kind.file_names
-        like: dict[str, tuple[int, ...]] = {a: (rank, columns), b: (out, rank)}
+        like: dict[str, tuple[int, ...]] = {a: (rows.matrices * rank, columns), b: (out, rank)}
         if config.method == "dora":
             like[m] = (out,)
         if config.bias != "none" and getattr(base, "bias", None) is not None:

@@ -22,6 +22,7 @@ from doratune.merge import exact_scale
 from doratune.model import adapter_names, attach
 from doratune.ops import approximation
 from doratune.ops.hardware import full_precision
+from doratune.ops.stacked import own_factor
 from doratune.targets import as_targets, layers_of, plain_modules, saved_modules, unwrap
 
 NOT_FINITE = "its change is not finite; the adapter or the weight holds NaN, infinite or far too large values"
@@ -129,9 +130,11 @@ def _fit(layers: dict[str, AdaptedLayer], name: str, rank: int) -> tuple[list[La
             if not math.isfinite(size):
                 problems.append(f"{path}: {NOT_FINITE}")
             if not problems:  # else nothing will come of it
-                A, B = approximation.nearest_low_rank(D, rank)
+                found = [approximation.nearest_low_rank(d, rank) for d in D.chunk(layer.weight_rows().matrices)]
+                errors = [approximation.squared_error(d, *f) for d, f in zip(D.chunk(len(found)), found, strict=True)]
+                A, B = (torch.cat(parts) for parts in zip(*found, strict=True))
                 factors.append((A, B))
-                fits.append(LayerFit(path, size, approximation.squared_error(D, A, B)))
+                fits.append(LayerFit(path, size, sum(errors)))
     if problems:
         raise AdapterError.of(f"adapter {name!r} cannot be converted", problems)
     return fits, factors
@@ -140,7 +143,8 @@ def _fit(layers: dict[str, AdaptedLayer], name: str, rank: int) -> tuple[list[La
 def _plain_config(root: nn.Module, layers: dict[str, AdaptedLayer], name: str, rank: int | None) -> AdapterConfig:
     """The new adapter's options; its rank is checked."""
     own = [layer.adapters[name] for layer in layers.values()]
-    highest = max(min(layer.weight_rows().shape) for layer in layers.values())
+    rows = [layer.weight_rows() for layer in layers.values()]
+    highest = max(min(W.shape[0] // W.matrices, W.shape[1]) for W in rows)
     if rank is None:
         rank = min(max(adapter.rank for adapter in own) or AdapterConfig.rank, highest)
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= highest:
@@ -168,5 +172,6 @@ def _change(layer: AdaptedLayer, name: str) -> Tensor:
         g = D.new_ones(rows.shape[0])
     for here, tile in rows.small_tiles():
         part = None if B is None else B[here]
-        D[here] = approximation.weight_change(tile, A, part, g[here], layer.adapters[name].scale)
+        own = A if A is None or B is None else own_factor(A, B, here)
+        D[here] = approximation.weight_change(tile, own, part, g[here], layer.adapters[name].scale)
     return D

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from doratune.distributed import is_fully_sharded
 from doratune.errors import AdapterError
-from doratune.layers import AdaptedLayer, SavedModule, sharded
-from doratune.layers.attention import Projection
+from doratune.layers import AdaptedLayer, Part, SavedModule, sharded
 from doratune.layers.cache import without_autocast
 from doratune.layers.holder import plain_parameters
 from doratune.layers.quantised import requantisation_loss
@@ -21,6 +20,7 @@ from doratune.model import active_adapter, unhold
 from doratune.ops import row_norm
 from doratune.ops.hardware import full_precision
 from doratune.ops.low_rank import wide
+from doratune.ops.stacked import own_factor
 from doratune.preparation import thaw, trained_before
 from doratune.targets import adapted_layers, holders, plain_path, shared_parameters, unwrap
 
@@ -61,7 +61,12 @@ def merged_weight(layer: AdaptedLayer, name: str) -> Tensor:
         for here, tile in rows.small_tiles():
             part = tile.to(wide(tile.dtype))
             if A is not None and B is not None:
-                part = torch.addmm(part, B[here].to(part.dtype), A.to(part.dtype), alpha=layer.adapters[name].scale)
+                part = torch.addmm(
+                    part,
+                    B[here].to(part.dtype),
+                    own_factor(A, B, here).to(part.dtype),
+                    alpha=layer.adapters[name].scale,
+                )
             if g is not None:
                 part = part * g[here, None]
             parts.append(part.to(tile.dtype))
@@ -141,7 +146,7 @@ def _output_as(base: nn.Module, new: nn.Module, x: Tensor) -> Tensor:
 
 
 def _may_adopt(base: nn.Module, new: nn.Module) -> bool:
-    return type(base) is type(new) and not isinstance(base, Projection)
+    return type(base) is type(new) and not isinstance(base, Part)
 
 
 def merge(model: nn.Module, verify: bool = False) -> nn.Module:

@@ -14,8 +14,7 @@ from torch import nn
 from doratune.config import AdapterConfig
 from doratune.distributed import is_fully_sharded, is_spread, refuse_unattachable
 from doratune.errors import AdapterError
-from doratune.layers import AdaptedLayer, AdapterHolder, AttentionHost, SavedModule, StandIn
-from doratune.layers.attention import AttentionProjection
+from doratune.layers import AdaptedLayer, AdapterHolder, Host, SavedModule, StandIn
 from doratune.layers.holder import plain
 from doratune.preparation import freeze, keep_frozen, let_inputs_require_grad, prepare, thaw
 from doratune.selection import Selection, select
@@ -81,21 +80,23 @@ def attach(model: nn.Module, config: AdapterConfig, name: str = "default", *, tr
     return model
 
 
-def _new_hosts(root: nn.Module, selection: Selection) -> dict[str, AttentionHost]:
-    """A host for each ``nn.MultiheadAttention`` whose projections are adapted for the first time."""
-    hosts: dict[str, AttentionHost] = {}
+def _new_hosts(root: nn.Module, selection: Selection) -> dict[str, Host]:
+    """A host for each module whose parts are adapted for the first time."""
+    hosts: dict[str, Host] = {}
     for path, kind in selection.layers.items():
         parent = path.rpartition(".")[0]
-        if isinstance(kind, AttentionProjection) and parent not in hosts:
-            module = _module_at(root, parent, {})
-            while isinstance(module, AdapterHolder):  # its biases are another adapter's
-                module = module.base_layer
-            if isinstance(module, nn.MultiheadAttention):
-                hosts[parent] = AttentionHost(module)
+        if parent in hosts:
+            continue
+        module = _module_at(root, parent, {}) if parent else root
+        while isinstance(module, AdapterHolder):  # its biases are another adapter's
+            module = module.base_layer
+        host = kind.host(module)
+        if isinstance(host, Host):
+            hosts[parent] = host
     return hosts
 
 
-def _module_at(root: nn.Module, path: str, hosts: dict[str, AttentionHost]) -> nn.Module:
+def _module_at(root: nn.Module, path: str, hosts: dict[str, Host]) -> nn.Module:
     """The module at a plain path, looking through wrappers and holders on the way."""
     parent, _, name = path.rpartition(".")
     if parent in hosts:
@@ -103,7 +104,7 @@ def _module_at(root: nn.Module, path: str, hosts: dict[str, AttentionHost]) -> n
     module = root
     for part in path.split("."):
         while True:
-            if isinstance(module, AttentionHost) and part in module._projections:
+            if isinstance(module, Host) and part in module._projections:
                 module = module._projections
             elif isinstance(module, StandIn):
                 module = module.base_layer
@@ -185,7 +186,7 @@ def detach(model: nn.Module) -> nn.Module:
 def unhold(root: nn.Module, holder: AdapterHolder) -> None:
     """Put a holder's base layer back in its place."""
     _replace(root, {holder: holder.base_layer})
-    _replace(root, {m: m.plain() for m in root.modules() if isinstance(m, AttentionHost) and not m.adapted()})
+    _replace(root, {m: m.plain() for m in root.modules() if isinstance(m, Host) and not m.adapted()})
 
 
 @contextlib.contextmanager

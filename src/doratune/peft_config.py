@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from doratune.config import ALL_LINEAR, AdapterConfig, matches
 from doratune.errors import AdapterError
+from doratune.layers.experts import ExpertProjection
 from doratune.targets import as_targets, plain_modules
 
 PEFT_TYPE = "LORA"
@@ -27,7 +28,6 @@ HARMLESS_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 REFUSED = {
     "layer_replication": "it repeats layers of the model",
     "lora_bias": "B has no bias here",
-    "target_parameters": "it adapts bare parameters, which are not modules",
     "trainable_token_indices": "it trains single rows of the embedding",
     "ensure_weight_tying": "adapters of tied weights lie on different axes and are not tied here",
     "megatron_config": "it belongs to Megatron's layers",
@@ -124,6 +124,7 @@ HONOURED = {
     "lora_dropout": _Field(0.0, lambda v: type(v) in (int, float) and 0 <= v < 1, "at least 0 and below 1", False),
     "target_modules": _Field(None, lambda v: bool(v) and (_is_names(v) or _is_expression(v)), NAMES, False),
     "exclude_modules": _Field(None, lambda v: _is_names(v) or _is_expression(v), NAMES),
+    "target_parameters": _Field(None, _is_names, "names of parameters"),
     "rank_pattern": _Field({}, lambda v: _is_pattern(v, _is_rank), "names or regular expressions with a rank each"),
     "alpha_pattern": _Field({}, lambda v: _is_pattern(v, _is_alpha), "names or regular expressions with a number each"),
     "use_rslora": _Field(False, lambda v: type(v) is bool, "true or false"),
@@ -147,23 +148,36 @@ class PeftOptions:
     layers_pattern: list[str]
     own_type: bool = False
     """Written by doratune for layers that PEFT cannot express."""
+    parameters: Sequence[str] = ()
+    """PEFT's ``target_parameters``, which mean fused experts."""
+    modules_alone: str | Sequence[str] | None = None
+    """PEFT's ``target_modules`` where there are parameters, too; the config's targets are both."""
+
+    @property
+    def modules(self) -> str | Sequence[str]:
+        """PEFT's ``target_modules``, which never mean experts."""
+        return self.config.targets if self.modules_alone is None else self.modules_alone
 
     def targeted(self, model: nn.Module) -> set[str]:
         """Paths of the modules that PEFT would adapt on this model."""
         config = self.config
         found = set()
-        for path in plain_modules(model):
+        for path, module in plain_modules(model).items():
+            if isinstance(module, ExpertProjection) and not self.own_type:
+                if matches(path, self.parameters):
+                    found.add(path)
+                continue
             if not path or matches(path, config.exclude):
                 continue
             if any(re.match(rf"(^|.*\.){saved}($|\..*)", path) for saved in config.modules_to_save):
                 continue
-            if matches(path, config.targets) and self._layer_chosen(path):
+            if matches(path, self.modules) and self._layer_chosen(path):
                 found.add(path)
         return found
 
     def _layer_chosen(self, path: str) -> bool:
         """PEFT's rule: the first numbered part of the path is the layer's index."""
-        if self.layers_to_transform is None or isinstance(self.config.targets, str) or path in self.config.targets:
+        if self.layers_to_transform is None or isinstance(self.modules, str) or path in self.modules:
             return True
         numbered = r"\.(?P<doratune_index>\d+)\."
         for expression in [rf"(?:^|.*?\.){p}" for p in self.layers_pattern] or [r".*?\.[^.]*"]:
@@ -198,6 +212,8 @@ def from_peft(raw: dict[str, Any], where: str) -> PeftOptions:
         value = raw.get(name, rule.default)
         if value is None and rule.nullable:
             value = rule.default
+        elif name == "target_modules" and not value and raw.get("target_parameters"):
+            value = []
         elif not rule.accepts(value):
             problems.append(f"{name}: expected {rule.expected}, found {_repr.repr(value)}")
         values[name] = value
@@ -207,6 +223,7 @@ def from_peft(raw: dict[str, Any], where: str) -> PeftOptions:
             f"init_lora_weights={_repr.repr(init)} is not supported: it may have changed W, and the file does not hold "
             "that change; convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
+    parameters = values["target_parameters"] or []
     targets, indices, pattern = values["target_modules"], values["layers_to_transform"], values["layers_pattern"] or []
     if targets == ALL_LINEAR:
         problems.append(f"target_modules: {ALL_LINEAR!r} must be written out as names in a file")
@@ -219,7 +236,7 @@ def from_peft(raw: dict[str, Any], where: str) -> PeftOptions:
         rank=values["r"],
         alpha=values["lora_alpha"],
         dropout=values["lora_dropout"],
-        targets=targets,
+        targets=_with_parameters(targets, parameters),
         exclude=values["exclude_modules"] or (),
         rank_pattern=values["rank_pattern"],
         alpha_pattern=values["alpha_pattern"],
@@ -230,21 +247,35 @@ def from_peft(raw: dict[str, Any], where: str) -> PeftOptions:
     if isinstance(indices, int):
         indices = [indices]
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
-    return PeftOptions(config, indices or None, patterns, raw["peft_type"] == OWN_TYPE)
+    own_type = raw["peft_type"] == OWN_TYPE
+    return PeftOptions(config, indices or None, patterns, own_type, parameters, targets if parameters else None)
+
+
+def _with_parameters(targets: str | list[str], parameters: list[str]) -> str | list[str]:
+    """``target_modules`` and ``target_parameters`` as one: names of experts' parameters are names of layers here."""
+    if isinstance(targets, str) and parameters:
+        return f"{targets}|(.*\\.)?({'|'.join(map(re.escape, parameters))})"
+    return targets if isinstance(targets, str) else [*targets, *parameters]
 
 
 def to_peft(
-    model: nn.Module, config: AdapterConfig, paths: Iterable[str], saved: Iterable[str], transposed: bool
+    model: nn.Module,
+    config: AdapterConfig,
+    paths: Iterable[str],
+    saved: Iterable[str],
+    transposed: bool,
+    own_type: bool = False,
 ) -> dict[str, Any]:
     """PEFT's options for an adapter on the modules at ``paths``, with those at ``saved`` saved whole.
 
-    PEFT knows no rank 0: a magnitude-only module is written with rank 1 and zeros.
+    PEFT knows no rank 0: a magnitude-only module is written with rank 1 and zeros. ``own_type``: for doratune only.
 
     Raises:
         AdapterError: if PEFT's options cannot name exactly these modules.
     """
     modules = plain_modules(model)
     adapted, whole = set(paths), set(saved)
+    experts = {path for path in adapted if isinstance(modules[path], ExpertProjection) and not own_type}
     names = list(config.modules_to_save)
     if saved_by_peft(names, modules) != whole:
         names = sorted(whole)
@@ -256,7 +287,7 @@ def to_peft(
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         task = None  # PEFT's models for tasks hand on input_ids, which a Whisper does not take
     raw = {
-        "peft_type": PEFT_TYPE,
+        "peft_type": OWN_TYPE if own_type else PEFT_TYPE,
         "task_type": task,
         "auto_mapping": None
         if task
@@ -267,7 +298,8 @@ def to_peft(
         "r": max(1, config.rank),
         "lora_alpha": _plain_number(config.alpha),
         "lora_dropout": config.dropout,
-        "target_modules": as_targets(sorted(adapted), modules),
+        "target_modules": as_targets(sorted(adapted - experts), modules) if adapted - experts else [],
+        "target_parameters": _parameter_names(experts, modules) or None,
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -288,6 +320,13 @@ def to_peft(
     if problems:
         raise AdapterError.of("PEFT's format cannot hold this adapter", problems)
     return raw
+
+
+def _parameter_names(paths: set[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    """The shortest ``target_parameters`` that mean these experts only."""
+    short = sorted({".".join(path.split(".")[-2:]) for path in paths})
+    found = {p for p, module in modules.items() if isinstance(module, ExpertProjection) and matches(p, short)}
+    return short if found == paths else sorted(paths)
 
 
 def _plain_number(value: float) -> float:

@@ -11,7 +11,7 @@ from torch import nn
 
 from doratune.config import ALL_LINEAR, AdapterConfig, matches, vain_options
 from doratune.errors import AdapterError
-from doratune.layers import Kind, kind_of
+from doratune.layers import Kind, Part, kind_of
 from doratune.layers.bypass import held_aside, reader
 from doratune.layers.holder import plain, plain_parameters
 from doratune.targets import HEAD_NAMES, outermost, plain_modules, refusal, refuse_model
@@ -108,7 +108,7 @@ def _saved_whole(
 def _other_biases(modules: dict[str, nn.Module], selection: Selection) -> dict[str, list[str]]:
     """Modules with biases that belong to no adapted layer and no module saved whole, with these biases."""
     inside = tuple(path + "." for path in selection.saved)
-    hosted = {path.rpartition(".")[0] for path, kind in selection.layers.items() if kind.name == "attention"}
+    hosted = {path.rpartition(".")[0] for path in selection.layers if isinstance(modules[path], Part)}
     found = {}
     for path, module in modules.items():
         own = [n for n, _ in module.named_parameters(recurse=False) if "bias" in n]

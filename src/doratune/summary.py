@@ -135,7 +135,7 @@ def _left_alone(root: nn.Module, adapted: set[str]) -> dict[str, str]:
             found[path] = why or "not among the targets"
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim > 1:
+            if parameter.ndim > 1 and f"{path}.{name}" not in modules:
                 shape = "x".join(str(n) for n in parameter.shape)
                 found[f"{path}.{name}".lstrip(".")] = (
                     f"a bare {shape} parameter of {type(module).__name__}, which no kind of layer serves"

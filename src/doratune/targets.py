@@ -9,8 +9,7 @@ from torch import nn
 
 from doratune.config import matches
 from doratune.errors import AdapterError
-from doratune.layers import KINDS, AdaptedLayer, AdapterHolder, SavedModule, StandIn, kind_of
-from doratune.layers.attention import Projection, projections
+from doratune.layers import KINDS, AdaptedLayer, AdapterHolder, Part, SavedModule, StandIn, kind_of, parts_of
 
 HEAD_NAMES = ("classifier", "score", "lm_head", "head", "classification_head", "qa_outputs")
 """Names of output heads, for models that cannot be asked."""
@@ -48,18 +47,17 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Modules of the model by path, as they were before adapters.
 
-    The projections of an ``nn.MultiheadAttention``, which are no modules, are listed as if they were.
+    Parts (the projections of an ``nn.MultiheadAttention``, fused experts), which are no modules, are listed, too.
     """
-    modules = {path: module for path, module in walk(model) if not isinstance(module, StandIn | Projection)}
+    modules = {path: module for path, module in walk(model) if not isinstance(module, StandIn | Part)}
     for path, module in list(modules.items()):
-        if isinstance(module, nn.MultiheadAttention):
-            modules.update({f"{path}.{name}".lstrip("."): p for name, p in projections(module).items()})
+        modules.update({f"{path}.{name}".lstrip("."): part for name, part in parts_of(module).items()})
     return modules
 
 
 def refuse_model(model: nn.Module, modules: dict[str, nn.Module]) -> None:
     """Refuse models that no adapter can go to, whatever its options."""
-    if kind_of(unwrap(model)) is not None or isinstance(unwrap(model), nn.MultiheadAttention):
+    if kind_of(unwrap(model)) is not None or parts_of(unwrap(model)):
         raise AdapterError(
             f"targets: the model is itself a layer ({type(model).__name__}), and what holds an adapter has no place to "
             "stand in; wrap it, for example in nn.Sequential(model), and attach to that"

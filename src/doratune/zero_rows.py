@@ -10,6 +10,7 @@ from torch import Tensor
 
 from doratune.layers import AdaptedLayer
 from doratune.layers.sharded import assign
+from doratune.ops.stacked import count_of
 
 SAME_NORM = 1e-4
 """A zero row of W whose stored m is its norm, up to this relative difference, is trained as plain LoRA."""
@@ -24,8 +25,9 @@ def parts_for_file(layer: AdaptedLayer, name: str) -> tuple[Tensor | None, Tenso
     A, B, m = layer.whole_parts(name)
     if A is None or B is None:
         assert m is not None
-        out, columns = layer.weight_rows().shape
-        A = torch.full((1, columns), columns**-0.5, device=m.device)
+        W = layer.weight_rows()
+        out, columns = W.shape
+        A = torch.full((W.matrices, columns), columns**-0.5, device=m.device)
         B = torch.zeros(out, 1, device=m.device)
     if m is None:
         return A, B, None
@@ -34,7 +36,7 @@ def parts_for_file(layer: AdaptedLayer, name: str) -> tuple[Tensor | None, Tenso
         n = layer.squared_norm(name).sqrt()
         m = torch.where(zero & (m == 0), n, m)
         dead = zero & (n == 0)
-        if dead.any():
+        if dead.any() and count_of(A, B) == 1:  # only doratune reads those of matrices under each other
             # m = 0 makes the row 0 whatever B is; an update that is not 0 keeps others from dividing 0 by 0.
             m = torch.where(dead, 0.0, m)
             A = A if A.any() else torch.full_like(A, PLACEHOLDER_A)
@@ -64,7 +66,7 @@ def recognise_plain_rows(layer: AdaptedLayer, name: str) -> None:
     A, B, m = layer.whole_parts(name)
     assert m is not None
     without_m = zero & (m == 0)
-    if A is not None and B is not None and without_m.any():
+    if A is not None and B is not None and count_of(A, B) == 1 and without_m.any():
         stands_in = (B == _stand_in_row(A)).all(1)  # noqa: SIM300
         if (A == torch.tensor(PLACEHOLDER_A, device=A.device)).all():  # noqa: SIM300
             A.zero_()

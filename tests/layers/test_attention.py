@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import doratune as dt
-from doratune.layers import AttentionHost
+from doratune.layers.attention import AttentionHost
 from doratune.ops import reference
 from helpers import assert_same, error, replicas, snapshot
 

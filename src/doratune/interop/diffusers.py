@@ -215,6 +215,8 @@ def save_adapter(models: Models, folder: str | os.PathLike[str], name: str = "de
         except AdapterError as error:
             own += error.problems
         else:
+            if options["target_parameters"]:
+                own.append(f"{', '.join(options['target_parameters'])}: diffusers has no place for fused experts")
             chosen = (*WRITTEN, *(option for option in ("use_dora", "use_rslora") if options[option]))
             metadata.update({start + option: options[option] for option in chosen})
         problems += [start + problem for problem in own]

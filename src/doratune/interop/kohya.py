@@ -64,6 +64,7 @@ INPUT_AXIS = (
 WITHOUT_PLACE = {
     "embedding": "an embedding",
     "attention": "a projection packed into nn.MultiheadAttention's weight",
+    "experts": "a weight of fused experts",
 }
 Given = TypeVar("Given", bound=nn.Module | Models)
 

@@ -5,26 +5,30 @@ from __future__ import annotations
 from torch import nn
 
 from doratune.layers.adapted import AdaptedLayer
-from doratune.layers.attention import AttentionHost, AttentionProjection
+from doratune.layers.attention import AttentionProjection
 from doratune.layers.conv import Convolution
 from doratune.layers.embedding import Embedding
+from doratune.layers.experts import Experts
 from doratune.layers.holder import AdapterHolder, StandIn
+from doratune.layers.host import Host, Part
 from doratune.layers.kind import Kind, Options
 from doratune.layers.linear import Linear
 from doratune.layers.saved import SavedModule
 
-KINDS: tuple[Kind, ...] = (Linear(), Embedding(), Convolution(), AttentionProjection())
+KINDS: tuple[Kind, ...] = (Linear(), Embedding(), Convolution(), AttentionProjection(), Experts())
 
 __all__ = [
     "KINDS",
     "AdaptedLayer",
     "AdapterHolder",
-    "AttentionHost",
+    "Host",
     "Kind",
     "Options",
+    "Part",
     "SavedModule",
     "StandIn",
     "kind_of",
+    "parts_of",
 ]
 
 
@@ -34,3 +38,8 @@ def kind_of(module: nn.Module) -> Kind | None:
         if kind.serves(module):
             return kind
     return None
+
+
+def parts_of(module: nn.Module) -> dict[str, nn.Module]:
+    """Weights of a module that can be adapted as if they were layers, by name."""
+    return {name: part for kind in KINDS for name, part in kind.parts(module).items()}

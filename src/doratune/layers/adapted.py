@@ -64,7 +64,8 @@ def _with_weights(method: Decorated) -> Decorated:
 class AdaptedLayer(AdapterHolder):
     """A base layer with any number of named adapters, one of them active.
 
-    Parameters of adapter ``name``, all float32: ``lora_A[name]`` ``[r, in]``, ``lora_B[name]`` ``[out, r]``,
+    Parameters of adapter ``name``, all float32: ``lora_A[name]`` ``[r, in]`` (``rows.matrices`` times that many rows
+    where matrices lie under each other), ``lora_B[name]`` ``[out, r]``,
     ``magnitude[name]`` ``[out]`` (dora), ``adapter_bias[name]`` ``[out]`` (where biases are trained).
     """
 
@@ -105,7 +106,7 @@ class AdaptedLayer(AdapterHolder):
             return nn.Parameter(torch.empty(shape, dtype=torch.float32, device=rows.stored.device))
 
         if rank:
-            self.lora_A[name] = new("A", rank, columns)
+            self.lora_A[name] = new("A", rows.matrices * rank, columns)
             self.lora_B[name] = new("B", out, rank)
         if config.method == "dora":
             self.magnitude[name] = new("m", out)

@@ -9,7 +9,7 @@ whatever its masks and options.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,36 +18,23 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from doratune.config import AdapterConfig
-from doratune.errors import AdapterError
 from doratune.layers.adapted import AdaptedLayer
 from doratune.layers.cache import without_autocast
-from doratune.layers.holder import StandIn, base_attribute
+from doratune.layers.host import Host, Part
 from doratune.layers.kind import Kind, Options
-from doratune.layers.loading import accept_plain_keys_below
 from doratune.layers.weights import WeightRows
 from doratune.ops.low_rank import adapted_weight
 
 NAMES = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
-class Projection(nn.Module):
-    """One projection of an ``nn.MultiheadAttention``, seen as a linear layer; it shares the module's parameters."""
-
-    def __init__(self, attention: nn.MultiheadAttention, name: str) -> None:
-        super().__init__()
-        self._attention = (attention,)  # in a tuple: the module is not a part of its own part
-        self.name = name
-        self.merged: tuple[Tensor, Tensor | None] | None = None
-
-    @property
-    def attention(self) -> nn.MultiheadAttention:
-        """The module that this is a part of."""
-        return self._attention[0]
+class Projection(Part):
+    """One projection of an ``nn.MultiheadAttention``, seen as a linear layer."""
 
     @property
     def stored(self) -> Tensor:
         """The parameter that holds the weight, packed or not."""
-        attention = self.attention
+        attention = self.owner
         if self.name == "out_proj":
             return attention.out_proj.weight
         packed: Tensor | None = attention.in_proj_weight
@@ -61,7 +48,7 @@ class Projection(nn.Module):
         """``[out, in]``."""
         if self.merged is not None:
             return self.merged[0]
-        return self.stored[self._rows()] if self.attention.in_proj_weight is self.stored else self.stored
+        return self.stored[self._rows()] if self.owner.in_proj_weight is self.stored else self.stored
 
     @property
     def bias(self) -> Tensor | None:
@@ -69,11 +56,11 @@ class Projection(nn.Module):
         if self.merged is not None:
             return self.merged[1]
         if self.name == "out_proj":
-            return self.attention.out_proj.bias
-        return None if self.attention.in_proj_bias is None else self.attention.in_proj_bias[self._rows()]
+            return self.owner.out_proj.bias
+        return None if self.owner.in_proj_bias is None else self.owner.in_proj_bias[self._rows()]
 
     def _rows(self) -> slice:
-        index, size = NAMES.index(self.name), self.attention.embed_dim
+        index, size = NAMES.index(self.name), self.owner.embed_dim
         return slice(index * size, (index + 1) * size)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,6 +86,12 @@ class AttentionProjection(Kind):
     def serves(self, base: nn.Module) -> bool:
         return isinstance(base, Projection)
 
+    def parts(self, module: nn.Module) -> Mapping[str, Part]:
+        return projections(module) if isinstance(module, nn.MultiheadAttention) else {}
+
+    def host(self, module: nn.Module) -> Host | None:
+        return AttentionHost(module) if isinstance(module, nn.MultiheadAttention) else None
+
     def config_refusal(self, config: AdapterConfig) -> str | None:
         if config.dropout:
             return "nn.MultiheadAttention takes one weight for all tokens, so dropout cannot act on its low-rank input"
@@ -111,7 +104,7 @@ class AttentionProjection(Kind):
     def explain(self, base: nn.Module) -> tuple[str, str]:
         return "with an adapted weight", "nn.MultiheadAttention computes with its weights, not with layers"
 
-    def file_refusal(self, base: nn.Module) -> str | None:
+    def file_refusal(self, base: nn.Module, config: AdapterConfig) -> str | None:
         return "PEFT does not adapt single projections of nn.MultiheadAttention, and none of them with DoRA"
 
     @staticmethod
@@ -130,7 +123,7 @@ class AttentionProjection(Kind):
 
     def merged_layer(self, base: nn.Module, merged: Tensor, bias: Tensor | None) -> nn.Module:
         assert isinstance(base, Projection)
-        layer = Projection(base.attention, base.name)
+        layer = Projection(base.owner, base.name)
         layer.merged = (merged, bias)
         return layer
 
@@ -155,43 +148,22 @@ def weight_and_bias(
     return W, bias if options.bias is None or bias is None else options.bias.to(bias.dtype)
 
 
-class AttentionHost(StandIn):
-    """Stands in the place of an ``nn.MultiheadAttention`` and runs it with adapted weights."""
+class AttentionHost(Host):
+    """Runs an ``nn.MultiheadAttention`` with adapted weights."""
 
     base_layer: nn.MultiheadAttention
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
-        super().__init__(attention)
-        self._projections = nn.ModuleDict(projections(attention))
-        self.register_load_state_dict_pre_hook(accept_plain_keys_below)
-
-    def active_layers(self) -> Iterator[tuple[str, AdaptedLayer]]:
-        """The projections that an adapter changes at present."""
-        for name, layer in self._projections.items():
-            if isinstance(layer, AdaptedLayer) and layer.enabled and layer.active is not None:
-                yield name, layer
-
-    def adapted(self) -> bool:
-        """True if a projection holds an adapter, active or not."""
-        return any(isinstance(layer, AdaptedLayer) for layer in self._projections.values())
+        super().__init__(attention, projections(attention))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, with adapted weights where an adapter is active."""
-        changed = self._merged()
+        changed = self.merged()
         for name, layer in self.active_layers():
             changed[name] = weight_and_bias(layer.base_layer, *layer.active_tensors())
         if not changed:
             return self.base_layer(*args, **kwargs)
         return functional_call(self.base_layer, self._assembled(changed), args, kwargs)
-
-    def _replicate_for_data_parallel(self) -> AttentionHost:
-        if self.adapted():
-            raise AdapterError(
-                "nn.DataParallel: adapted projections of nn.MultiheadAttention share its weights, which its replicas "
-                "would take from the first device; use DistributedDataParallel (torchrun)"
-            )
-        replica: AttentionHost = super()._replicate_for_data_parallel()
-        return replica
 
     def _assembled(self, changed: dict[str, tuple[Tensor, Tensor | None]]) -> dict[str, Tensor]:
         """Changed weights and biases under the names of the module's parameters."""
@@ -212,14 +184,9 @@ class AttentionHost(StandIn):
             result["in_proj_bias"] = torch.cat(biases)
         return result
 
-    def _merged(self) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """Weights and biases of the projections that are merged already."""
-        projections = self._projections.items()
-        return {name: p.merged for name, p in projections if isinstance(p, Projection) and p.merged is not None}
-
     def plain(self) -> nn.MultiheadAttention:
         """The module with the weights its projections have now: itself, or a changed copy after merging."""
-        merged = self._merged()
+        merged = self.merged()
         if not merged:
             return self.base_layer
         attention = _copy_attention(self.base_layer)
@@ -228,13 +195,6 @@ class AttentionHost(StandIn):
             parameter = nn.Parameter(tensor.detach().clone(), requires_grad=False)
             setattr(attention.get_submodule(owner), name, parameter)
         return attention
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            paths = [layer.path for _, layer in self.active_layers()]
-            return base_attribute(self, name, paths[0] if paths else None)
 
 
 def _copy_attention(attention: nn.MultiheadAttention) -> nn.MultiheadAttention:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from doratune.config import AdapterConfig
 from doratune.layers.cache import autocast_of_now, without_autocast
 from doratune.layers.kind import Kind, Options
 from doratune.layers.weights import WeightRows, conv_rows, on_device
@@ -111,7 +112,7 @@ class Convolution(Kind):
 
     forward = staticmethod(forward)
 
-    def file_refusal(self, base: nn.Module) -> str | None:
+    def file_refusal(self, base: nn.Module, config: AdapterConfig) -> str | None:
         if cast(Conv, base).groups == 1:
             return None
         return (

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from doratune.layers import input_gradients, running_statistics
 from doratune.layers.bypass import UnreadWeight
 
-READ = ("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+READ = (
+    *("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
+    *("gate_up_proj", "up_proj", "down_proj"),  # of experts
+)
 """Attributes that others may compute with, past an adapter."""
 
 

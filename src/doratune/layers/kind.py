@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -78,6 +79,14 @@ class Kind:
         """True if this kind is responsible for the layer."""
         raise AssertionError(f"{type(self).__name__} must define serves")
 
+    def parts(self, module: nn.Module) -> Mapping[str, nn.Module]:
+        """Weights that a module computes with by itself and that this kind serves as layers, by name."""
+        return {}
+
+    def host(self, module: nn.Module) -> nn.Module | None:
+        """What stands in the place of a module with such parts."""
+        return None
+
     def refusal(self, base: nn.Module) -> str | None:
         """Why this layer cannot be adapted, or None."""
         return None
@@ -109,12 +118,14 @@ class Kind:
 
     def init(self, A: Tensor, B: Tensor, how: str) -> None:
         """Start values, in place: B = 0, so that a new adapter changes nothing."""
-        if how == "gaussian":
-            nn.init.normal_(A, std=1 / A.shape[0])
-        elif how == "orthogonal":
-            nn.init.orthogonal_(A)
-        else:
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        rank = B.shape[1]
+        for part in A.split(rank):  # one, but where matrices lie under each other
+            if how == "gaussian":
+                nn.init.normal_(part, std=1 / rank)
+            elif how == "orthogonal":
+                nn.init.orthogonal_(part)
+            else:
+                nn.init.kaiming_uniform_(part, a=math.sqrt(5))
         nn.init.zeros_(B)
 
     def to_file(self, base: nn.Module, part: str, tensor: Tensor) -> Tensor:
@@ -125,8 +136,8 @@ class Kind:
         """The opposite of ``to_file``, for a tensor of the right shape."""
         return tensor
 
-    def file_refusal(self, base: nn.Module) -> str | None:
-        """Why an adapter on this layer cannot be exchanged in PEFT's format, or None."""
+    def file_refusal(self, base: nn.Module, config: AdapterConfig) -> str | None:
+        """Why an adapter with these options on this layer cannot be exchanged in PEFT's format, or None."""
         return None
 
     def merged_layer(self, base: nn.Module, merged: Tensor, bias: Tensor | None) -> nn.Module:

@@ -28,6 +28,8 @@ class WeightRows(NamedTuple):
     """True if tiles are made for the occasion (dequantised): nothing may keep them."""
     part: tuple[slice, slice] | None = None
     """Rows and columns of W that the tiles hold, where the rest lies on other processes."""
+    matrices: int = 1
+    """How many matrices of one shape lie under each other, each with an A of its own (``ops/stacked.py``)."""
     collect: Callable[[Tensor], Tensor] | None = None
     """Makes sums over all columns of the tiles' own, float32 ``[rows]``, by way of the other processes."""
 

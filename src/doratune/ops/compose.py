@@ -69,7 +69,7 @@ class _ScaleRows(torch.autograd.Function):
         in_place: bool,
     ) -> Tensor:
         inner = outer if same_bias else inner
-        kept = _eight_bits(u, inner, dim) if keep == "8-bit" else (u,)
+        kept = eight_bits(u, inner, dim) if keep == "8-bit" else (u,)
         if in_place:
             ctx.mark_dirty(u)
             _scale_in_place(u, g, inner, outer, dim)
@@ -104,7 +104,7 @@ class _ScaleRows(torch.autograd.Function):
         return du, dg, d_inner, d_outer, None, None, None, None, None
 
 
-def _eight_bits(u: Tensor, inner: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:
+def eight_bits(u: Tensor, inner: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:
     """``u - inner`` as int8, with a step size for each position: a large value costs digits at its own position only.
 
     A bias is larger at the same features of every position: left in, a few would cost all positions their digits.

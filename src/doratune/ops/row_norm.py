@@ -22,6 +22,7 @@ from torch import Tensor
 
 from doratune.ops.hardware import sums_stay_wide
 from doratune.ops.once import by_hand, once_differentiable
+from doratune.ops.stacked import count_of, each, own_factor
 
 TILE_BYTES = {"cpu": 16 * 1024 * 1024}
 LARGE_TILE_BYTES = 48 * 1024 * 1024
@@ -57,23 +58,23 @@ SMALL = 512 * 512
 
 
 def _product(tile: Tensor, A: Tensor) -> Tensor:
-    """``tile A^T`` in float32. A 16-bit tile (large) stays as it is: A (small) goes through in two 16-bit parts."""
+    """``tile A^T`` in float32, also of batches. A 16-bit tile (large) stays as it is, A goes through in two parts."""
     if tile.dtype not in (torch.float16, torch.bfloat16):
-        return (tile @ A.to(tile.dtype).T).float()
+        return (tile @ A.to(tile.dtype).mT).float()
     if tile.numel() <= SMALL:
-        return tile.float() @ A.T
-    rank = A.shape[0]
-    parts = A.new_empty((2 * rank, A.shape[1]), dtype=tile.dtype)
-    high, low = parts[:rank].copy_(A), parts[rank:]
-    low.copy_(A - high)
+        return tile.float() @ A.mT
+    rank, batch = A.shape[-2], tile.ndim == 3
+    parts = A.new_empty((*A.shape[:-2], 2 * rank, A.shape[-1]), dtype=tile.dtype)
+    high, low = parts.split(rank, -2)
+    low.copy_(A - high.copy_(A))
     if sums_stay_wide(tile.device):
-        both = torch.mm(tile, parts.T, out_dtype=torch.float32)
-        return both[:, :rank] + both[:, rank:]
-    both = tile @ parts.T
-    rounded = both[:, :rank]
-    U = rounded.float() + both[:, rank:]
+        both = (torch.bmm if batch else torch.mm)(tile, parts.mT, out_dtype=torch.float32)
+        return both[..., :rank] + both[..., rank:]
+    both = tile @ parts.mT
+    rounded = both[..., :rank]
+    U = rounded.float() + both[..., rank:]
     # What rounding to 16 bits took from the product: the product computed again, less its rounded value.
-    U += torch.addmm(rounded, tile, high.T, beta=-1)
+    U += (torch.baddbmm if batch else torch.addmm)(rounded, tile, high.mT, beta=-1)
     return U
 
 
@@ -94,7 +95,7 @@ class _TiledProduct(torch.autograd.Function):
     def backward(ctx: Any, dU: Tensor) -> tuple[Tensor, None]:
         dA = torch.zeros_like(ctx.like)
         for rows, tile in ctx.tiles():
-            dA += (dU[rows].to(tile.dtype).T @ tile).to(dA.dtype)
+            dA += (dU[rows].to(tile.dtype).mT @ tile).to(dA.dtype)
         return dA, None
 
 
@@ -112,14 +113,18 @@ def squared_row_norm(base_squared: Tensor, tiles: Tiles, A: Tensor, B: Tensor, s
     Args:
         base_squared: ``|W|^2``, float32 ``[out]`` (``base_squared_norm``).
         tiles: W, ``[out, in]``, tile by tile.
-        A, B: float32 ``[r, in]`` and ``[out, r]``.
+        A, B: float32 ``[r, in]`` and ``[out, r]``, or of matrices under each other (``ops/stacked.py``).
         scale: s.
 
     Differentiable with respect to A and B; run it under ``torch.no_grad`` for the detached norm.
     """
     A, B = A.float(), B.float()
     U = skinny_product(tiles, A)
-    change = (B * torch.addmm(U, B, A @ A.T, beta=2, alpha=scale)).sum(1)
+    if count_of(A, B) == 1:
+        change = (B * torch.addmm(U, B, A @ A.T, beta=2, alpha=scale)).sum(1)
+    else:
+        A3, B3 = each(A, B)
+        change = (B * torch.baddbmm(U.view_as(B3), B3, A3 @ A3.mT, beta=2, alpha=scale).view_as(B)).sum(1)
     return torch.add(base_squared, change, alpha=scale)
 
 
@@ -128,9 +133,9 @@ def dense_squared_norm(tiles: Tiles, A: Tensor, B: Tensor, scale: float) -> Tens
     A, B = A.float(), B.float()
     sums = []
     for outer, tile in tiles():
-        update = B[outer]
+        update, factor = B[outer], own_factor(A, B, outer)
         for rows in row_tiles(tile.shape, tile.device):
-            sums.append(torch.addmm(tile[rows].float(), update[rows], A, alpha=scale).square().sum(1))
+            sums.append(torch.addmm(tile[rows].float(), update[rows], factor, alpha=scale).square().sum(1))
     return torch.cat(sums)
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from doratune.config import AdapterConfig
+from doratune.config import AdapterConfig, matches
 from doratune.contents import KEY, PREFIX
 from doratune.errors import AdapterError
 from doratune.files import CONFIG, WEIGHTS, read_config, read_weights
 from doratune.own_options import with_own_options
-from doratune.peft_config import from_peft
+from doratune.peft_config import PeftOptions, from_peft
+from doratune.peft_experts import parameter_at
 from doratune.study.names import natural
 
 HUGE = 1e3
@@ -65,7 +66,8 @@ def inspect_adapter(folder: Path) -> FileReport:
         AdapterError: if it cannot be read at all: no folder, no JSON, a truncated file, another kind of adapter.
     """
     raw = read_config(folder)
-    config = from_peft(raw, str(folder / CONFIG)).config
+    options = from_peft(raw, str(folder / CONFIG))
+    config = options.config
     tensors, metadata = read_weights(folder)
     report = FileReport(
         str(folder),
@@ -96,11 +98,12 @@ def inspect_adapter(folder: Path) -> FileReport:
     if not layers:
         report.broken.append(f"{WEIGHTS} holds no adapted layer")
     for path, parts in sorted(layers.items(), key=lambda item: natural(item[0])):
-        _look_at(report, config, path, parts)
+        _look_at(report, options, path, parts)
     return report
 
 
-def _look_at(report: FileReport, config: AdapterConfig, path: str, parts: dict[str, Tensor]) -> None:
+def _look_at(report: FileReport, options: PeftOptions, path: str, parts: dict[str, Tensor]) -> None:
+    config = report.config
     A = parts.get("lora_A.weight", parts.get("lora_embedding_A"))
     B = parts.get("lora_B.weight", parts.get("lora_embedding_B"))
     m = parts.get("lora_magnitude_vector")
@@ -110,11 +113,18 @@ def _look_at(report: FileReport, config: AdapterConfig, path: str, parts: dict[s
     if empty := [name for name, tensor in (("A", A), ("B", B), ("m", m)) if tensor is not None and not tensor.numel()]:
         report.broken.append(f"{path}: {', '.join(empty)} without a single number")
         return
-    if A.ndim < 2 or B.ndim < 2 or A.shape[0] != B.shape[1]:
+    # Experts' matrices lie under each other, each with an A of its own; only doratune writes those.
+    if A.ndim < 2 or B.ndim < 2 or A.shape[0] % B.shape[1] or (A.shape[0] != B.shape[1] and not options.own_type):
         report.broken.append(f"{path}: A {tuple(A.shape)} and B {tuple(B.shape)} do not belong together")
         return
-    if A.shape[0] != max(1, config.rank_of(path)):
-        report.broken.append(f"{path}: A and B have rank {A.shape[0]}, adapter_config.json says {config.rank_of(path)}")
+    experts = bool(options.parameters) and not matches(path, options.modules)
+    if experts:
+        path = parameter_at(path, options.parameters)
+    rank, expected = B.shape[1], max(1, config.rank_of(path))
+    if experts and rank % expected == 0:
+        rank = expected  # PEFT's B has the ranks of all experts side by side
+    if rank != expected:
+        report.broken.append(f"{path}: A and B have rank {rank}, adapter_config.json says {config.rank_of(path)}")
     if config.method == "dora" and m is None:
         report.broken.append(f"{path}: use_dora is set, but there is no magnitude")
     if config.method == "lora" and m is not None:
@@ -137,7 +147,7 @@ def _look_at(report: FileReport, config: AdapterConfig, path: str, parts: dict[s
     report.layers.append(
         StoredLayer(
             path,
-            A.shape[0],
+            rank,
             sum(t.numel() for t in (A, B, m) if t is not None),
             float(A.abs().max()),
             float(B.abs().max()),

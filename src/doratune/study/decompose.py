@@ -101,9 +101,9 @@ def _measure(old: Matrix, new: Matrix, spectra: bool) -> Decomposition:
 
 
 def has_spectrum(weight: Matrix) -> bool:
-    """Whether a weight is small enough for its spectrum, and more than a single row or column."""
+    """Whether a weight is one matrix, small enough for its spectrum, and more than a single row or column."""
     rows, columns = weight.shape
-    return min(rows, columns) > 1 and rows * columns <= LARGEST
+    return weight.matrices == 1 and min(rows, columns) > 1 and rows * columns <= LARGEST
 
 
 def moved(old: Matrix, new: Matrix, base: BaseSpectrum | None = None) -> Decomposition:
@@ -187,7 +187,7 @@ def _of_rows(weight: WeightRows) -> Matrix:
                 parts.append(tile[start - outer.start : stop - outer.start].double())
         return torch.cat(parts)
 
-    return Matrix(weight.shape, read)
+    return Matrix(weight.shape, read, weight.matrices)
 
 
 def _of_layer(layer: AdaptedLayer) -> Matrix:

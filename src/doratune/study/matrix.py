@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from doratune.ops.stacked import count_of, low_rank_rows
+
 TILE = 1 << 17
 """Numbers that are looked at at a time: they stay in a core's cache through several passes."""
 
@@ -22,6 +24,8 @@ class Matrix:
     shape: tuple[int, int]
     rows: Callable[[slice], Tensor]
     """Rows in float64."""
+    matrices: int = 1
+    """How many matrices lie under each other in it (``ops/stacked.py``)."""
     factors: tuple[Tensor, Tensor] | None = None
     """``[out, r]`` and ``[r, in]``, float64, where the weight is the one before plus their product."""
 
@@ -41,7 +45,7 @@ class Matrix:
         if self.shape[0] * self.shape[1] > HELD:
             return self
         whole = torch.cat([self.rows(rows) for rows in self.slices()])
-        return Matrix(self.shape, lambda rows: whole[rows], self.factors)
+        return Matrix(self.shape, lambda rows: whole[rows], self.matrices, self.factors)
 
     def dense(self, minus: Matrix | None = None) -> Tensor:
         """All of it in float32, or its difference from another one, taken in float64."""
@@ -59,7 +63,7 @@ def adapted(
 
     Args:
         base: W.
-        A, B: ``[r, in]`` and ``[out, r]``; None for rank 0.
+        A, B: ``[r, in]`` and ``[out, r]``, or of matrices under each other; None for rank 0.
         m: ``[out]``; None for LoRA.
         scale: s.
         zero_m_is_plain: a row of W that is 0, with an m of 0, is LoRA's, as in memory; in files such a row is 0.
@@ -68,15 +72,16 @@ def adapted(
         if A is None or B is None:
             return base
         b, a = scale * B.double(), A.double()
-        return Matrix(base.shape, lambda rows: base.rows(rows) + b[rows] @ a, (b, a))
+        factors = (b, a) if count_of(A, B) == 1 else None
+        return Matrix(base.shape, lambda rows: base.rows(rows) + low_rank_rows(a, b, rows), base.matrices, factors)
 
     def read(rows: slice) -> Tensor:
         before = base.rows(rows)
-        moved = before if A is None or B is None else before + scale * (B[rows].double() @ A.double())
+        moved = before if A is None or B is None else before + scale * low_rank_rows(A.double(), B.double(), rows)
         own, n = m[rows].double(), moved.norm(dim=1)
         g = own / n.where(n > 0, 1.0)
         if zero_m_is_plain:
             g = torch.where((own == 0) & (before.norm(dim=1) == 0), 1.0, g)
         return g[:, None] * moved
 
-    return Matrix(base.shape, read)
+    return Matrix(base.shape, read, base.matrices)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from doratune.ops.stacked import each, own_factor
+
 DIRECTION = 0.5
 """Size of ``s B A`` relative to W, in the Frobenius norm."""
 MAGNITUDE = 0.1
@@ -35,7 +37,7 @@ def round_factor(round_number: int) -> float:
 
 
 def moved_adapter(
-    tiles: Iterable[tuple[slice, Tensor]], shape: tuple[int, int], rank: int, scale: float, seed: int
+    tiles: Iterable[tuple[slice, Tensor]], shape: tuple[int, int], rank: int, scale: float, seed: int, count: int = 1
 ) -> MovedAdapter:
     """Random values for a layer, the same for everyone who asks with the same seed.
 
@@ -45,19 +47,23 @@ def moved_adapter(
         rank: at least 1.
         scale: s.
         seed: of the random numbers, which are drawn on the CPU.
+        count: how many matrices lie under each other in W.
     """
     generator = torch.Generator().manual_seed(seed)
     out, columns = shape
     tiles = list(tiles)
     device = tiles[0][1].device
-    A = _rounded((torch.rand(rank, columns, generator=generator) * 2 - 1) * columns**-0.5).to(device)
+    A = _rounded((torch.rand(count * rank, columns, generator=generator) * 2 - 1) * columns**-0.5).to(device)
     B = torch.randn(out, rank, generator=generator).to(device)
     noise = torch.randn(out, generator=generator).to(device)
     size = torch.stack([W.float().norm() for _, W in tiles]).norm()
     # |B A|^2 = <B^T B, A A^T>, without the product
-    change = scale * ((B.T @ B) * (A @ A.T)).sum().sqrt()
+    A3, B3 = each(A, B)
+    change = scale * ((B3.mT @ B3) * (A3 @ A3.mT)).sum().sqrt()
     B = _rounded(B * (DIRECTION * size / change))
-    n = torch.cat([torch.addmm(W.float(), B[rows], A, alpha=scale).norm(dim=1) for rows, W in tiles])
+    n = torch.cat(
+        [torch.addmm(W.float(), B[rows], own_factor(A, B, rows), alpha=scale).norm(dim=1) for rows, W in tiles]
+    )
     return MovedAdapter(A, B, _rounded(n * (1 + MAGNITUDE * noise)))
 
 

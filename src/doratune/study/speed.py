@@ -100,7 +100,7 @@ def _move(model: Any) -> None:
         for name in (LORA, DORA):
             if name in layer.lora_A:
                 adapter = layer.adapters[name]
-                moved = moved_adapter(rows.tiles(), rows.shape, adapter.rank, adapter.scale, seed)
+                moved = moved_adapter(rows.tiles(), rows.shape, adapter.rank, adapter.scale, seed, rows.matrices)
                 layer.lora_A[name].copy_(moved.A)
                 layer.lora_B[name].copy_(moved.B)
                 if name in layer.magnitude:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from doratune.config import AdapterConfig
 from doratune.layers import Kind, kind_of, quantised
 from doratune.layers.linear import has_own_forward
 from doratune.layers.weights import is_transformers_conv1d
@@ -98,7 +99,7 @@ def _base_refusal(layer: Any, base: nn.Module, kind: Kind | None) -> str | None:
             return f"{type(base).__name__} has a forward of its own, PEFT takes the norm of its weight as it is"
         if layer.fan_in_fan_out != is_transformers_conv1d(base):
             return f"fan_in_fan_out={layer.fan_in_fan_out} does not fit a {type(base).__name__}"
-    return kind.refusal(base) or kind.file_refusal(base)
+    return kind.refusal(base) or kind.file_refusal(base, AdapterConfig())
 
 
 def _parts_refusal(products: list[Any], magnitude: Any, parameters: tuple[Tensor, ...]) -> str | None:
