@@ -355,6 +355,17 @@ def test_files_that_are_no_safetensors_files(name, tmp_path):
         read_weights(tmp_path)
 
 
+def test_a_file_that_may_not_be_read_is_not_said_to_be_gone(tmp_path, monkeypatch):
+    write_adapter(tmp_path, *OLD)
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(AdapterError, match=f"{WEIGHTS} cannot be read: Permission denied$"):
+        read_weights(tmp_path)
+
+
 def test_every_truncation_is_noticed(tmp_path):
     write_adapter(tmp_path, *OLD)
     whole = (tmp_path / WEIGHTS).read_bytes()

@@ -108,4 +108,8 @@ def test_commands_take_names_of_the_hub(hub, capsys):
     Path("t.txt").write_text("the cat sat on the mat\n" * 40)
     measured = json.loads(told("evaluate", "user/mine", "--data", "t.txt", "--max-length", "16", "--json"))["measured"]
     assert [one["name"] for one in measured] == ["base", "mine"]
+    analysed = json.loads(told("analyze", "base", "user/mine", "--json"))
+    assert [run["label"] for run in analysed["runs"]] == ["mine"]
+    raced = json.loads(told("bench", "base", "--adapter", "user/mine", "--tokens", "8", "--seconds", "0.01", "--json"))
+    assert raced["costs"][-1]["name"] == "given"
     assert Start.read("user/mine").method == "dora"

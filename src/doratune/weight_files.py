@@ -80,12 +80,15 @@ def opened(file: Path) -> Iterator[Any]:
     """A safetensors file, as ``safe_open`` maps it.
 
     Raises:
-        AdapterError: if it is truncated or no safetensors file.
+        AdapterError: if it may not be read, is truncated or no safetensors file.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
+        file.open("rb").close()  # of what may not be read safetensors says that it is not there
         with safe_open(file, framework="pt") as mapped:
             yield mapped
+    except PermissionError as error:
+        raise AdapterError(f"{file} cannot be read: {error.strerror}") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"{file} cannot be read: {error}; it may be truncated or no safetensors file") from error

@@ -153,6 +153,10 @@ def test_a_sample_needs_a_prompt_and_a_length():
     assert list(config(prompt="a", sample_tokens=0).problems()) == ["sample_tokens must be above 0; found 0"]
 
 
+def test_a_seed_is_one_that_every_library_takes():
+    assert list(config(seed=2**32).problems()) == ["seed must be below 2**32, as NumPy has it; found 4294967296"]
+
+
 def test_streams_and_chats_need_what_they_need():
     assert list(config(streaming=True).problems()) == [
         "streaming needs steps: the length of the data is not known beforehand"

@@ -1,5 +1,6 @@
 """Recipes that are written: the one beside the results, and what --print-recipe shows."""
 
+import pytest
 from rich.console import Console
 
 from doratune.cli import main
@@ -44,6 +45,19 @@ def test_where_each_value_comes_from(tmp_path, capsys):
     (tmp_path / "printed.toml").write_text(printed)
     again = TrainConfig(**load_recipe(tmp_path / "printed.toml"))
     assert (again.steps, again.learning_rate, again.adapter.rank) == (5, 0.5, 3)
+
+
+def test_patterns_of_a_recipe_may_share_a_name_and_flags_win_over_them(tmp_path, capsys):
+    patterns = {"rank_pattern": {"q_proj": 2, "steps": 1}, "alpha_pattern": {"q_proj": 4.5}}
+    save_recipe(tmp_path / "r.toml", TrainConfig("m", ("d",), adapter=AdapterOptions(**patterns)))
+    command = ["train", "--recipe", str(tmp_path / "r.toml"), "--print-recipe"]
+    assert main([*command, "--rank-pattern", "v_proj", "8"]) == 0
+    (tmp_path / "printed.toml").write_text(capsys.readouterr().out)
+    found = TrainConfig(**load_recipe(tmp_path / "printed.toml")).adapter
+    assert (found.rank_pattern, found.alpha_pattern) == ({"v_proj": 8}, {"q_proj": 4.5})
+    with pytest.raises(SystemExit):
+        main([*command, "--rank-pattern", "v_proj"])
+    assert "expected names, each with a number; found" in capsys.readouterr().err
 
 
 def test_everything_is_explained_without_a_recipe():

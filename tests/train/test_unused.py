@@ -44,6 +44,13 @@ def test_a_model_without_an_adapter_is_told(frozen, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "doratune"):
         AdapterTrainer(model, arguments, train_dataset=rows).train()
     assert ("the model has no adapter" in caplog.text) is not frozen
+    caplog.clear()
+    model.requires_grad_(True).register_parameter("positions", nn.Parameter(torch.zeros(16), requires_grad=False))
+    trainer = AdapterTrainer(model, arguments, train_dataset=rows)
+    with caplog.at_level(logging.WARNING, "doratune"):
+        trainer.create_optimizer()  # of a model with a part that is never trained
+    total = sum(p.numel() for p in model.parameters())
+    assert f"the model has no adapter: {total - 16:,} of its {total:,} parameters are trained" in caplog.text
     options = {"magnitude_learning_rate": 1e-2, "lora_plus_ratio": 16}
     with pytest.raises(
         dt.AdapterError, match="magnitude_learning_rate, lora_plus_ratio: the model has no active adapter"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import tyro
 
 from doratune.cli.common import check, say
 from doratune.extras import require
-from doratune.hub import base_folder
+from doratune.hub import adapter_folder, base_folder
 from doratune.study.analysis import PAPER, Analysis, Spectra, analyze
 from doratune.study.correlation import CONFIDENCE
 from doratune.study.runs import labels_of
@@ -35,8 +36,8 @@ class Analyze:
     base: tyro.conf.Positional[str]
     """Base model: a folder with safetensors files, such a file, or a hub name."""
     tuned: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="TUNED ...")]
-    """What was trained from it: a full checkpoint, an adapter in PEFT's format, a run of doratune train, or a folder of
-    checkpoint-N. Several are compared."""
+    """What was trained from it: a full checkpoint or an adapter in PEFT's format (folders, or names on the hub), a run
+    of doratune train, or a folder of checkpoint-N. Several are compared."""
     output: Path = Path("analysis")
     """Folder for the report; an earlier report there is replaced."""
     labels: tuple[str, ...] = ()
@@ -66,6 +67,8 @@ class Analyze:
 
 def run(options: Analyze) -> int:
     """Read, compare, write the page, print the correlations."""
+    named = options.tuned
+    options = dataclasses.replace(options, tuned=tuple(map(adapter_folder, named)))
     check(options.problems())
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -73,7 +76,7 @@ def run(options: Analyze) -> int:
     if not options.json:
         require("matplotlib", "study")
         require("jinja2", "study")
-    labels = list(options.labels) or labels_of(options.tuned)
+    labels = list(options.labels) or labels_of(named)
     status = Console(stderr=True, emoji=False)
     shown = (
         TextColumn("{task.description}", markup=False),
@@ -96,7 +99,7 @@ def run(options: Analyze) -> int:
         return 0
     from doratune.study.analysis_page import page_of, sentence
 
-    command = " ".join(["doratune analyze", options.base, *map(str, options.tuned)])
+    command = " ".join(["doratune analyze", options.base, *map(str, named)])
     with status.status("Drawing"):
         page = page_of(analysis, command).write(options.output, analysis.as_json())
     out = Console(emoji=False)

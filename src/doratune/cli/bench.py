@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ import tyro
 from doratune.cli.common import check
 from doratune.config import AdapterConfig
 from doratune.files import read_config, reading_adapter
+from doratune.hub import adapter_folder
 from doratune.train.choices import Dtype
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ class Bench:
     model: tyro.conf.Positional[str]
     """Folder of a model, or name on the model hub."""
     adapter: Path | None = None
-    """Folder of an adapter for this model, to be measured, too."""
+    """Folder of an adapter for this model, or its name on the hub, to be measured, too."""
     rank: int = AdapterConfig.rank
     """Of the adapters that are compared; they are on all linear layers but the output head."""
     dropout: float = AdapterConfig.dropout
@@ -66,6 +68,8 @@ class Bench:
 
 def run(options: Bench) -> int:
     """Load, race, print."""
+    if options.adapter is not None:
+        options = dataclasses.replace(options, adapter=adapter_folder(options.adapter))
     check(options.problems())
     from rich.console import Console
     from rich.progress import Progress

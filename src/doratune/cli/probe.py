@@ -16,6 +16,10 @@ def random_inputs(model: Any) -> dict[str, Any]:
     if name == "input_ids" and words:
         tokens = torch.randint(0, words, (2, 32), generator=generator).to(model.device)
         decoder = ["decoder_input_ids"] if getattr(config, "is_encoder_decoder", False) else []
+        end = getattr(config, "eos_token_id", None)
+        if decoder and isinstance(end, int):  # where such classifiers read the class: one in each text
+            tokens[tokens == end] = 0 if end else 1
+            tokens[:, -1] = end
         return dict.fromkeys([name, *decoder], tokens)
     if name == "pixel_values" and pixels:
         height, width = (pixels, pixels) if isinstance(pixels, int) else pixels

@@ -32,6 +32,8 @@ def numbers(c: TrainConfig) -> Iterator[str]:
         value = getattr(c, name)
         if not 0 <= value < math.inf:
             yield f"{name} must be at least 0; found {value!r}"
+    if c.seed >= 2**32:
+        yield f"seed must be below 2**32, as NumPy has it; found {c.seed!r}"
     if not c.eval_data and not 0 < c.eval_fraction < 1:
         yield f"eval_fraction must lie between 0 and 1; found {c.eval_fraction!r}"
     if not 0 <= c.test_fraction < 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -30,6 +30,25 @@ SPLIT_SEED = 0
 """The held-out part is the same whatever the seed of the run, so that runs can be compared."""
 
 
+def _pairs(number: type[int] | type[float]) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
+    """Names with numbers as one flag; of those that a recipe gives tyro would make a flag of each name."""
+
+    def read(words: list[str]) -> dict[str, float]:
+        try:
+            return {name: number(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+        except ValueError:
+            raise ValueError(f"expected names, each with a number; found {' '.join(words)}") from None
+
+    pair = f"STR {number.__name__.upper()}"
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=f"[{pair} [{pair} ...]]",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, Mapping),
+        str_from_instance=lambda value: [str(word) for pair in value.items() for word in pair],
+    )
+
+
 @dataclass(frozen=True)
 class AdapterOptions(AdapterConfig):
     """AdapterConfig as flags. Nothing is declared anew; values are checked with those of the run, all at once."""
@@ -39,6 +58,8 @@ class AdapterOptions(AdapterConfig):
     targets: tuple[str, ...] | str = AdapterConfig.targets  # type: ignore[assignment]
     exclude: tuple[str, ...] | str = AdapterConfig.exclude  # type: ignore[assignment]
     eight_bit_outputs: tuple[str, ...] | str = AdapterConfig.eight_bit_outputs  # type: ignore[assignment]
+    rank_pattern: Annotated[Mapping[str, int], _pairs(int)] = field(default_factory=dict)
+    alpha_pattern: Annotated[Mapping[str, float], _pairs(float)] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Checked by ``TrainConfig.adapter_config``."""

@@ -144,12 +144,21 @@ def _load(
         if len(labels) > 1 and task in CLASSIFIERS:
             # The loss goes by it, and a base may have been trained for regression or several labels at once.
             more["problem_type"] = "single_label_classification"
-        model, found = getattr(transformers, kind).from_pretrained(source, output_loading_info=True, **more)
+        loader = getattr(transformers, kind)
+        if task == "image-classification":
+            loader = image_classifier(transformers.AutoConfig.from_pretrained(source, **options)) or loader
+        model, found = loader.from_pretrained(source, output_loading_info=True, **more)
     if task != "image-classification" and labels and model.config.pad_token_id is None:
         end = model.config.eos_token_id  # language models classify the last token before the padding
         model.config.pad_token_id = end[0] if isinstance(end, list) else end
     mismatched = {key if isinstance(key, str) else key[0] for key in found.get("mismatched_keys", ())}
     return model, set(found.get("missing_keys", ())) | mismatched
+
+
+def image_classifier(config: Any) -> Any:
+    """transformers' class that classifies images with a base of this kind; None: it has none."""
+    kinds = require("transformers").MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), None)
+    return kinds[0] if isinstance(kinds, tuple) else kinds  # DeiT's others, distilled from a teacher, have no loss
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -227,7 +236,8 @@ def load_image_processor(name: str, size: int | None = None) -> Any:
     """
     config = load_config(name)
     if not hasattr(config, "patch_size") or not hasattr(config, "num_channels"):
-        raise AdapterError(f"model {name}: a {config.model_type} takes no images; name a ViT, DINOv2 or Swin")
+        problem = "is not among the image models served" if image_classifier(config) else "takes no images"
+        raise AdapterError(f"model {name}: a {config.model_type} {problem}; name a ViT, DINOv2 or Swin")
     with _loading("image processor", name) as (transformers, source, options):
         if options and not (Path(source) / "preprocessor_config.json").is_file():
             own = size or config.image_size

@@ -13,6 +13,8 @@ from doratune.targets import adapted_layers
 log = logging.getLogger("doratune")
 
 LISTED = 5
+WHOLE = 0.95
+"""From this share on all of a model is trained: Whisper's own positions, among others, never are."""
 
 
 def warn_of_unused(model: nn.Module) -> None:
@@ -37,7 +39,7 @@ def warn_of_unused(model: nn.Module) -> None:
 
 
 def check_without_adapter(trainer: Any) -> None:
-    """Say that all of a model is trained, where its adapter may have been forgotten.
+    """Say that the whole model is trained, where its adapter may have been forgotten.
 
     Raises:
         AdapterError: if there are options for adapters.
@@ -53,9 +55,11 @@ def check_without_adapter(trainer: Any) -> None:
             "(PEFT's) these do nothing"
         )
     parameters = list(trainer.model.parameters())
-    if all(p.requires_grad for p in parameters):
+    trained, total = sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    if trained >= WHOLE * total:
         log.warning(
-            "the model has no adapter: all of its %s parameters are trained, and its checkpoints hold them; attach one "
+            "the model has no adapter: %s of its %s parameters are trained, and its checkpoints hold them; attach one "
             "before (dt.attach), or use a plain Trainer",
-            f"{sum(p.numel() for p in parameters):,}",
+            f"{trained:,}",
+            f"{total:,}",
         )

@@ -292,6 +292,26 @@ def test_archives_that_are_none_of_images(assets, tmp_path):
         prepare(config(assets, tmp_path, data=tmp_path / "a.npz"))
 
 
+def test_of_several_classifiers_the_one_with_a_loss_is_taken(tmp_path):
+    from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    options = DeiTConfig(image_size=16, patch_size=4, **sizes)
+    DeiTForImageClassificationWithTeacher(options).save_pretrained(tmp_path / "deit")
+    result = train(
+        config(tmp_path, tmp_path, "deit", save_image_folder(tmp_path / "images", 8), steps=1), Console(quiet=True)
+    )
+    assert type(load_base(result.adapter)).__name__ == "DeiTForImageClassification"
+
+
+def test_models_of_images_that_are_not_served_are_not_said_to_take_none(tmp_path):
+    from transformers import ResNetConfig
+
+    ResNetConfig().save_pretrained(tmp_path / "resnet")
+    with pytest.raises(dt.AdapterError, match="a resnet is not among the image models served; name a ViT"):
+        prepare(config(tmp_path, tmp_path, "resnet", save_image_folder(tmp_path / "images", 2)))
+
+
 def test_a_language_model_takes_no_images(assets, tmp_path):
     save_encoder(tmp_path / "bert")
     with pytest.raises(dt.AdapterError, match="a bert takes no images; name a ViT, DINOv2 or Swin"):

@@ -20,7 +20,7 @@ from doratune.train.config import TrainConfig
 from doratune.train.gather import BadRow, Say, gather
 from doratune.train.images import Picture, picture, pictures
 from doratune.train.labels import refuse_unknown
-from doratune.train.models import choose_dtype, load_config, load_image_processor
+from doratune.train.models import choose_dtype, image_classifier, load_config, load_image_processor
 from doratune.train.sources import Row
 from doratune.train.tasks.division import divided
 from doratune.train.tasks.prepared import Prepared
@@ -217,11 +217,10 @@ class CheckedRow:
 
 def _forward_options(config: TrainConfig, size: tuple[int, int]) -> dict[str, Any]:
     """``interpolate_pos_encoding`` where the model was pretrained at another size and does not do it by itself."""
-    transformers = require("transformers")
     own = load_config(config.model)
     pretrained = getattr(own, "image_size", None)
     pretrained = (pretrained, pretrained) if isinstance(pretrained, int) else tuple(pretrained or size)
-    kind = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(own), None)
+    kind = image_classifier(own)
     if kind is None:
         raise AdapterError(f"model {config.model}: transformers has no image classifier for {type(own).__name__}")
     patch = getattr(own, "patch_size", 1)
