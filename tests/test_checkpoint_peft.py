@@ -349,6 +349,17 @@ def test_a_base_weight_is_accepted_only_if_it_is_the_models_own(name, tmp_path):
         dt.load_adapter(copy.deepcopy(base), rewrite(tmp_path, {tables[0]: changed}))
 
 
+@pytest.mark.parametrize("saved", [["embed_tokens", "lm_head"], ["lm_head"]])
+def test_embeddings_saved_whole_beside_peft_s_copies_of_them(saved, tmp_path):
+    base = build("llama")
+    theirs = peft_model(base, target_modules=["q_proj"], modules_to_save=saved, r=2, use_dora=True)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)  # as of itself where the vocabulary was resized
+    assert any(".modules_to_save." in key for key in tensors(tmp_path))
+    assert any(".original_module." in key for key in tensors(tmp_path))
+    model = dt.load_adapter(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(output(model), output(theirs), **CLOSE)
+
+
 def test_keys_of_older_peft_and_of_compiled_models(tmp_path):
     base = build("llama")
     theirs = peft_model(base, target_modules=["q_proj"], r=2, use_dora=True)

@@ -147,8 +147,10 @@ class _Reader:
             name = inner.removeprefix(owner + ".")
             if name in self.whole[owner]:
                 return self._keep(self.contents.saved, owner, name, tensor, like=self.whole[owner][name])
-            if all_biases and name.startswith(("original_module.", "modules_to_save.")) and name.endswith("bias"):
-                return None  # PEFT repeats the biases of saved modules, under names of its own wrapper
+            wrapper, _, inside = name.partition(".")
+            repeated = inside in self.modules[owner]._parameters or (all_biases and inside.endswith("bias"))
+            if repeated and wrapper in ("original_module", "modules_to_save"):
+                return None  # PEFT repeats embeddings of a resized model, and biases, under names of its own wrapper
         elif all_biases and module not in {"", *self.targeted} and "bias" in name and name in _parameters(base):
             return self._keep(self.contents.saved, module, name, tensor)
         elif all_biases and name == "bias" and module not in self.targeted and _is_output(base):

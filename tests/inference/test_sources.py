@@ -30,6 +30,13 @@ def test_names_come_from_folders_or_their_runs(base, tmp_path):
     assert list(find_sources(folders).adapters) == ["x_y", "two", "two-2", "base-2"]
 
 
+def test_a_classifier_that_peft_wrote_is_for_predict(base, tmp_path):
+    file = save_moved(tmp_path / "stars", base) / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"task_type": "SEQ_CLS"}))
+    with pytest.raises(dt.AdapterError, match="was trained for SEQ_CLS; use doratune predict"):
+        find_sources([str(tmp_path / "stars")])
+
+
 def test_every_wrong_folder_is_listed(base, tmp_path):
     run = save_moved(tmp_path / "run" / "adapter", base).parent
     (tmp_path / "file").touch()

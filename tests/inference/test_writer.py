@@ -145,6 +145,17 @@ def test_a_model_whose_files_hold_no_head(sources, tmp_path):
         Writer.load(Sources(str(tmp_path / "inner"), {}))
 
 
+def test_a_model_with_an_encoder_is_refused_as_in_training(tmp_path):
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    names = ("layers", "ffn_dim", "attention_heads")
+    sizes = {f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in names}
+    BartForConditionalGeneration(BartConfig(vocab_size=257, d_model=8, **sizes)).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(dt.AdapterError, match="a bart has an encoder, which would be left out"):
+        Writer.load(Sources(str(tmp_path), {}))
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
@@ -160,6 +171,24 @@ def test_a_model_whose_files_hold_no_head(sources, tmp_path):
 )
 def test_sampling_that_cannot_work(options, complaint):
     assert [complaint in problem for problem in Sampling(**options).problems()] == [True]
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"min_p": 0.9, "do_sample": True},
+        {"epsilon_cutoff": 0.5, "do_sample": True},
+        {"typical_p": 0.01, "do_sample": True},
+        {"return_dict_in_generate": True},
+        {"num_beams": 2, "num_return_sequences": 2},
+    ],
+)
+def test_what_a_model_says_of_sampling_is_overridden(writer, own):
+    sampling = Sampling(max_tokens=12, temperature=1.5)
+    expected = writer.write([Prompt("once")], sampling)
+    for name, value in own.items():
+        setattr(writer.model.generation_config, name, value)
+    assert writer.write([Prompt("once")], sampling) == expected
 
 
 def test_labels():

@@ -174,7 +174,7 @@ def test_every_problem_is_in_one_error(model, written, tmp_path):
             "unet.mid_block.resnets.1.conv1.lora_A.weight": torch.tensor(1.0),
             "text_encoder.q_proj.lora_A.weight": torch.ones(2, 2),
             "lora_unet_conv_in.lora_up.weight": torch.ones(2, 2),
-            "stray": torch.ones(2),
+            "transformer_blocks.0.to_q.lora_A.weight": torch.ones(2, 2),
         },
     )
     for line in (
@@ -185,7 +185,7 @@ def test_every_problem_is_in_one_error(model, written, tmp_path):
         "unet.mid_block.resnets.1.conv1.lora_A.weight: expected shape (4, 16, 3, 3), found ()",
         "text_encoder.q_proj.lora_A.weight: models has no 'text_encoder'",
         "lora_unet_conv_in.lora_up.weight: kohya's names; use dt.kohya.load_adapter",
-        "stray: begins with none of unet",
+        "transformer_blocks.0.to_q.lora_A.weight: begins with none of unet; a model whose keys have no such name is",
     ):
         assert line in message
     assert "(8 problems)" in message

@@ -52,7 +52,10 @@ class Sampling:
             "temperature": self.temperature if sample else None,
             "top_p": self.top_p if sample else None,
             "top_k": self.top_k or None if sample else None,
+            **dict.fromkeys(("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")),
             "repetition_penalty": self.repetition_penalty,
             "num_beams": 1,
+            "num_return_sequences": 1,
+            "return_dict_in_generate": False,
             "use_cache": True,
         }

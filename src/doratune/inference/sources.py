@@ -157,8 +157,9 @@ def tokenizer_source(folders: Iterable[Path], base: str) -> str:
 
 def _refuse_classifier(folder: Path) -> None:
     about = Information.load(folder)
-    if about and about.task in CLASSIFIERS:
-        raise AdapterError(f"{folder} was trained for {about.task}; use doratune predict {folder} FILES...")
+    task = about.task if about else None if is_model(folder) else peft_task(read_config(folder))
+    if task in CLASSIFIERS:
+        raise AdapterError(f"{folder} was trained for {task}; use doratune predict {folder} FILES...")
 
 
 def folder_name(folder: Path, taken: Collection[str] = ()) -> str:

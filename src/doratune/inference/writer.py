@@ -22,6 +22,7 @@ from doratune.model import adapter_names, disabled, set_adapter
 from doratune.train.device import explaining_memory, to_device
 from doratune.train.models import choose_dtype, context_length, give_padding, load_model, load_tokenizer
 from doratune.train.placement import quantized
+from doratune.train.tasks.text import refuse_encoders
 from doratune.train.tokens import opening, plain, written
 from doratune.weight_files import header, weight_files
 
@@ -71,8 +72,8 @@ class Writer:
                 precision.
 
         Raises:
-            AdapterError: if something cannot be loaded, the model has no head that writes, several adapters are to
-                be merged, or were trained on the base in different ways.
+            AdapterError: if something cannot be loaded, the model has no head that writes or has an encoder, several
+                adapters are to be merged, or were trained on the base in different ways.
         """
         if merged and len(sources.adapters) != 1:
             raise AdapterError(f"merging takes one adapter; found {len(sources.adapters)}")
@@ -86,6 +87,7 @@ class Writer:
             raise AdapterError(f"model {sources.base} is a {type(model).__name__}, which does not write text")
         if not sources.adapters:  # an adapter may bring a head
             _refuse_new_head(model, sources.base)
+        refuse_encoders(sources.base)
         model = to_device(model)
         for name, folder in sources.adapters.items():
             load_adapter(model, folder, name)

@@ -147,9 +147,9 @@ def _sorted(
 def _why_no_model(key: str, models: Models) -> str:
     if re.match(r"(lora_[a-z]+\d?|lycoris)_.*\.(lora_(down|up)\.weight|alpha|dora_scale)", key):
         return "kohya's names; use dt.kohya.load_adapter"
-    known = re.match(r"(unet|transformer\w*|text_encoder\w*)\.", key)
+    known = re.match(r"(unet|transformer(?:_\d+)?|text_encoder(?:_\d+)?)\.", key)
     if known is None:
-        return f"begins with none of {', '.join(models)}"
+        return f"begins with none of {', '.join(models)}; a model whose keys have no such name is called ''"
     return f"models has no {known[1]!r}; add it with its model, or with None to leave this part of the file out"
 
 

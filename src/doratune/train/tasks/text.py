@@ -95,7 +95,7 @@ def to_measure(config: TrainConfig, tokenizer: Any, say: Say) -> Prepared:
 
 def _reader(config: TrainConfig, tokenizer: Any, say: Say) -> tuple[Reader, bool]:
     """What reads the rows, and whether several of them are put into one block."""
-    _refuse_encoders(config)
+    refuse_encoders(config.model)
     reader = Reader(config, tokenizer, say)
     blocks = reader.documents if config.packing is None else config.packing
     if config.streaming or (blocks and reader.documents):
@@ -103,21 +103,22 @@ def _reader(config: TrainConfig, tokenizer: Any, say: Say) -> tuple[Reader, bool
     return reader, blocks
 
 
-def _refuse_encoders(config: TrainConfig) -> None:
+def refuse_encoders(model: str) -> None:
     """transformers loads encoders as language models, too: tokens then see those that they are to predict.
 
     Of a model with encoder and decoder it takes the decoder alone.
+
+    Raises:
+        AdapterError: if this is one of them, or its config cannot be loaded.
     """
-    transformers, own = require("transformers"), load_config(config.model)
+    transformers, own = require("transformers"), load_config(model)
     advice = "name a decoder (Llama, Qwen, GPT-2, ...), or another task"
     if getattr(own, "is_encoder_decoder", False):
-        raise AdapterError(
-            f"model {config.model}: a {own.model_type} has an encoder, which would be left out; {advice}"
-        )
+        raise AdapterError(f"model {model}: a {own.model_type} has an encoder, which would be left out; {advice}")
     # Decoders that know the word is_decoder say that they are one, or have never been trained with masks.
     if getattr(own, "is_decoder", None) is False and type(own) in transformers.MODEL_FOR_MASKED_LM_MAPPING:
         raise AdapterError(
-            f"model {config.model}: a {own.model_type} is an encoder, in which a token sees those after it, so that "
+            f"model {model}: a {own.model_type} is an encoder, in which a token sees those after it, so that "
             f"there is nothing to predict; {advice}"
         )
 
