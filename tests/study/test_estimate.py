@@ -120,6 +120,7 @@ def test_doras_share_of_the_arithmetic_is_the_norms():
     found = estimate(LLAMA, CONFIG, tokens=256)
     assert 0 < found.dora_share < 0.1
     assert estimate(LLAMA, dt.AdapterConfig(rank=8, method="lora"), tokens=256).dora_share == 0
+    assert estimate(LLAMA, dt.AdapterConfig(rank=0), tokens=256).dora_share == 0, "magnitudes alone have no products"
 
 
 def test_the_tape_counts_what_is_alive_and_what_is_multiplied():

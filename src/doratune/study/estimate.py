@@ -53,7 +53,7 @@ class Estimate:
     operations: float
     """Floating-point operations of the matrix products of one step on one device."""
     dora_share: float
-    """Share of these that LoRA would not need."""
+    """Share of these that LoRA would not need: the norms'; 0 where layers have magnitudes only."""
     communication: int
     """FSDP2 or DDP: bytes that one device receives in a step."""
     norm_communication: int
@@ -111,12 +111,12 @@ def estimate(
         AdapterError: if the configuration is not one of a causal language model whose step can be counted.
     """
     _refuse_encoder(config)
-    lora = replace(adapter, method="lora") if adapter.method == "dora" and not _without_rank(adapter) else None
+    has_norms = adapter.method == "dora" and not _without_rank(adapter)
     step = (batch_size, tokens), dtype, gradient_checkpointing
     try:
         run = _count(_model(config, adapter, dtype))
         peak, operations = _extrapolated(config, adapter, *step)
-        plain = _extrapolated(config, lora, *step)[1]
+        plain = _extrapolated(config, replace(adapter, method="lora"), *step)[1] if has_norms else operations
     except AdapterError:
         raise
     except Exception as error:  # whatever a model of another kind makes transformers or torch raise
@@ -143,10 +143,9 @@ def estimate(
         adapters=4 * trained,
         gradients=4 * trained,
         optimizer=4 * STATES * trained,
-        # The tape has counted gradients, too.
-        activations=max(0, peak - 4 * trained) + (whole * size if quantize else 0),
+        activations=max(0, peak) + (whole * size if quantize else 0),
         operations=operations,
-        dora_share=1 - plain / operations if run.magnitudes else 0.0,
+        dora_share=1 - plain / operations,
         communication=moved,
         norm_communication=2 * 4 * run.magnitudes * (devices - 1) // devices if several else 0,
     )
@@ -169,9 +168,9 @@ def _without_rank(adapter: AdapterConfig) -> bool:
 
 
 def _extrapolated(
-    config: Any, adapter: AdapterConfig | None, shape: tuple[int, int], dtype: torch.dtype, gradient_checkpointing: bool
+    config: Any, adapter: AdapterConfig, shape: tuple[int, int], dtype: torch.dtype, gradient_checkpointing: bool
 ) -> tuple[int, int]:
-    """Highest memory and operations of the whole model's step, from one and two of its layers where it has more."""
+    """What ``_step`` finds for the whole model, from one and two of its layers where it has more."""
     layers = getattr(config, "num_hidden_layers", 0)
     if layers <= 2:
         return _step(config, adapter, shape, dtype, gradient_checkpointing)
@@ -188,7 +187,7 @@ def _shortened(config: Any, layers: int) -> Any:
     return short
 
 
-def _model(config: Any, adapter: AdapterConfig | None, dtype: torch.dtype) -> Any:
+def _model(config: Any, adapter: AdapterConfig, dtype: torch.dtype) -> Any:
     """A model with adapters, on tensors without data."""
     transformers = require("transformers")
     config = copy.deepcopy(config)
@@ -196,7 +195,7 @@ def _model(config: Any, adapter: AdapterConfig | None, dtype: torch.dtype) -> An
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         model.requires_grad_(False)
-        return model if adapter is None else attach(model, adapter)
+        return attach(model, adapter)
 
 
 def _count(model: nn.Module) -> _Counts:
@@ -216,9 +215,9 @@ def _count(model: nn.Module) -> _Counts:
 
 
 def _step(
-    config: Any, adapter: AdapterConfig | None, shape: tuple[int, int], dtype: torch.dtype, gradient_checkpointing: bool
+    config: Any, adapter: AdapterConfig, shape: tuple[int, int], dtype: torch.dtype, gradient_checkpointing: bool
 ) -> tuple[int, int]:
-    """Highest memory and operations of one step."""
+    """Highest memory of one step, without the adapters' gradients that the tape has counted, and its operations."""
     model = _model(config, adapter, dtype)
     with torch.device("meta"):
         ids = torch.empty(shape, dtype=torch.long)
@@ -230,10 +229,9 @@ def _step(
         tape = Tape()
         tape.know((*model.parameters(), *model.buffers(), ids))
         with tape, flash_attention():
-            loss = model(input_ids=ids, labels=ids).loss
-            if loss.requires_grad:
-                loss.backward()
-    return tape.highest, tape.operations
+            model(input_ids=ids, labels=ids).loss.backward()
+    about = summary(model)
+    return tape.highest - 4 * (about.direction + about.magnitude), tape.operations
 
 
 def _as_after_attaching(model: nn.Module) -> None:
