@@ -45,7 +45,8 @@ def lines(record: Record, path: Path) -> None:
     groups = {key: points for key, points in record.groups().items() if key in points[0]["shape"] and len(points) > 1}
     if not groups:
         return bars(record, path)
-    figure = Figure(figsize=(3.3 * len(groups), 5.0), dpi=120, layout="constrained")
+    # Title and legend need the width of three, however few there are.
+    figure = Figure(figsize=(3.3 * max(3, len(groups)), 5.0), dpi=120, layout="constrained")
     panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for axes, (group, points) in zip(panels, groups.items(), strict=True):
         points = sorted(points, key=lambda point: point["shape"][group])

@@ -4,6 +4,7 @@ import json
 import pytest
 
 from doratune.cli import main
+from doratune.errors import DivergedError
 from doratune.study.comparison import run as runs
 from study.comparison import simulated
 from train.tiny import save_model, write_text
@@ -66,6 +67,24 @@ def test_it_answers_and_goes_on(recipe, tmp_path, trained, capsys):
     said = capsys.readouterr().err
     assert "is of another recipe: name another --output or --study, or undo the change" in said
     assert "max_length was 16, is 8" in said
+
+
+def test_a_single_score_has_no_interval(recipe, tmp_path, trained, capsys, monkeypatch):
+    train = runs.train_apart
+
+    def diverging(config, worker, workers):
+        if config.seed > 1:
+            raise DivergedError("the loss is nan")
+        return train(config, worker, workers)
+
+    monkeypatch.setattr(runs, "train_apart", diverging)
+    table = recipe.read_text().replace("[1e-4, 1e-3]", "[1e-3]").replace("seeds = 3", "seeds = 2")
+    recipe.write_text(table + "ranks = [2, 4, 8]\n")
+    assert main(["compare", str(recipe), "--output", str(tmp_path / "out"), "--workers", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "seed 2: the loss is nan" in said
+    assert "nan to nan" not in said
+    assert "over the ranks" not in said, "of one seed there is no spread"
 
 
 def test_every_problem_before_anything_is_trained(recipe, tmp_path, trained, capsys):

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, GPT2Config, LlamaConfig, MixtralConfig
 
 import doratune as dt
 from doratune.study.estimate import estimate
@@ -59,6 +59,49 @@ def test_parameters_are_those_of_the_real_model():
     assert found.weights == 2 * about.base
 
 
+def test_mixtures_whose_first_layers_are_dense_and_whose_values_are_narrower_than_queries():
+    config = DeepseekV3Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=5,
+        first_k_dense_replace=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        n_routed_experts=8,
+        n_group=2,
+        topk_group=1,
+        num_experts_per_tok=2,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+    )
+    about = dt.summary(dt.attach(AutoModelForCausalLM.from_config(config), CONFIG))
+    found = estimate(config, CONFIG, tokens=16)
+    assert found.parameters == about.base
+    assert found.adapter_parameters == about.direction + about.magnitude
+
+
+def test_products_of_experts_count():
+    def operations(experts):
+        config = MixtralConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_experts_per_tok=experts,
+        )
+        return estimate(config, CONFIG, tokens=16).operations
+
+    weights = 3 * 3 * 32 * 48  # of one expert in each layer
+    assert operations(2) - operations(1) == 4 * 16 * weights, "forward and backward, two operations a weight"
+
+
 def test_devices_share_the_base_and_quantisation_shrinks_it():
     one = estimate(LLAMA, CONFIG, tokens=64)
     eight = estimate(LLAMA, CONFIG, tokens=64, devices=8, fsdp=True)
@@ -77,6 +120,7 @@ def test_doras_share_of_the_arithmetic_is_the_norms():
     found = estimate(LLAMA, CONFIG, tokens=256)
     assert 0 < found.dora_share < 0.1
     assert estimate(LLAMA, dt.AdapterConfig(rank=8, method="lora"), tokens=256).dora_share == 0
+    assert estimate(LLAMA, dt.AdapterConfig(rank=0), tokens=256).dora_share == 0, "magnitudes alone have no products"
 
 
 def test_the_tape_counts_what_is_alive_and_what_is_multiplied():

@@ -174,7 +174,7 @@ def _print(findings: Findings, page: Path) -> None:
             one.contestant.name,
             f"{one.chosen.learning_rate:g}",
             "-" if score is None else sentences.number(score.mean, unit),
-            "-" if score is None else f"{sentences.number(score.low, unit)} to {sentences.number(score.high, unit)}",
+            "-" if score is None or score.count < 2 else sentences.interval(score, unit, signed=False),
             str(len(one.scores)),
             f"{1e3 * one.step_seconds:,.0f}",
             f"{one.peak_memory / 2**20:,.0f}",

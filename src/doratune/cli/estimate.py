@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 ASSUMPTIONS = (
     "adapters on all linear layers but the output head, in float32, with Adam: 16 bytes a number",
-    "all layers are like the second one; attention by fused kernels; the loss is taken on all tokens at once",
+    "activations and arithmetic of all layers are the second one's; fused attention; loss on all tokens at once",
     "devices work on different sequences; FSDP2 holds two whole layers at a time, adapters are whole everywhere",
     "with quantisation one weight at a time is made whole; what stays of the allocator's own comes on top (5 to 20 %)",
 )

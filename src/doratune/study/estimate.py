@@ -1,8 +1,8 @@
 """Memory and arithmetic of a training step, from a model's configuration alone.
 
 The model is built without data (meta device), given its adapters, and one step is run on it by the code that trains:
-what that would allocate, keep and multiply is counted (``study/tape.py``). Of models with many equal layers one and two
-layers are run, and the difference stands for each further one.
+what that would allocate, keep and multiply is counted (``study/tape.py``). Of models with many layers one and two are
+run, and the difference stands for each further one; parameters are counted on the whole model.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Estimate:
     operations: float
     """Floating-point operations of the matrix products of one step on one device."""
     dora_share: float
-    """Share of these that LoRA would not need."""
+    """Share of these that LoRA would not need: the norms'; 0 where layers have magnitudes only."""
     communication: int
     """FSDP2 or DDP: bytes that one device receives in a step."""
     norm_communication: int
@@ -67,8 +67,8 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class _Run:
-    """One step of a model, as counted."""
+class _Counts:
+    """Parameters of a whole model with its adapters."""
 
     parameters: int
     quantised: int
@@ -77,21 +77,9 @@ class _Run:
     largest: int
     """Parameters of the largest weight that is quantised."""
     layer: int
-    """Parameters of one of the base's repeated layers."""
+    """Parameters of the largest of the base's repeated layers."""
     adapters: int
     magnitudes: int
-    peak: int
-    operations: int
-
-    def further(self, one: _Run, times: int) -> _Run:
-        """This, and ``times`` the difference to ``one``."""
-        kept = ("largest", "layer")
-        grown = {
-            name: getattr(self, name) + times * (getattr(self, name) - getattr(one, name))
-            for name in self.__dataclass_fields__
-            if name not in kept
-        }
-        return replace(self, **grown)
 
 
 def estimate(
@@ -123,9 +111,17 @@ def estimate(
         AdapterError: if the configuration is not one of a causal language model whose step can be counted.
     """
     _refuse_encoder(config)
-    run = _extrapolated(config, adapter, (batch_size, tokens), dtype, gradient_checkpointing)
-    lora = replace(adapter, method="lora") if adapter.method == "dora" and not _without_rank(adapter) else None
-    plain = _extrapolated(config, lora, (batch_size, tokens), dtype, gradient_checkpointing)
+    has_norms = adapter.method == "dora" and not _without_rank(adapter)
+    step = (batch_size, tokens), dtype, gradient_checkpointing
+    try:
+        run = _count(_model(config, adapter, dtype))
+        peak, operations = _extrapolated(config, adapter, *step)
+        plain = _extrapolated(config, replace(adapter, method="lora"), *step)[1] if has_norms else operations
+    except AdapterError:
+        raise
+    except Exception as error:  # whatever a model of another kind makes transformers or torch raise
+        said = first_line(error).split(". ")[0]
+        raise AdapterError(f"a step of a {config.model_type} cannot be estimated: {said}; {SERVED}") from error
     size = dtype.itemsize
     quantised = run.quantised if quantize else 0
     # A quantised weight is made whole for its products; torchao keeps it so until the backward pass.
@@ -147,10 +143,9 @@ def estimate(
         adapters=4 * trained,
         gradients=4 * trained,
         optimizer=4 * STATES * trained,
-        # The tape has counted gradients, too.
-        activations=max(0, run.peak - 4 * trained) + (whole * size if quantize else 0),
-        operations=run.operations,
-        dora_share=1 - plain.operations / run.operations if run.magnitudes else 0.0,
+        activations=max(0, peak) + (whole * size if quantize else 0),
+        operations=operations,
+        dora_share=1 - plain / operations,
         communication=moved,
         norm_communication=2 * 4 * run.magnitudes * (devices - 1) // devices if several else 0,
     )
@@ -173,20 +168,15 @@ def _without_rank(adapter: AdapterConfig) -> bool:
 
 
 def _extrapolated(
-    config: Any, adapter: AdapterConfig | None, shape: tuple[int, int], dtype: torch.dtype, gradient_checkpointing: bool
-) -> _Run:
-    """The run of the whole model, from one and two of its layers where it has more."""
+    config: Any, adapter: AdapterConfig, shape: tuple[int, int], dtype: torch.dtype, gradient_checkpointing: bool
+) -> tuple[int, int]:
+    """What ``_step`` finds for the whole model, from one and two of its layers where it has more."""
     layers = getattr(config, "num_hidden_layers", 0)
-    try:
-        if layers <= 2:
-            return _run(config, adapter, shape, dtype, gradient_checkpointing)
-        one, two = (_run(_shortened(config, n), adapter, shape, dtype, gradient_checkpointing) for n in (1, 2))
-    except AdapterError:
-        raise
-    except Exception as error:  # whatever a model of another kind makes transformers or torch raise
-        said = first_line(error).split(". ")[0]
-        raise AdapterError(f"a step of a {config.model_type} cannot be estimated: {said}; {SERVED}") from error
-    return two.further(one, layers - 2)
+    if layers <= 2:
+        return _step(config, adapter, shape, dtype, gradient_checkpointing)
+    one, two = (_step(_shortened(config, n), adapter, shape, dtype, gradient_checkpointing) for n in (1, 2))
+    peak, operations = (last + (layers - 2) * (last - first) for first, last in zip(one, two, strict=True))
+    return peak, operations
 
 
 def _shortened(config: Any, layers: int) -> Any:
@@ -197,46 +187,51 @@ def _shortened(config: Any, layers: int) -> Any:
     return short
 
 
-def _run(
-    config: Any, adapter: AdapterConfig | None, shape: tuple[int, int], dtype: torch.dtype, gradient_checkpointing: bool
-) -> _Run:
-    """One step, on tensors without data."""
+def _model(config: Any, adapter: AdapterConfig, dtype: torch.dtype) -> Any:
+    """A model with adapters, on tensors without data."""
     transformers = require("transformers")
     config = copy.deepcopy(config)
     config.use_cache = False
     with torch.device("meta"):
-        model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-        ids = torch.empty(shape, dtype=torch.long)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         model.requires_grad_(False)
-        if adapter is not None:
-            attach(model, adapter)
+        return attach(model, adapter)
+
+
+def _count(model: nn.Module) -> _Counts:
+    about = summary(model)
+    shapes = [layer.weight_rows().shape for layer in adapted_layers(model).values()]
+    sizes = [out * columns for out, columns in shapes]
+    blocks = [block for m in model.modules() if isinstance(m, nn.ModuleList) for block in m]
+    return _Counts(
+        parameters=about.base,
+        quantised=sum(sizes),
+        rows=sum(out for out, _ in shapes),
+        largest=max(sizes, default=0),
+        layer=max((sum(p.numel() for p in b.parameters() if not p.requires_grad) for b in blocks), default=0),
+        adapters=about.direction,
+        magnitudes=about.magnitude,
+    )
+
+
+def _step(
+    config: Any, adapter: AdapterConfig, shape: tuple[int, int], dtype: torch.dtype, gradient_checkpointing: bool
+) -> tuple[int, int]:
+    """Highest memory of one step, without the adapters' gradients that the tape has counted, and its operations."""
+    model = _model(config, adapter, dtype)
+    with torch.device("meta"):
+        ids = torch.empty(shape, dtype=torch.long)
         model.train()
         if gradient_checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False, "preserve_rng_state": False})
         _as_after_attaching(model)
-        about = summary(model)
-        layers = list(adapted_layers(model).values())
-        shapes = [layer.weight_rows().shape for layer in layers]
-        sizes = [out * columns for out, columns in shapes]
-        block = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)), None)
         tape = Tape()
         tape.know((*model.parameters(), *model.buffers(), ids))
         with tape, flash_attention():
-            loss = model(input_ids=ids, labels=ids).loss
-            if loss.requires_grad:
-                loss.backward()
-        return _Run(
-            parameters=about.base,
-            quantised=sum(sizes),
-            rows=sum(out for out, _ in shapes),
-            largest=max(sizes, default=0),
-            layer=0 if block is None else sum(p.numel() for p in block[0].parameters() if not p.requires_grad),
-            adapters=about.direction,
-            magnitudes=about.magnitude,
-            peak=tape.highest,
-            operations=tape.operations,
-        )
+            model(input_ids=ids, labels=ids).loss.backward()
+    about = summary(model)
+    return tape.highest - 4 * (about.direction + about.magnitude), tape.operations
 
 
 def _as_after_attaching(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm")
+_EXPERTS = "_grouped_mm"
 _ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 
 
@@ -57,8 +58,9 @@ class Tape(TorchDispatchMode):
 
 def _operations(func: Any, args: Any, out: Any) -> int:
     name = func.name().partition("::")[2].partition(".")[0]
-    if name in _PRODUCTS:
-        left, right = [a for a in args if isinstance(a, Tensor)][-2:]
+    if name in (*_PRODUCTS, _EXPERTS):
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        left, right = tensors[:2] if name == _EXPERTS else tensors[-2:]
         return 2 * left.shape[:-1].numel() * left.shape[-1] * right.shape[-1]
     if name.startswith(_ATTENTION):
         query, key = (args[1], args[2]) if name.endswith("_backward") else (args[0], args[1])
@@ -76,8 +78,11 @@ def flash_attention() -> Iterator[None]:
         groups = query.shape[1] // key.shape[1]
         if groups > 1:  # heads that share a key's, which the kernels read in place
             key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
+        width = value.shape[-1]
+        if width < query.shape[-1]:  # DeepSeek's; the kernel wants one width
+            value = F.pad(value, (0, query.shape[-1] - width))
         found: Tensor = getattr(torch.ops.aten, _ATTENTION)(query, key, value, 0.0, bool(options.get("is_causal")))[0]
-        return found
+        return found[..., :width]
 
     F.scaled_dot_product_attention = attention  # type: ignore[assignment]
     try:

@@ -10,14 +10,18 @@ from doratune.extras import require
 
 SMOOTHING = 0.8
 """Share of the running mean in the thick line; single steps are the thin one."""
-MEASURED = {"eval_loss": "held-out loss", "eval_accuracy": "held-out accuracy"}
-"""What is measured besides the training loss, each in a picture of its own."""
+PICTURES = {
+    "loss": "training loss (thick: smoothed)",
+    "eval_loss": "held-out loss",
+    "eval_accuracy": "held-out accuracy",
+}
+"""What is drawn, each in a picture of its own."""
 
 
 def draw_curves(
     runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, title: str, loss_unit: str = "nats per token"
 ) -> None:
-    """Draw training and held-out loss over the steps, and held-out accuracy where it was measured.
+    """Draw training loss, held-out loss and held-out accuracy over the steps, those of them that there are.
 
     Args:
         runs: for each label the records of a metrics.jsonl: ``step`` with ``loss``, ``eval_loss`` or ``eval_accuracy``.
@@ -29,23 +33,26 @@ def draw_curves(
         AdapterError: if matplotlib is not installed.
     """
     Figure = require("matplotlib.figure", "study").Figure
-    measured = [key for key in MEASURED if any(key in record for records in runs.values() for record in records)]
-    figure = Figure(figsize=(4.5 * max(2, 1 + len(measured)), 4), dpi=120, layout="constrained")
-    axes = figure.subplots(1, 1 + len(measured), squeeze=False)[0]
+    # A short run has no training loss: it is told every log_every steps.
+    drawn = [key for key in PICTURES if any(key in record for records in runs.values() for record in records)]
+    drawn = drawn or ["loss"]
+    figure = Figure(figsize=(4.5 * max(2, len(drawn)), 4), dpi=120, layout="constrained")
+    axes = figure.subplots(1, len(drawn), squeeze=False)[0]
     for index, (label, records) in enumerate(runs.items()):
         # Runs that do the same lie on each other: the first line is the widest, so that each shows beside the next.
         width = max(1.2, 5 - 1.7 * index) if len(runs) > 1 else 2
         look: dict[str, Any] = {"color": f"C{index}", "linewidth": width, "label": label}
-        steps, losses = _points(records, "loss")
-        axes[0].plot(steps, losses, color=look["color"], alpha=0.2, linewidth=0.8)
-        axes[0].plot(steps, _smooth(losses), **look)
-        for axis, key in zip(axes[1:], measured, strict=True):
-            axis.plot(*_points(records, key), marker="o", markersize=look["linewidth"] + 4, **look)
-    names = ["training loss (thick: smoothed)", *(MEASURED[key] for key in measured)]
-    for axis, name in zip(axes, names, strict=True):
+        for axis, key in zip(axes, drawn, strict=True):
+            steps, values = _points(records, key)
+            if key == "loss":
+                axis.plot(steps, values, color=look["color"], alpha=0.2, linewidth=0.8)
+                axis.plot(steps, _smooth(values), **look)
+            else:
+                axis.plot(steps, values, marker="o", markersize=look["linewidth"] + 4, **look)
+    for axis, key in zip(axes, drawn, strict=True):
         axis.set_xlabel("step")
-        axis.set_ylabel("share of right answers" if "accuracy" in name else loss_unit)
-        axis.set_title(name, fontsize=10)
+        axis.set_ylabel("share of right answers" if "accuracy" in key else loss_unit)
+        axis.set_title(PICTURES[key], fontsize=10)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
         axis.spines[["top", "right"]].set_visible(False)

@@ -262,7 +262,7 @@ def _over_ranks(
         seeds = set.intersection(*(set(scores[one]) for one in ranked))
         values = {seed: [scores[one][seed] for one in ranked] for seed in sorted(seeds)}
         spreads[method] = {seed: max(row) - min(row) for seed, row in values.items()}
-        if spreads[method]:
+        if len(spreads[method]) >= 2:
             ranks = sorted(one.rank for one in ranked if one.rank is not None)
             found.append(RankSpread(method, ranks, mean_interval(list(spreads[method].values()), level)))
     if len(found) < 2 or found[0].ranks != found[1].ranks:

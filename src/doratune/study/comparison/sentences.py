@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from doratune.study.comparison.contestants import RANKED
 from doratune.study.comparison.findings import Findings, Gap, Standing
 from doratune.study.comparison.signed_rank import Typical
-from doratune.study.comparison.statistics import POWER, Difference
+from doratune.study.comparison.statistics import POWER, MeanInterval
 
 
 def number(value: float, unit: str, signed: bool = False) -> str:
@@ -22,9 +22,9 @@ def percent(share: float, digits: int = 0) -> str:
     return f"{100 * share:.{digits}f}\u00a0%" if digits else f"{round(100 * share, 6):g}\u00a0%"
 
 
-def interval(found: Difference | Typical, unit: str) -> str:
+def interval(found: MeanInterval | Typical, unit: str, signed: bool = True) -> str:
     """Both ends of an interval."""
-    return f"{number(found.low, unit, signed=True)} to {number(found.high, unit, signed=True)}"
+    return f"{number(found.low, unit, signed)} to {number(found.high, unit, signed)}"
 
 
 def about_gap(findings: Findings, gap: Gap) -> str:
@@ -129,8 +129,7 @@ def about_ranks(findings: Findings) -> Iterator[str]:
         ranks = ", ".join(map(str, one.ranks))
         yield (
             f"{name}: over the ranks {ranks} the best and the worst test score of a seed lie "
-            f"{number(one.spread.mean, unit)} {unit} apart ({number(one.spread.low, unit)} to "
-            f"{number(one.spread.high, unit)})."
+            f"{number(one.spread.mean, unit)} {unit} apart ({interval(one.spread, unit, signed=False)})."
         )
     d = findings.rank_difference
     if d is not None:
