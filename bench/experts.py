@@ -176,7 +176,8 @@ class Experts(Benchmark):
             shape |= {"experts": 128, "width": 2048, "inner": 768, "tokens": 8192}
         if self.quick:
             shape = {"experts": 4, "width": 64, "inner": 32, "tokens": 32, "rank": 4}
-        return [Point(", ".join(f"{value:,} {key}" for key, value in shape.items()), shape)]
+        title = "{experts} experts, {width:,} to {inner:,} and back, {tokens:,} tokens, r {rank}"
+        return [Point(title.format(**shape), shape)]
 
     def measure(self, point: Point, watch: Watch) -> Report:
         shape, dtype, device = point.shape, self.torch_dtype(), self.torch_device()
