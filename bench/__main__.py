@@ -1,4 +1,4 @@
-"""`python -m bench layer | step | decode | eval | files | memory | losses | profile | all`."""
+"""`python -m bench layer | step | decode | eval | files | memory | experts | losses | profile | all`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import tyro
 
 from bench import needed  # noqa: F401
 from bench.decode import Decode, Eval
+from bench.experts import Experts
 from bench.files import Files
 from bench.layer import Layer
 from bench.losses import Losses
@@ -20,7 +21,7 @@ from bench.profile import Profile
 from bench.step import Step
 from doratune.cli import nothing
 
-PARTS: tuple[type[Benchmark], ...] = (Layer, Step, Decode, Eval, Files, Memory, Losses, Profile)
+PARTS: tuple[type[Benchmark], ...] = (Layer, Step, Decode, Eval, Files, Memory, Experts, Losses, Profile)
 
 
 @dataclass
@@ -46,6 +47,7 @@ Command = (
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Files, tyro.conf.subcommand("files")]
     | Annotated[Memory, tyro.conf.subcommand("memory")]
+    | Annotated[Experts, tyro.conf.subcommand("experts")]
     | Annotated[Losses, tyro.conf.subcommand("losses")]
     | Annotated[Profile, tyro.conf.subcommand("profile")]
     | Annotated[All, tyro.conf.subcommand("all")]

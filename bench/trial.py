@@ -5,14 +5,14 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
 from bench.bases import dense_weight
 from bench.check import Errors, Observation, errors, observe, reference
-from bench.contestants import BUILDERS, DORA, FROZEN, Contestant, Setting
+from bench.contestants import BUILDERS, DORA, FROZEN, Builder, Contestant, Setting
 from bench.results import reason
 from bench.tasks import Task
 from doratune.study.moved import MovedAdapter, moved_adapter
@@ -59,12 +59,22 @@ class Trial:
         self.base, self.setting, self.task, self.training = base, setting, task, training
         self.twin = twin
         """The same contestants on a base whose rounding leaves mistakes to be seen; compared in this one's place."""
-        self.values = moved_adapters(base, setting)
+        self.values = self.moved()
         self.entries = {name: Entry(name, "reference") for name in names}
         self.contestants: dict[str, Contestant] = {}
         self._expected: dict[tuple[str, str], Observation] = {}
         for name in names:
             self.attempt(name, self._build)
+
+    builders: ClassVar[dict[str, Builder]] = BUILDERS
+
+    def moved(self) -> dict[str, MovedAdapter]:
+        """The values that all contestants get."""
+        return moved_adapters(self.base, self.setting)
+
+    def reference(self, like: Contestant) -> Contestant:
+        """What computes a contestant's method plainly."""
+        return reference(self.base, self.values, self.setting, like)
 
     def attempt(self, name: str, action: Callable[[str], Any]) -> Any:
         """Do something with a contestant; if it cannot, it is out, with the reason."""
@@ -80,7 +90,7 @@ class Trial:
         self.entries[name] = Entry(name, "failed", reason(error))
 
     def _build(self, name: str) -> None:
-        contestant = BUILDERS[name](self.base, self.setting)
+        contestant = self.builders[name](self.base, self.setting)
         contestant.model.train(self.training)
         contestant.take(self.values, 0)
         self.contestants[name] = contestant
@@ -128,8 +138,7 @@ class Trial:
     def _expect(self, contestant: Contestant) -> Observation:
         key = (contestant.method, contestant.norm_gradient)
         if key not in self._expected:
-            model = reference(self.base, self.values, self.setting, contestant)
-            self._expected[key] = observe(self.task, model, self.training)
+            self._expected[key] = observe(self.task, self.reference(contestant), self.training)
         return self._expected[key]
 
     def race(

@@ -52,6 +52,16 @@ def test_memory(tmp_path):
     assert picture.exists()
 
 
+def test_experts(tmp_path):
+    found, text, picture = run(tmp_path, "experts")
+    entries = {entry["name"]: entry for entry in found["points"][0]["entries"]}
+    assert {entry["status"] for name, entry in entries.items() if name != FROZEN} == {"right"}
+    saved = {name: entry["measured"]["saved MB"] for name, entry in entries.items()}
+    assert saved[FROZEN] < saved["doratune LoRA"] < saved[DORA] < saved["PEFT LoRA float32"]
+    assert "| PEFT LoRA float32 | " in text
+    assert picture.exists()
+
+
 def test_profile(tmp_path):
     found, text, picture = run(tmp_path, "profile")
     measured = {e["name"]: e["measured"] for e in found["points"][0]["entries"]}

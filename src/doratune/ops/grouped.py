@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from doratune.ops.compose import eight_bits
-from doratune.ops.once import by_hand, once_differentiable
+from doratune.ops.once import by_hand, once_differentiable, transformed
 
 
 class _ScaleGroups(torch.autograd.Function):
@@ -30,7 +30,8 @@ class _ScaleGroups(torch.autograd.Function):
 
 
 def _scaled(z: Tensor, g: Tensor, groups: Tensor) -> Tensor:
-    return (g[groups] * z).to(z.dtype)
+    scale = g.to(torch.promote_types(g.dtype, z.dtype)).index_select(0, groups)
+    return (scale * z if transformed() else scale.mul_(z)).to(z.dtype)
 
 
 def scale_groups(z: Tensor, g: Tensor, groups: Tensor, eight_bit: bool = False) -> Tensor:
