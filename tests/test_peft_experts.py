@@ -14,6 +14,8 @@ from transformers import (
     GptOssForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
@@ -168,3 +170,26 @@ def test_a_file_of_experts_lists_what_does_not_fit(tmp_path):
         "expected shape (128, 2), found (32, 7)",
         "missing",
     ]
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match")  # PEFT looks at modules only
+def test_single_experts_of_transformers_4_come_by_way_of_peft(tmp_path):
+    torch.manual_seed(0)
+    base = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, num_experts=4, num_experts_per_tok=2, head_dim=8))
+    key = "base_model.model.model.layers.{}.mlp.experts.{}.{}.lora_{}.weight"
+    tensors = {}
+    for name, (out, columns) in {"gate_proj": (16, 32), "up_proj": (16, 32), "down_proj": (32, 16)}.items():
+        for layer in range(2):
+            for expert in range(4):
+                tensors[key.format(layer, expert, name, "A")] = 0.3 * torch.randn(2, columns)
+                tensors[key.format(layer, expert, name, "B")] = 0.3 * torch.randn(out, 2)
+    save_file(tensors, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    names = ["gate_proj", "up_proj", "down_proj"]
+    options = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": names, "task_type": "CAUSAL_LM"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(options))
+    with pytest.raises(dt.AdapterError, match=r"experts\.0\.down_proj: .*load the file there and save it again"):
+        dt.load_adapter(copy.deepcopy(base), tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    theirs.save_pretrained(tmp_path / "again")
+    assert error(logits(theirs), logits(base)) > 1e-2
+    assert error(logits(dt.load_adapter(base, tmp_path / "again")), logits(theirs)) < 1e-5

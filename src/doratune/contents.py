@@ -13,6 +13,7 @@ from doratune.config import AdapterConfig, vain_options
 from doratune.errors import AdapterError
 from doratune.layers import Kind, kind_of
 from doratune.layers.attention import Projection
+from doratune.layers.experts import ExpertProjection
 from doratune.layers.weights import on_device
 from doratune.own_options import with_own_options
 from doratune.peft_config import PeftOptions, saved_by_peft
@@ -190,6 +191,9 @@ class _Reader:
         problem = None
         if module is None:
             problem = "the model has no such module; is the file of another model?"
+            fused = any(isinstance(other, ExpertProjection) for other in self.modules.values())
+            if fused and re.search(r"\.experts\.\d+\.", path):
+                problem = f"the model has no such module: {SINGLE_EXPERTS}"
         elif path not in self.contents.layers:
             problem = "the options target it, but the file has no tensors for it"
         elif path not in self.targeted:
@@ -269,6 +273,9 @@ def _is_output(module: nn.Module | None) -> bool:
     return isinstance(module, Projection) and module.name == "out_proj" and module.bias is not None
 
 
+SINGLE_EXPERTS = (
+    "transformers 5 keeps all experts in one parameter; PEFT converts plain LoRA: load the file there and save it again"
+)
 REPLACES = "a weight of the base model that differs from the model's own; an adapter's file may not replace it"
 
 

@@ -173,6 +173,13 @@ def test_a_model_that_no_process_holds_whole(two):
     assert found["output"] < 1e-5
 
 
+def test_experts_train_in_parts_as_whole(two):
+    found = two["experts"]
+    assert found["parts"] == [True, True]
+    assert found["losses"] == pytest.approx(found["expected"], abs=1e-4)
+    assert len(set(found["losses"])) == STEPS
+
+
 def test_what_is_not_served_is_refused_by_name(two):
     found = two["refused"]
     assert "attach before wrapping" in found["attach to DDP"]

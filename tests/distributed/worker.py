@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import json
 import sys
@@ -246,12 +247,28 @@ def meta_start() -> dict[str, Any]:
     }
 
 
+def experts() -> dict[str, Any]:
+    """Fused experts in parts, with adapters in parts, on the same tokens in both processes."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    config = transformers.Qwen3MoeConfig(vocab_size=256, num_experts=5, num_experts_per_tok=2, **sizes, **heads)
+    transformers.set_seed(1)
+    plain = transformers.Qwen3MoeForCausalLM(config)
+    spread = copy.deepcopy(plain)
+    for model in (plain, spread):
+        attached(model, dt.AdapterConfig(rank=4, targets=["q_proj", "gate_up_proj", "down_proj"]))
+    fully_shard(spread.model.layers[0])
+    fully_shard(spread)
+    expected = steps(plain)
+    return {"parts": kinds(spread), "losses": steps(spread), "expected": expected}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     gc.freeze()  # as tests/conftest.py does
     distributed.init_process_group("gloo")
-    parts = (ddp, torchao, stream, fsdp, accumulated, half_precision, resumed, tensor_parallel, meta_start, accelerated)
-    for part in (*parts, refused):
+    parts = (ddp, torchao, stream, fsdp, accumulated, half_precision, resumed, tensor_parallel, meta_start, experts)
+    for part in (*parts, accelerated, refused):
         result = part()
         if distributed.get_rank() == 0:
             (FOLDER / f"{part.__name__}.json").write_text(json.dumps(result))

@@ -394,7 +394,9 @@ def test_biases_of_one_adapter_and_projections_of_another(first, active, x):
     for name in sorted(adapters, reverse=first == "projections"):
         dt.attach(model, adapters[name], name)
     dt.set_adapter(model, active)
-    with torch.set_grad_enabled(active == "biases"):  # else torch's fast path, which rounds otherwise
+    for name, p in base.named_parameters():  # torch's other ways to compute round otherwise on some processors
+        p.requires_grad_(active == "biases" and name.startswith("0.") and "bias" in name)
+    with torch.set_grad_enabled(active == "biases"):
         assert torch.equal(model(x), base(x))
     with torch.no_grad():
         for p in dt.trainable_parameters(model).values():

@@ -422,3 +422,21 @@ def test_all_biases_are_those_of_adapted_projections_or_the_modules(batch, tmp_p
     dt.save_adapter(model, tmp_path / "two")
     fresh = dt.load_adapter(made(GptOssExperts), tmp_path / "two")
     assert torch.equal(fresh.eval()(*batch), model.eval()(*batch))
+
+
+def test_offloaded_experts_compute_and_are_not_merged(batch):
+    from accelerate import cpu_offload
+
+    torch.manual_seed(1)
+    whole = move(attached(made()))
+    torch.manual_seed(1)
+    model = cpu_offload(made(), execution_device=torch.device("cpu"))
+    move(attached(model))
+    assert model.experts.base_layer.down_proj.is_meta
+    assert error(model(*batch), whole(*batch)) < 1e-6
+    model(*batch).sum().backward()
+    whole(*batch).sum().backward()
+    found, expected = (m.experts._projections["down_proj"].lora_A["default"].grad for m in (model, whole))
+    assert error(found, expected) < 1e-5
+    with pytest.raises(dt.AdapterError, match=r"experts\.down_proj: accelerate keeps its weight elsewhere"):
+        dt.merge(model)

@@ -22,9 +22,9 @@ GPT2 = GPT2Config(vocab_size=512, n_embd=128, n_layer=3, n_head=4, attn_pdrop=0,
 CONFIG = dt.AdapterConfig(rank=8)
 
 
-def measured(config, tokens, checkpointing):
+def measured(config, tokens, checkpointing, adapter=CONFIG):
     config.use_cache = False
-    model = dt.attach(AutoModelForCausalLM.from_config(config), CONFIG).train()
+    model = dt.attach(AutoModelForCausalLM.from_config(config), adapter).train()
     if checkpointing:
         enable_checkpointing(model)
     ids = torch.randint(512, (1, tokens))
@@ -47,6 +47,19 @@ def test_within_15_percent_of_what_a_step_allocates(config, checkpointing):
         pytest.skip("torch 2.8 computes attention with grouped heads by its whole matrix on CPUs")
     found = estimate(config, CONFIG, tokens=512, dtype=torch.float32, gradient_checkpointing=checkpointing)
     assert found.total == pytest.approx(measured(config, 512, checkpointing), rel=0.15)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_experts_that_are_adapted_count(checkpointing):
+    config = MixtralConfig(**LLAMA.to_diff_dict() | {"num_local_experts": 6, "intermediate_size": 96})
+    adapter = replace(CONFIG, rank=4, targets=["q_proj", "gate_up_proj", "down_proj"])
+    found = estimate(config, adapter, tokens=512, dtype=torch.float32, gradient_checkpointing=checkpointing)
+    assert found.total == pytest.approx(measured(config, 512, checkpointing, adapter), rel=0.15)
+    about = dt.summary(dt.attach(AutoModelForCausalLM.from_config(config), adapter))
+    assert found.adapter_parameters == about.direction + about.magnitude
+    quantised = estimate(config, adapter, tokens=512, dtype=torch.float32, quantize="nf4")
+    linear = 4 * (128 * 128 + 2 * 128 * 64 + 128 * 128)  # no quantiser takes experts
+    assert 4 * linear - (found.weights - quantised.weights) == pytest.approx(0.5 * linear, rel=0.2)
 
 
 def test_parameters_are_those_of_the_real_model():

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from doratune.study.estimate import Estimate
 
 ASSUMPTIONS = (
-    "adapters on all linear layers but the output head, in float32, with Adam: 16 bytes a number",
+    "adapters are in float32, with Adam: 16 bytes a number",
     "activations and arithmetic of all layers are the second one's; fused attention; loss on all tokens at once",
     "devices work on different sequences; FSDP2 holds two whole layers at a time, adapters are whole everywhere",
     "with quantisation one weight at a time is made whole; what stays of the allocator's own comes on top (5 to 20 %)",
@@ -40,6 +40,9 @@ class EstimateOptions:
     """dora or lora."""
     rank: int = AdapterConfig.rank
     """Of the adapter; 0: magnitudes only."""
+    targets: tuple[str, ...] | str = AdapterConfig.targets  # type: ignore[assignment]
+    """As in train: all linear layers but the output head, names (gate_up_proj and down_proj of experts, too), or a
+    regular expression."""
     tokens: int = 4096
     """Length of a sequence."""
     batch_size: int = 1
@@ -87,7 +90,9 @@ def run(options: EstimateOptions) -> int:
     check_context(config, options.model, options.tokens)
     result = estimate(
         config,
-        AdapterConfig(method=options.method, rank=options.rank, alpha=2.0 * max(1, options.rank)),
+        AdapterConfig(
+            method=options.method, rank=options.rank, alpha=2.0 * max(1, options.rank), targets=options.targets
+        ),
         tokens=options.tokens,
         batch_size=options.batch_size,
         devices=options.devices,

@@ -19,7 +19,7 @@ from doratune.config import AdapterConfig
 from doratune.layers.host import Host, Part
 from doratune.layers.kind import Kind, Options
 from doratune.layers.sharded import whole
-from doratune.layers.weights import WeightRows
+from doratune.layers.weights import WeightRows, on_device
 from doratune.ops import row_norm
 from doratune.ops.grouped import scale_groups
 from doratune.ops.stacked import each
@@ -42,8 +42,8 @@ class Groups(NamedTuple):
     @classmethod
     def of(cls, experts: Tensor, count: int) -> Groups:
         """From sorted experts; without ``bincount``, whose result's size would depend on data."""
-        sizes = (experts == torch.arange(count, device=experts.device)[:, None]).sum(1)
-        return cls(experts, sizes.cumsum(0).to(torch.int32))
+        every = torch.arange(count, device=experts.device, dtype=experts.dtype)
+        return cls(experts, torch.searchsorted(experts, every, right=True, out_int32=True))
 
 
 class ExpertProjection(Part):
@@ -240,7 +240,12 @@ class ExpertsHost(Host):
         if not any(True for _ in self.active_layers()) and not self.merged():
             y: Tensor = experts(*args, **kwargs)
             return y
-        hidden, index, weights = (*args, *kwargs.values())
+        with on_device(experts):
+            return self._mixed(*args, *kwargs.values())
+
+    def _mixed(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """What the module's own forward computes, with the parts as they are adapted."""
+        experts: Any = self.base_layer
         chosen = index.shape[-1]
         order = index.flatten().argsort(stable=True)
         groups = Groups.of(index.flatten()[order], experts.num_experts)
@@ -250,7 +255,8 @@ class ExpertsHost(Host):
         if getattr(experts, "has_post_expert_norm", False):
             y = experts.post_expert_norm(y)
         y = y * weights.flatten()[order, None]
-        return y[order.argsort()].unflatten(0, index.shape).sum(1).to(hidden.dtype)
+        mixed: Tensor = y[order.argsort()].unflatten(0, index.shape).sum(1)
+        return mixed.to(hidden.dtype)
 
     def _project(self, name: str, x: Tensor, groups: Groups) -> Tensor:
         layer: Any = self._projections[name]

@@ -158,13 +158,20 @@ def remake_weight(base: nn.Module) -> None:
 
 def is_offloaded(base: nn.Module) -> bool:
     """Whether accelerate keeps the layer's weights elsewhere between forwards."""
-    return bool(getattr(base.__dict__.get("_hf_hook"), "offload", False))
+    return bool(getattr(_keeper(base).__dict__.get("_hf_hook"), "offload", False))
+
+
+def _keeper(base: nn.Module) -> nn.Module:
+    """The module that keeps the parameters: of a part (``host.py``) that is its owner."""
+    owner: tuple[nn.Module] = base.__dict__.get("_owner", (base,))
+    return owner[0]
 
 
 def on_device(base: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Make W available on its device where accelerate keeps it offloaded between calls."""
-    if not is_offloaded(base) or not any(p.is_meta for p in base.parameters(False)):
+    keeper = _keeper(base)
+    if not is_offloaded(base) or not any(p.is_meta for p in keeper.parameters(False)):
         return contextlib.nullcontext()
     from accelerate.utils import align_module_device
 
-    return align_module_device(base)
+    return align_module_device(keeper)

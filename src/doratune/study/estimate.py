@@ -18,9 +18,10 @@ from doratune.config import AdapterConfig
 from doratune.errors import AdapterError, first_line
 from doratune.extras import require
 from doratune.model import attach
+from doratune.selection import select
 from doratune.study.tape import Tape, flash_attention
 from doratune.summary import summary
-from doratune.targets import adapted_layers
+from doratune.targets import adapted_layers, plain_modules
 
 QUANTISED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0, "torchao-int8": 1.0, "torchao-int4": 1 + 5 / 32}
 """Bytes a weight, scales of blocks included; those of rows are counted apart. torchao's trainable 4 bits take 8."""
@@ -200,7 +201,9 @@ def _model(config: Any, adapter: AdapterConfig, dtype: torch.dtype) -> Any:
 
 def _count(model: nn.Module) -> _Counts:
     about = summary(model)
-    shapes = [layer.weight_rows().shape for layer in adapted_layers(model).values()]
+    modules = plain_modules(model)
+    # What quantisers take is what all-linear means, whatever is adapted.
+    shapes = [kind.rows(modules[path]).shape for path, kind in select(model, AdapterConfig()).layers.items()]
     sizes = [out * columns for out, columns in shapes]
     blocks = [block for m in model.modules() if isinstance(m, nn.ModuleList) for block in m]
     return _Counts(
