@@ -152,6 +152,18 @@ def test_a_subclass_that_is_no_linear_layer_is_named(make, device, reason):
         dt.attach(model, dt.AdapterConfig(rank=2, targets=["gate"]), "second")
 
 
+@pytest.mark.parametrize("bias", ["none", "lora_only"])
+def test_inputs_that_do_not_lie_in_one_piece_give_the_base_bit_for_bit(bias):
+    base = nn.Linear(16, 4).requires_grad_(False)
+    x = torch.randn(5, 3, 16).transpose(0, 1)
+    expected = base(x)
+    model = dt.attach(nn.Sequential(base), dt.AdapterConfig(rank=2, bias=bias))
+    for training in (True, False):
+        assert torch.equal(model.train(training)(x), expected)
+        with torch.no_grad():
+            assert torch.equal(model(x), expected)
+
+
 def test_a_hook_that_changes_the_output_keeps_working():
     base = nn.Linear(6, 8)
     base.register_forward_hook(lambda m, i, o: o + 10)

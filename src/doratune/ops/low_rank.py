@@ -66,7 +66,8 @@ def _dense(
     """u and ``h = A x``; A and B are in x's dtype."""
     rows, dtype = as_rows(x), x.dtype
     h = _seen(rows, dropped) @ A.T
-    u = F.linear(rows, W.to(dtype), None if bias is None else bias.to(dtype))
+    # Of x as it is: of rows that do not lie in one piece torch rounds otherwise on some processors.
+    u = as_rows(F.linear(x, W.to(dtype), None if bias is None else bias.to(dtype)))
     u.addmm_(h, B.T, alpha=scale)
     return reshaped(u, torch.Size([*x.shape[:-1], W.shape[0]])), h
 
