@@ -104,13 +104,13 @@ def read(run: Any) -> list[list[list[int]]]:
     ]
 
 
-def steps(model: nn.Module) -> list[float]:
+def steps(model: nn.Module, count: int = STEPS) -> list[float]:
     """Losses of a loop of one's own: accelerate does not take tensor parallelism on a CPU."""
     optimizer = torch.optim.AdamW(dt.parameter_groups(model, lr=1e-2), foreach=False)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, 0, STEPS)
     model.train()
     losses = []
-    for batch in TOKENS.split(4):
+    for batch in TOKENS.split(4)[:count]:
         loss = model(batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(dt.trainable_parameters(model).values()), 1.0, foreach=False)

@@ -177,7 +177,7 @@ def test_experts_train_in_parts_as_whole(two):
     found = two["experts"]
     assert found["parts"] == [True, True]
     assert found["losses"] == pytest.approx(found["expected"], abs=1e-4)
-    assert len(set(found["losses"])) == STEPS
+    assert len(set(found["losses"])) == 5
 
 
 def test_what_is_not_served_is_refused_by_name(two):

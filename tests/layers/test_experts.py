@@ -364,6 +364,8 @@ def test_refusals():
     model.experts.down_proj = nn.Parameter(model.experts.down_proj.to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(dt.AdapterError, match=r"experts\.down_proj.*float8_e4m3fn"):
         attached(model, targets=["experts.down_proj"])
+    with pytest.raises(dt.AdapterError, match=r"experts\.down_proj.*hold float64"):
+        attached(made().double(), targets=["experts.down_proj"])
     model = made()
     with pytest.raises(dt.AdapterError, match="contains some: down_proj, gate_up_proj"):
         attached(model, targets=["experts"])

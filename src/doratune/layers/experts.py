@@ -26,7 +26,8 @@ from doratune.ops.stacked import each
 
 MARKS = ("has_gate", "has_bias", "is_transposed")
 """What transformers' ``use_experts_implementation`` writes on a module whose experts may be computed this way."""
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+"""What torch's grouped products take."""
 ALIGNED = 16
 """Bytes at whose multiples the kernels of grouped products want rows to begin."""
 
@@ -188,7 +189,7 @@ class Experts(Kind):
             return "its experts lie on several processes (expert parallelism); load the model whole on each"
         if type(base.stored) is not nn.Parameter or base.stored.dtype not in FLOATS:
             name = str(base.stored.dtype).removeprefix("torch.")
-            return f"its experts hold {name} ({type(base.stored).__name__}); served are 16, 32 and 64-bit numbers"
+            return f"its experts hold {name} ({type(base.stored).__name__}); served are 16 and 32-bit numbers"
         return None
 
     def rows(self, base: nn.Module) -> WeightRows:

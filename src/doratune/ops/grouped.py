@@ -25,7 +25,8 @@ class _ScaleGroups(torch.autograd.Function):
         dg = None
         if ctx.needs_input_grad[1]:
             z = kept[0].to(dy.dtype) * kept[1] if ctx.eight_bit else kept[0]
-            dg = torch.zeros_like(g).index_add_(0, groups, dy.to(g.dtype) * z)
+            wide = torch.promote_types(g.dtype, dy.dtype)
+            dg = torch.zeros_like(g, dtype=wide).index_add_(0, groups, dy.to(wide) * z).to(g.dtype)
         return (_scaled(dy, g, groups) if ctx.needs_input_grad[0] else None), dg, None, None
 
 
