@@ -14,7 +14,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 import doratune as dt
 from doratune.layers.experts import ExpertsHost
-from doratune.ops import reference
+from doratune.ops import reference, row_norm
 from doratune.study.decompose import adapter_change
 from helpers import assert_same, enable_checkpointing, error, move, replicas, snapshot
 
@@ -301,10 +301,14 @@ def test_switching_and_deleting(batch):
     assert torch.equal(model(*batch), base)
 
 
-def test_what_evaluation_remembers_follows_changes(batch):
+def test_what_evaluation_remembers_follows_changes(batch, monkeypatch):
     model = move(attached(made())).eval()
+    norms, original = [], row_norm.squared_row_norm
+    monkeypatch.setattr(row_norm, "squared_row_norm", lambda *args: norms.append(1) or original(*args))
     with torch.no_grad():
         before = model(*batch)
+        assert torch.equal(model(*batch), before)
+        assert len(norms) == 2, "one for each projection, none for the second forward"
         move(model, seed=2)
         assert error(model(*batch), by_definition(model)[0](*batch)) < 1e-5
         assert error(model(*batch), before) > 1e-2
