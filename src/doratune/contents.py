@@ -75,8 +75,8 @@ class _Reader:
         self.root = root
         self.spelling = spelling
         self.modules = plain_modules(root)
-        self.own_type = options.own_type
         self.targeted = options.targeted(root)
+        self.own_type = options.own_type
         whole = set(outermost(saved_by_peft(options.config.modules_to_save, self.modules)))
         self.whole = {path: self.modules[path].state_dict() for path in whole}
         self.contents = Contents(options.config, whole=whole)
@@ -191,8 +191,8 @@ class _Reader:
         problem = None
         if module is None:
             problem = "the model has no such module; is the file of another model?"
-            fused = any(isinstance(other, ExpertProjection) for other in self.modules.values())
-            if fused and re.search(r"\.experts\.\d+\.", path):
+            single = re.search(r"\.experts\.\d+\.", path)  # first: a file may hold tens of thousands of these
+            if single and any(isinstance(other, ExpertProjection) for other in self.modules.values()):
                 problem = f"the model has no such module: {SINGLE_EXPERTS}"
         elif path not in self.contents.layers:
             problem = "the options target it, but the file has no tensors for it"
