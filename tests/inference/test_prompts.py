@@ -158,3 +158,13 @@ def test_of_many_prompts_that_cannot_be_used_some_are_listed(tmp_path):
     path = write(tmp_path / "x.jsonl", *[{"text": "a"}] * 100)
     with pytest.raises(dt.AdapterError, match=r"\(100 problems\)(.*\n){21}  - and 80 more$"):
         read_prompts(path, columns=PromptColumns("absent"))
+
+
+def test_system_messages_beside_chats_and_prompts_of_messages(tmp_path):
+    path = write(
+        tmp_path / "p.jsonl", {"messages": [USER], "system": "Be short."}, {"prompt": [USER], "completion": [ASSISTANT]}
+    )
+    beside, messages = read_prompts(path)
+    assert beside.messages == ({"role": "system", "content": "Be short."}, USER)
+    assert messages == Prompt(messages=(USER,))
+    assert read_prompts(write(path, {"ask": [USER]}), columns=PromptColumns("ask")) == [messages]

@@ -1,6 +1,7 @@
 import pytest
 
 import doratune as dt
+from doratune.train import chats
 from doratune.train import tokens as module
 from doratune.train.gather import BadRow
 from train.tiny import chat_tokenizer, sentencepiece_tokenizer, tokenizer
@@ -146,11 +147,11 @@ def test_null_fields_of_a_chat_are_absent_fields():
     ]
     assert made.decode(module.chat(turns, made, learn_all=True).ids) == "[user]hi<end>[assistant]yes<end>"
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
-    assert module.turns_of([call]) == [call]
+    assert chats.turns_of([call]) == [call]
     called = {"name": "f", "arguments": {"x": 1, "y": None}}  # as a table has it, if others have y
-    (turn,) = module.turns_of([{**call, "tool_calls": [called]}])
+    (turn,) = chats.turns_of([{**call, "tool_calls": [called]}])
     assert turn["tool_calls"] == [{"name": "f", "arguments": {"x": 1}}]
-    assert module.tools_of([{"name": "f", "parameters": {"x": {"type": "int"}, "y": None}}]) == [
+    assert chats.tools_of([{"name": "f", "parameters": {"x": {"type": "int"}, "y": None}}]) == [
         {"name": "f", "parameters": {"x": {"type": "int"}}}
     ]
 

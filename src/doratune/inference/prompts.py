@@ -9,12 +9,13 @@ from typing import Any
 
 from doratune.errors import AdapterError
 from doratune.inference.lines import lines_of
+from doratune.train.chats import apply_template, system_of, tools_of, turns_of
 from doratune.train.columns import GUESSES, PARTS_OF_PROMPTS, half_a_prompt
 from doratune.train.gather import BadRow, lacks
 from doratune.train.information import Information
 from doratune.train.prompt_template import fields_of, filled
 from doratune.train.sources import LISTED
-from doratune.train.tokens import string, tools_of, turns_of
+from doratune.train.tokens import string
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,9 @@ class Prompt:
         if not tokenizer.chat_template:
             raise AdapterError("the model's tokenizer has no chat template; give the prompt as plain text")
         try:
-            return tokenizer.apply_chat_template(
-                list(self.messages),
+            return apply_template(
+                tokenizer,
+                self.messages,
                 tools=None if self.tools is None else list(self.tools),
                 tokenize=False,
                 add_generation_prompt=True,
@@ -92,11 +94,12 @@ class PromptColumns:
         if self.column is not None:
             if problem := lacks(values, [self.column]):
                 raise BadRow(problem)
+            if isinstance(values[self.column], list | tuple):
+                return _chat(values[self.column], values)
             return Prompt(string(values[self.column], self.column))
         messages, text = _column(values, "messages"), _column(values, "prompt", "text")
         if messages is not None:
-            tools = tools_of(values.get("tools"))
-            return Prompt(messages=_asked(values[messages]), tools=None if tools is None else tuple(tools))
+            return _chat(values[messages], values)
         if self.trained is not None and all(name in values for name in fields_of(self.trained)):
             return Prompt(filled(self.trained, values))
         if text is None:
@@ -104,6 +107,8 @@ class PromptColumns:
         parts = [name for name in PARTS_OF_PROMPTS if name in values]
         if text in parts and len(parts) > 1:
             raise BadRow(half_a_prompt(text, parts))
+        if isinstance(values[text], list | tuple):
+            return _chat(values[text], values)
         return Prompt(string(values[text], text))
 
 
@@ -154,10 +159,10 @@ def _column(values: Mapping[str, Any], *roles: str) -> str | None:
     return next((name for role in roles for name in GUESSES[role] if name in values), None)
 
 
-def _asked(messages: Any) -> tuple[dict[str, Any], ...]:
-    """The messages up to the user's last one."""
-    turns = turns_of(messages)
+def _chat(messages: Any, values: Mapping[str, Any]) -> Prompt:
+    """The messages up to the user's last one, with the row's functions and system message."""
+    tools, turns = tools_of(values.get("tools")), turns_of(messages, system_of(values))
     asked = turns[:-1] if turns[-1]["role"] == "assistant" else turns
     if not asked or asked[-1]["role"] == "assistant":
         raise BadRow("messages: found none that is to be answered")
-    return tuple(asked)
+    return Prompt(messages=tuple(asked), tools=None if tools is None else tuple(tools))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from doratune.errors import AdapterError
 from doratune.train.config import TrainConfig
@@ -18,6 +18,8 @@ GUESSES = {
 }
 PARTS_OF_PROMPTS = ("system_prompt", "system", *GUESSES["prompt"], "context")
 """Columns that make up a prompt, in the order in which they are usually put together."""
+AT_MOST = 6
+"""Columns passed over that are named."""
 
 
 def choose(
@@ -127,10 +129,22 @@ def as_flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def described(columns: dict[str, str], config: TrainConfig) -> str:
-    """The choice in words, with what was guessed."""
+def described(
+    columns: dict[str, str], config: TrainConfig, names: Iterable[str] = (), also: Collection[str] = ()
+) -> str:
+    """The choice in words, with what was guessed, and which of these names are passed over.
+
+    Args:
+        columns: by role.
+        config: says which of them were named.
+        names: the columns that there are.
+        also: columns that are used without a role.
+    """
     parts = []
     for role, name in columns.items():
         guessed = getattr(config, f"{role}_column") is None
         parts.append(f"{role} = {name!r}" + (" (guessed)" if guessed else ""))
-    return ", ".join(parts)
+    rest = [name for name in names if name not in (*columns.values(), *also)]
+    more = [f"and {len(rest) - AT_MOST} more"] if len(rest) > AT_MOST else []
+    passed_over = "; passed over: " + ", ".join([*map(repr, rest[:AT_MOST]), *more]) if rest else ""
+    return ", ".join(parts) + passed_over

@@ -17,6 +17,8 @@ from doratune.train.config import TrainConfig
 
 TEXT = (".txt", ".text", ".md")
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+PACKED = {".gz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd", ".zip": "unzip"}
+"""Compressed files, and what unpacks them."""
 OBJECTS = (".jsonl", ".ndjson", ".json")
 """Formats in which each row may have columns of its own."""
 FORMATS = ", ".join((*TABLES, *TEXT))
@@ -46,7 +48,7 @@ def path_of(name: str) -> Path:
 def is_hub_name(name: str) -> bool:
     """Whether a name that is no local path can be a data set of the hub: ``name`` or ``owner/name``."""
     path = path_of(name)
-    looks_local = is_path(name) or path.suffix.lower() in (*TABLES, *TEXT) or path.suffix in (".npz", ".gz", ".zip")
+    looks_local = is_path(name) or path.suffix.lower() in (*TABLES, *TEXT) or path.suffix in (".npz", *PACKED)
     return not path.exists() and not looks_local
 
 
@@ -69,7 +71,8 @@ def problem_of(name: str) -> str | None:
     if not path.exists():
         if is_hub_name(name):
             return None
-        return "no such file"
+        pattern = "; patterns are for the shell: leave out the quotes, or name the files" if "*" in name else ""
+        return f"no such file{pattern}"
     if path.is_dir():
         if is_dataset_folder(path):
             return None
@@ -81,6 +84,8 @@ def problem_of(name: str) -> str | None:
         return PIPE
     if path.stat().st_size == 0:
         return "is empty"
+    if tool := PACKED.get(path.suffix.lower()):
+        return f"is compressed; unpack it ({tool}) and name what is in it"
     if path.suffix.lower() not in TABLES:
         return _not_text(path)
     return None

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import functools
-import json
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 from doratune.errors import AdapterError
 from doratune.extras import require
+from doratune.train.chats import apply_template, conversation, refuse_halves, short, tools_of
 from doratune.train.gather import BadRow
 
 PIECE = 100_000
 """Characters that are tokenised at once: a document is cut at the next blank line."""
 IGNORED = -100
 """Label of a token on which no loss is taken."""
-ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-"""Roles of chats written as ``from`` and ``value``."""
 
 
 @dataclass(frozen=True)
@@ -87,31 +84,35 @@ def completion(prompt: Any, answer: Any, tokenizer: Any, learn_prompt: bool) -> 
     return Tokens.of(before + after, [learn_prompt] * len(before) + [True] * len(after))
 
 
-def chat(messages: Any, tokenizer: Any, learn_all: bool, marked: str | None = None, tools: Any = None) -> Tokens:
+def chat(
+    messages: Any, tokenizer: Any, learn_all: bool, marked: str | None = None, tools: Any = None, system: Any = None
+) -> Tokens:
     """A conversation in the model's chat template; what the assistant says is learnt, or all.
 
     Args:
-        messages: of role and content.
+        messages: of role and content; what an assistant says with a weight of 0 is not learnt.
         tokenizer: with a chat template.
         learn_all: learn the whole conversation.
         marked: a template that marks what the assistant says; None: that is what each of its turns adds.
         tools: functions that the assistant may call, as ``tools_of`` takes them.
+        system: what the system message says, if the messages do not begin with one.
 
     Raises:
         BadRow: if roles, contents or tools are not those of a chat, or the template does not take them.
     """
-    turns = conversation(messages)
+    turns, learns = conversation(messages, system)
+    if any("tool_calls" in turn for turn in turns) and "tool_calls" not in (marked or tokenizer.chat_template):
+        raise BadRow("calls functions, which the model's chat template does not write")
     rendered = functools.partial(_rendered, tokenizer, tools=tools_of(tools))
     if learn_all:
         return Tokens.of(rendered(turns)["input_ids"])
     if marked is not None:
         found = rendered(turns, chat_template=marked, return_assistant_tokens_mask=True)
-        return Tokens.of(found["input_ids"], list(map(bool, found["assistant_masks"])))
+        said = [yes for yes, turn in zip(learns, turns, strict=True) if turn["role"] == "assistant"]
+        return Tokens.of(found["input_ids"], _of_turns(list(map(bool, found["assistant_masks"])), said))
     whole = rendered(turns)["input_ids"]
     learnt = [False] * len(whole)
-    for number, turn in enumerate(turns):
-        if turn["role"] != "assistant":
-            continue
+    for number in (number for number, learn in enumerate(learns) if learn):
         before = rendered(turns[:number], add_generation_prompt=True)["input_ids"]
         upto = rendered(turns[: number + 1])["input_ids"]
         if whole[: len(before)] != before or whole[: len(upto)] != upto:
@@ -121,6 +122,17 @@ def chat(messages: Any, tokenizer: Any, learn_all: bool, marked: str | None = No
             )
         learnt[len(before) : len(upto)] = [True] * (len(upto) - len(before))
     return Tokens.of(whole, learnt)
+
+
+def _of_turns(marks: list[bool], learns: Sequence[bool]) -> list[bool]:
+    """Of what the assistant says, marked, the turns that are learnt."""
+    if all(learns):
+        return marks
+    starts = [mark and not before for before, mark in zip([False, *marks], marks, strict=False)]
+    turns = list(accumulate(starts))
+    if turns[-1] != len(learns):
+        raise BadRow("the chat template does not mark each turn of the assistant: weights cannot be followed")
+    return [mark and learns[turn - 1] for mark, turn in zip(marks, turns, strict=True)]
 
 
 def marked_template(tokenizer: Any) -> str | None:
@@ -133,72 +145,6 @@ def marked_template(tokenizer: Any) -> str | None:
         return templates.get_training_chat_template(tokenizer)
     except ValueError:  # TRL does not know it
         return None
-
-
-def conversation(messages: Any) -> list[dict[str, Any]]:
-    """A chat to learn from: messages as ``role`` and ``content``.
-
-    Raises:
-        BadRow: saying which message is wrong, or if the assistant says nothing.
-    """
-    turns = turns_of(messages)
-    if not any(turn["role"] == "assistant" for turn in turns):
-        raise BadRow("no message of the assistant: there is nothing to learn")
-    return turns
-
-
-def turns_of(messages: Any) -> list[dict[str, Any]]:
-    """Messages as ``role`` and ``content``, whoever speaks.
-
-    Raises:
-        BadRow: saying which message is wrong.
-    """
-    if not isinstance(messages, list | tuple) or not messages:
-        raise BadRow(f"expected a list of messages, found {_short(messages)}")
-    turns = []
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, Mapping):
-            raise BadRow(f"message {number}: expected role and content, found {_short(message)}")
-        # Tables store absent fields as null, and templates take a field of tool calls, even null, for tool calls. The
-        # content stays: templates ask for it.
-        turn = {k: v if k == "content" else _without_nulls(v) for k, v in message.items()}
-        turn = {k: v for k, v in turn.items() if k == "content" or (v is not None and (k != "tool_calls" or v))}
-        if "from" in turn and "value" in turn:
-            turn = {"role": SHAREGPT.get(turn["from"], turn["from"]), "content": turn["value"]}
-        if turn.get("role") not in ROLES:
-            raise BadRow(f"message {number}: role must be one of {', '.join(ROLES)}; found {turn.get('role')!r}")
-        if not turn.get("content") and not turn.get("tool_calls"):
-            raise BadRow(f"message {number} ({turn['role']}) has no content")
-        if isinstance(turn.get("content"), str):
-            _refuse_halves(turn["content"], f"message {number}")
-        turns.append(turn)
-    return turns
-
-
-def tools_of(value: Any) -> list[Any] | None:
-    """The functions that an assistant may call: a list of their descriptions, or its JSON; None where there are none.
-
-    Raises:
-        BadRow: if it is neither.
-    """
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise BadRow(f"tools: expected a list of functions, or its JSON: {error}") from error
-    if not value:
-        return None
-    if not isinstance(value, list | tuple) or not all(isinstance(tool, Mapping) for tool in value):
-        raise BadRow(f"tools: expected a list of functions, found {_short(value)}")
-    found: list[Any] = _without_nulls(value)
-    return found
-
-
-def _without_nulls(value: Any) -> Any:
-    """Tables give every call and every function the arguments of all others, as null."""
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
-    return [_without_nulls(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def require_template(tokenizer: Any, model: str) -> None:
@@ -221,29 +167,18 @@ def string(value: Any, what: str) -> str:
         BadRow: if it is not one.
     """
     if not isinstance(value, str):
-        raise BadRow(f"{what}: expected text, found {_short(value)}")
+        raise BadRow(f"{what}: expected text, found {short(value)}")
     if not value.strip():
         raise BadRow(f"{what} is empty")
-    _refuse_halves(value, what)
+    refuse_halves(value, what)
     return value
-
-
-def _refuse_halves(text: str, what: str) -> None:
-    """JSON can write half of a character (a lone surrogate), which no tokenizer takes."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(text[error.start]):04x}"
-        raise BadRow(f"{what}: character {error.start + 1} is {half}, half of one; write it whole") from error
 
 
 def _rendered(tokenizer: Any, turns: list[dict[str, Any]], **options: Any) -> Mapping[str, list[int]]:
     if not turns:  # an answer without a question
         return {"input_ids": []}
     try:
-        rendered: Mapping[str, list[int]] = tokenizer.apply_chat_template(
-            turns, tokenize=True, return_dict=True, **options
-        )
+        rendered: Mapping[str, list[int]] = apply_template(tokenizer, turns, tokenize=True, return_dict=True, **options)
     except Exception as error:  # templates refuse by raising whatever they like
         raise BadRow(f"the chat template refuses it: {error}") from error
     return rendered
@@ -268,8 +203,3 @@ def _pieces(text: str) -> Iterator[str]:
         end = len(text) if end < 0 else end + 2
         yield text[start:end]
         start = end
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

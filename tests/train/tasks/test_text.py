@@ -90,6 +90,16 @@ def test_documents_can_stand_for_themselves(tmp_path, model, said):
     assert "1 of 1 examples" in "".join(said)
 
 
+def test_files_that_are_packed_and_patterns(tmp_path, model):
+    files = texts(tmp_path, model, ["good"])
+    packed = tmp_path / "chats.jsonl.gz"
+    packed.write_bytes(b"\x1f\x8b\x08")
+    files.data = (str(packed), str(tmp_path / "*.jsonl"))
+    one, other = module.problems(files)
+    assert one == f"data {packed} is compressed; unpack it (gunzip) and name what is in it"
+    assert other.endswith(": no such file; patterns are for the shell: leave out the quotes, or name the files")
+
+
 def test_problems_of_files(tmp_path, model):
     files = texts(tmp_path, model, ["", " \n ", b"\xff\xfe\x00", "good"])
     files.data = (*files.data, str(tmp_path / "absent.txt"), str(tmp_path))
@@ -108,6 +118,40 @@ def test_prompts_and_completions(tmp_path, model, said):
         assert whole.startswith("ask")
         assert learnt == whole[whole.index("tell") :]
     assert said[0] == "columns: prompt = 'prompt' (guessed), completion = 'completion' (guessed)"
+
+
+def test_columns_that_are_passed_over_are_named(tmp_path, model, said):
+    pairs = [{**pair, "rejected": "x", "label": False} for pair in PAIRS]
+    module.prepare(rows(tmp_path, model, pairs), said.append)
+    assert said[0].endswith("completion = 'completion' (guessed); passed over: 'rejected', 'label'")
+    said.clear()
+    many = [{"text": "abc " * 20, **{f"c{number}": 1 for number in range(9)}}]
+    module.prepare(rows(tmp_path, model, many, max_length=4), said.append)
+    assert said[0].endswith("; passed over: 'c0', 'c1', 'c2', 'c3', 'c4', 'c5', and 3 more")
+
+
+def test_prompts_of_messages(tmp_path, chat_model, said):
+    """TRL's form: the answers that are in the prompt are not learnt."""
+    before = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "no"},
+        {"role": "user", "content": "?"},
+    ]
+    pairs = [{"prompt": before, "completion": [{"role": "assistant", "content": "yes"}]}] * 20
+    found = module.prepare(rows(tmp_path, chat_model, pairs), said.append)
+    whole = "[user]hi<end>[assistant]no<end>[user]?<end>[assistant]yes<end>"
+    assert set(decoded([*found.train, *found.held_out])) == {(whole, "yes<end>")}
+    with pytest.raises(dt.AdapterError, match="completion: expected messages, as the prompt has, found 'yes'"):
+        module.prepare(rows(tmp_path, chat_model, [{"prompt": before, "completion": "yes"}]), said.append)
+
+
+def test_columns_beside_chats(tmp_path, chat_model, said):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    row = {"messages": messages, "system_prompt": "be", "tools": [{"name": "add"}]}
+    found = module.prepare(rows(tmp_path, chat_model, [row] * 20), said.append)
+    assert set(decoded(found.train)) == {("[system]be<end>[user]hi<end>[assistant]yes<end>", "yes<end>")}
+    assert said[0] == "columns: messages = 'messages' (guessed)"
+    assert any(line.startswith("20 chats have a column 'tools', which the model's chat template") for line in said)
 
 
 def test_prompts_that_run_into_their_completions_are_told(tmp_path, model, said):

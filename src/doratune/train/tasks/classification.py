@@ -84,7 +84,7 @@ def _reading(config: TrainConfig, say: Say) -> tuple[dict[str, str], Callable[[R
     if not found:
         raise sources.without_rows(config.data, config.split)
     columns = choose(config, found, ["text", "label"], where)
-    say(f"columns: {described(columns, config)}")
+    say(f"columns: {described(columns, config, found)}")
 
     def use(row: Row) -> Example:
         if problem := lacks(row.values, columns.values()):
