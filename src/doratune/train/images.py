@@ -84,9 +84,12 @@ def problem_of(name: str) -> str | None:
     if path.is_dir() and not is_dataset_folder(path):
         folders = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
         if not folders:
-            return "has no subfolders; expected one for each class, with its images"
+            tables = [child for child in sorted(path.iterdir()) if child.suffix.lower() in TABLES]
+            instead = f"; if a table says the classes, name it: {tables[0]}" if tables else ""
+            return f"has no subfolders; expected one for each class, with its images{instead}"
         if {folder.name.lower() for folder in folders} <= set(SPLITS):
-            return f"has a subfolder for each split; name {folders[0]} as data, and another as eval_data"
+            first = next((one for one in folders if one.name.lower() == "train"), folders[0])
+            return f"has a subfolder for each split; name {first} as data, and another as eval_data or test_data"
     if not path.is_dir() and not path.is_file():
         return PIPE
     if path.is_file() and path.suffix.lower() not in (".npz", *TABLES):

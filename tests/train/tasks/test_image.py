@@ -257,7 +257,14 @@ def test_what_is_no_image_in_a_folder_of_classes_is_said(assets, tmp_path):
     [
         (lambda p: (p / "x").mkdir(), r"x: holds no image \("),
         (lambda p: None, "has no subfolders; expected one for each class"),
-        (lambda p: [(p / n).mkdir() for n in ("train", "test")], "name test as data|has a subfolder for each split"),
+        (
+            lambda p: [(p / n).mkdir() for n in ("train", "test")],
+            "has a subfolder for each split; name .*/train as data, and another as eval_data or test_data",
+        ),
+        (
+            lambda p: (p / "metadata.csv").write_text(""),
+            "one for each class.*; if a table says.*name it: .*metadata.csv",
+        ),
         (lambda p: (p / "only").mkdir() or Image.new("RGB", (4, 4)).save(p / "only" / "x.png"), "at least two classes"),
     ],
 )
