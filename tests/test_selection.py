@@ -1,4 +1,5 @@
 import copy
+import warnings
 
 import pytest
 import torch
@@ -189,6 +190,15 @@ def test_options_for_layers_that_are_not_adapted_are_errors(options, words):
 )
 def test_what_empties_a_selection_is_named(options, words):
     refused(tiny(), words, **options)
+
+
+def test_models_with_parts_that_torch_jit_compiled_are_refused():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of new versions of torch, which still have it
+        model = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.BatchNorm1d(4)))
+    with pytest.raises(dt.AdapterError, match=r"targets: 1 was compiled by torch\.jit.*attach to the model as it was"):
+        dt.attach(model, dt.AdapterConfig(rank=2))
+    assert type(model[0]) is nn.Linear
 
 
 def test_layers_without_a_shape_are_refused():

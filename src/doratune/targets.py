@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
+import torch
 from torch import nn
 
 from doratune.config import matches
@@ -71,6 +72,12 @@ def refuse_model(model: nn.Module, modules: dict[str, nn.Module]) -> None:
     lazy = [path for path, m in modules.items() if any(nn.parameter.is_lazy(p) for p in m.parameters(recurse=False))]
     if lazy:
         raise AdapterError(f"targets: the weights of {lazy[0]} have no shape yet; run a batch through the model first")
+    compiled = next((path for path, m in modules.items() if isinstance(m, torch.jit.ScriptModule)), None)
+    if compiled is not None:
+        raise AdapterError(
+            f"targets: {compiled or 'the model'} was compiled by torch.jit, which lets nobody keep its modes and "
+            "parameters as they are; attach to the model as it was before that"
+        )
 
 
 def outermost(paths: Iterable[str]) -> list[str]:

@@ -54,3 +54,27 @@ def test_a_plain_checkpoint_fills_layers_of_which_biases_are_trained(assign):
     # The adapter's biases are its own, all else is the checkpoint's.
     other.load_state_dict(biases, strict=False)
     assert error(output(model, x), output(other, x)) < 1e-6
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_fresh_adapter_changes_nothing_of_a_base_that_comes_later(assign, rank):
+    def layers():
+        return nn.Sequential(nn.Linear(4, 4), nn.Embedding(3, 4), nn.Conv2d(1, 2, 2))
+
+    model, other, third = layers(), layers(), layers()
+    dt.attach(model, dt.AdapterConfig(rank=rank, targets=["0", "1", "2"]))
+    fresh = {n: p.detach().clone() for n, p in dt.trainable_parameters(model).items()}
+    for base in (other, third):
+        model.load_state_dict(base.state_dict(), strict=False, assign=assign)
+        for layer, plain, x in zip(
+            model, base, (torch.randn(2, 4), torch.tensor([0, 2]), torch.randn(1, 1, 3, 3)), strict=True
+        ):
+            assert error(output(layer, x), output(plain, x)) < 1e-6
+    move(model)
+    moved = {n: p.detach().clone() for n, p in dt.trainable_parameters(model).items()}
+    model.load_state_dict(other.state_dict(), strict=False, assign=assign)
+    assert all(torch.equal(p, moved[n]) for n, p in dt.trainable_parameters(model).items())
+    # A state dict with magnitudes of its own is taken as it is.
+    model.load_state_dict({**{n: p.detach() for n, p in model.state_dict().items()}, **fresh})
+    assert all(torch.equal(p, fresh[n]) for n, p in dt.trainable_parameters(model).items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from doratune.layers.adapted import AdaptedLayer
@@ -42,4 +43,6 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 def parts_of(module: nn.Module) -> dict[str, nn.Module]:
     """Weights of a module that can be adapted as if they were layers, by name."""
+    if isinstance(module, torch.jit.ScriptModule):  # compiled, with parameters that are no dictionary's
+        return {}
     return {name: part for kind in KINDS for name, part in kind.parts(module).items()}

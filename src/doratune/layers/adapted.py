@@ -85,6 +85,8 @@ class AdaptedLayer(AdapterHolder):
         self.load_prefix = ""
         self.loaded: set[str] = set()
         """Parts of the base that ``load_state_dict`` has filled."""
+        self.fresh: set[str] = set()
+        """Adapters that change nothing, and still shall not when ``load_state_dict`` has filled the base."""
         self.register_load_state_dict_pre_hook(accept_plain_keys)
         self.register_load_state_dict_post_hook(after_load)
 

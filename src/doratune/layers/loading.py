@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from doratune.layers.holder import plain_parameters
+from doratune.layers.weights import is_dtensor
 
 if TYPE_CHECKING:
     from doratune.layers.adapted import AdaptedLayer
@@ -16,11 +18,25 @@ if TYPE_CHECKING:
 def accept_plain_keys(layer: AdaptedLayer, state: dict[str, Any], prefix: str, *args: Any) -> None:
     """Let a checkpoint of the plain model fill the base: ``<path>.weight`` is ``<path>.base_layer.weight``."""
     layer.load_prefix = prefix
+    filled = set()
     for name in _base_names(layer):
         if prefix + name in state:
             state.setdefault(prefix + "base_layer." + name, state.pop(prefix + name))
         if prefix + "base_layer." + name in state:
-            layer.loaded.add(name)
+            filled.add(name)
+    layer.loaded |= filled
+    absent = [name for name in layer.magnitude if f"{prefix}magnitude.{name}" not in state]
+    layer.fresh = {name for name in absent if filled and _is_fresh(layer, name)}
+
+
+def _is_fresh(layer: AdaptedLayer, name: str) -> bool:
+    """Whether an adapter is as it was attached, and has the norms of the weight that it found."""
+    m = layer.magnitude[name]
+    if name in layer.waiting or m.is_meta or is_dtensor(m):
+        return False
+    if name in layer.lora_A and layer.lora_A[name].any() and layer.lora_B[name].any():
+        return False
+    return torch.equal(m, layer.base_squared().sqrt())
 
 
 def accept_plain_keys_below(holder: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -50,6 +66,9 @@ def after_load(layer: AdaptedLayer, incompatible: Any) -> None:
             layer.waiting.clear()
         for key in absent:
             incompatible.missing_keys.remove(key)
+    for name in layer.fresh:
+        layer.reset_magnitude(name)  # or else it would change another base than the one it was attached to
+    layer.fresh = set()
     for name in layer.adapters:
         layer.decide(name)
 
