@@ -60,17 +60,22 @@ def test_a_plain_checkpoint_fills_layers_of_which_biases_are_trained(assign):
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_fresh_adapter_changes_nothing_of_a_base_that_comes_later(assign, rank):
     def layers():
-        return nn.Sequential(nn.Linear(4, 4), nn.Embedding(3, 4), nn.Conv2d(1, 2, 2))
+        found = nn.Sequential(nn.Linear(4, 4), nn.Embedding(3, 4), nn.Conv2d(1, 2, 2), nn.Linear(4, 4))
+        found[3].weight = found[0].weight
+        return found
 
     model, other, third = layers(), layers(), layers()
-    dt.attach(model, dt.AdapterConfig(rank=rank, targets=["0", "1", "2"]))
+    dt.attach(model, dt.AdapterConfig(rank=rank, targets=["0", "1", "2", "3"]))
     fresh = {n: p.detach().clone() for n, p in dt.trainable_parameters(model).items()}
     for base in (other, third):
         model.load_state_dict(base.state_dict(), strict=False, assign=assign)
-        for layer, plain, x in zip(
-            model, base, (torch.randn(2, 4), torch.tensor([0, 2]), torch.randn(1, 1, 3, 3)), strict=True
-        ):
+        inputs = torch.randn(2, 4), torch.tensor([0, 2]), torch.randn(1, 1, 3, 3), torch.randn(2, 4)
+        for layer, plain, x in zip(model, base, inputs, strict=True):
             assert error(output(layer, x), output(plain, x)) < 1e-6
+    attending, whole, x = Attending(), Attending(), torch.randn(2, 3, 8)
+    dt.attach(attending, dt.AdapterConfig(rank=rank, targets=["q_proj", "out_proj", "head.0"]))
+    attending.load_state_dict(whole.state_dict(), strict=False, assign=assign)
+    assert error(output(attending, x), output(whole, x)) < 1e-6
     move(model)
     moved = {n: p.detach().clone() for n, p in dt.trainable_parameters(model).items()}
     model.load_state_dict(other.state_dict(), strict=False, assign=assign)

@@ -85,8 +85,8 @@ class AdaptedLayer(AdapterHolder):
         self.load_prefix = ""
         self.loaded: set[str] = set()
         """Parts of the base that ``load_state_dict`` has filled."""
-        self.fresh: set[str] = set()
-        """Adapters that change nothing, and still shall not when ``load_state_dict`` has filled the base."""
+        self.started: dict[str, Tensor] = {}
+        """What the magnitudes began as: those that are still the same follow a base that is loaded later."""
         self.register_load_state_dict_pre_hook(accept_plain_keys)
         self.register_load_state_dict_post_hook(after_load)
 
@@ -163,7 +163,9 @@ class AdaptedLayer(AdapterHolder):
                     self.path,
                     wrong,
                 )
-            assign(self.magnitude[name], torch.where(base > 0, n, 0.0))
+            start = torch.where(base > 0, n, 0.0)
+            assign(self.magnitude[name], start)
+            self.started[name] = start
 
     def weight_rows(self) -> WeightRows:
         """W, ``[out, in]``."""
@@ -234,6 +236,7 @@ class AdaptedLayer(AdapterHolder):
             if name in group:
                 del group[name]
         self.adapters.pop(name, None)
+        self.started.pop(name, None)
         self.waiting.discard(name)
         if self.active == name:
             self.activate(None)

@@ -18,25 +18,11 @@ if TYPE_CHECKING:
 def accept_plain_keys(layer: AdaptedLayer, state: dict[str, Any], prefix: str, *args: Any) -> None:
     """Let a checkpoint of the plain model fill the base: ``<path>.weight`` is ``<path>.base_layer.weight``."""
     layer.load_prefix = prefix
-    filled = set()
     for name in _base_names(layer):
         if prefix + name in state:
             state.setdefault(prefix + "base_layer." + name, state.pop(prefix + name))
         if prefix + "base_layer." + name in state:
-            filled.add(name)
-    layer.loaded |= filled
-    absent = [name for name in layer.magnitude if f"{prefix}magnitude.{name}" not in state]
-    layer.fresh = {name for name in absent if filled and _is_fresh(layer, name)}
-
-
-def _is_fresh(layer: AdaptedLayer, name: str) -> bool:
-    """Whether an adapter is as it was attached, and has the norms of the weight that it found."""
-    m = layer.magnitude[name]
-    if name in layer.waiting or m.is_meta or is_dtensor(m):
-        return False
-    if name in layer.lora_A and layer.lora_A[name].any() and layer.lora_B[name].any():
-        return False
-    return torch.equal(m, layer.base_squared().sqrt())
+            layer.loaded.add(name)
 
 
 def accept_plain_keys_below(holder: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -66,11 +52,20 @@ def after_load(layer: AdaptedLayer, incompatible: Any) -> None:
             layer.waiting.clear()
         for key in absent:
             incompatible.missing_keys.remove(key)
-    for name in layer.fresh:
-        layer.reset_magnitude(name)  # or else it would change another base than the one it was attached to
-    layer.fresh = set()
     for name in layer.adapters:
+        if f"{layer.load_prefix}magnitude.{name}" in incompatible.missing_keys and _is_fresh(layer, name):
+            layer.reset_magnitude(name)  # or else it would change a base that came after it
         layer.decide(name)
+
+
+def _is_fresh(layer: AdaptedLayer, name: str) -> bool:
+    """Whether an adapter is as it was attached."""
+    m, started = layer.magnitude[name], layer.started.get(name)
+    if started is None or name in layer.waiting or m.is_meta or is_dtensor(m):
+        return False
+    if name in layer.lora_A and layer.lora_A[name].any() and layer.lora_B[name].any():
+        return False
+    return torch.equal(m, started.to(m.device))
 
 
 def note_loaded(saved: SavedModule, state: dict[str, Any], prefix: str, *args: Any) -> None:
