@@ -193,6 +193,34 @@ def test_a_base_whose_hook_scales_its_output_has_the_magnitudes_true_gradient(af
     assert error(dm, (dy * z).sum(0) / n) < 1e-5
 
 
+class Overwriting(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        y = self.layer(x)
+        y[..., 0] = 0
+        return y.mul_(3).add_(1)
+
+
+@pytest.mark.parametrize("norm_gradient", ["detached", "exact"])
+@pytest.mark.parametrize("layer", [lambda: nn.Linear(6, 8), lambda: nn.Conv1d(6, 8, 3)], ids=["linear", "conv"])
+def test_compiled_code_that_overwrites_an_output_has_the_true_gradients(layer, norm_gradient):
+    model = Overwriting(layer())
+    dt.attach(model, dt.AdapterConfig(rank=2, targets=["layer"], norm_gradient=norm_gradient))
+    move(model)
+    x, found = torch.randn(5, 6, 6), []
+    torch._dynamo.reset()
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        run(x).sin().sum().backward()
+        found.append({name: p.grad.clone() for name, p in dt.trainable_parameters(model).items()})
+    torch._dynamo.reset()
+    for name, gradient in found[0].items():
+        assert error(found[1][name], gradient) < 1e-5, name
+
+
 def test_the_bases_hooks_never_see_the_adapters_own_arithmetic():
     seen = []
     base = nn.Linear(6, 8)

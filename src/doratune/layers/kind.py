@@ -62,7 +62,7 @@ class Options(NamedTuple):
     def guards_output(self, g: Tensor) -> bool:
         """Whether y is kept for g's gradient and may be overwritten before the backward pass.
 
-        Not in compiled code, where the compiler keeps a copy of what is overwritten.
+        Not in compiled code, which keeps a tensor of its own.
         """
         trains = g.requires_grad and torch.is_grad_enabled()
         return trains and self.keep() == "output" and not torch.compiler.is_compiling()

@@ -81,8 +81,14 @@ class _ScaleRows(torch.autograd.Function):
         ctx.g, ctx.inner, ctx.outer, ctx.dim = g, inner, outer, dim
         ctx.keep, ctx.guard, ctx.same_bias = keep, guard, same_bias
         if ctx.needs_input_grad[1]:
-            # As no output: torch 2.8 keeps those under checkpointing, too. Versions are shared with y.
-            ctx.save_for_backward(*((y.detach(),) if keep == "output" else kept))
+            if keep == "output" and torch.compiler.is_compiling():
+                # A tensor of its own, or the compiler would take what later overwrites y in place for what was kept.
+                # It finds out by itself that both are the same, and computes and keeps one.
+                kept = (reshaped(_scaled(u, g, inner, outer, dim), u.shape),)
+            elif keep == "output":
+                # As no output: torch 2.8 keeps those under checkpointing, too. Versions are shared with y.
+                kept = (y.detach(),)
+            ctx.save_for_backward(*kept)
         return y
 
     @staticmethod
