@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import doratune.train.run
+from helpers import seed_generators
 
 settings.register_profile(
     "doratune",
@@ -41,7 +42,7 @@ def _imports_are_not_collected():
 
 @pytest.fixture(autouse=True)
 def _fixed_seed():
-    torch.manual_seed(0)
+    seed_generators(0)
 
 
 @pytest.fixture(autouse=True)
