@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from doratune.layers import quantised
-from doratune.layers.cache import autocast_of_now, is_autocast
+from doratune.layers.cache import autocast_of_now, is_autocast, without_autocast
 from doratune.layers.kind import Kind, Options
 from doratune.layers.sharded import rows_of_part
 from doratune.layers.weights import (
@@ -153,8 +153,10 @@ def _evaluate(
         ready = options.cache.evaluation(options.rows or rows_of(base), A, B, magnitude, scale, options.dense_norm)
     rows, g = as_rows(x), ready.g
     if rows.shape[0] > FEW_TOKENS:
-        change = rows.to(u.dtype) @ ready.A.to(u.dtype) @ ready.B.to(u.dtype)
-        return (_swap_bias(u, inner, outer) if g is None else scale_rows(u, g, inner, outer)) + change.view(u.shape)
+        scaled = _swap_bias(u, inner, outer) if g is None else scale_rows(u, g, inner, outer)
+        with without_autocast(x.device):
+            h, add = rows.to(u.dtype) @ ready.A.to(u.dtype), Tensor.addmm if scaled is u else Tensor.addmm_
+            return add(as_rows(scaled), h, ready.B.to(u.dtype)).view(u.shape)
     y = rows.to(ready.A.dtype) @ ready.A @ ready.B
     if inner is not outer or (inner is not None and g is not None):
         kept = 0 if inner is None else inner if g is None else g * inner
