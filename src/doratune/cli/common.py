@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+
+from rich.console import Console
 
 from doratune.errors import AdapterError
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 def check(problems: Iterable[str]) -> None:

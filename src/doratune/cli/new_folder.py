@@ -10,6 +10,7 @@ from pathlib import Path
 
 from doratune.errors import AdapterError, first_line
 from doratune.files import output_problem
+from doratune.train.failures import NO_ROOM, NO_ROOM_SIGNS
 
 
 def problem_of_new(output: Path) -> str | None:
@@ -29,8 +30,6 @@ def new_folder(output: Path, what: str) -> Iterator[Path]:
         AdapterError: if it cannot be written.
     """
     from safetensors import SafetensorError
-
-    from doratune.train.failures import NO_ROOM, NO_ROOM_SIGNS
 
     partial = output.parent / f".{output.name}.{secrets.token_hex(4)}.partial"
     try:

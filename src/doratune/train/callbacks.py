@@ -10,6 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich import progress
+from rich.console import Console
+
 from doratune.errors import DivergedError
 from doratune.extras import require
 from doratune.files import write_whole
@@ -21,7 +24,6 @@ from doratune.train.resuming import since_best
 from doratune.train.tasks.prepared import Prepared
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from transformers import TrainerCallback
 else:
     TrainerCallback = require("transformers").TrainerCallback
@@ -89,8 +91,6 @@ class Progress(TrainerCallback):
     """A progress bar with loss, speed, memory and time left; where there is no terminal, ten lines of text."""
 
     def __init__(self, console: Console, unit: str, examples: int | None, before: dict[str, float]) -> None:
-        from rich import progress
-
         self.console, self.unit, self.examples = console, unit, examples
         self.bar = progress.Progress(
             progress.TextColumn("{task.fields[told]}"),  # one column: a narrow terminal cuts its end, and nothing else

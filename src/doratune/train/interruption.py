@@ -13,6 +13,8 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
 from doratune.errors import Interrupted, Terminated
 from doratune.extras import require
 from doratune.train.config import TrainConfig
@@ -21,7 +23,6 @@ from doratune.train.output import CHECKPOINTS
 from doratune.train.processes import processes_asked
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from transformers import TrainerCallback
 else:
     TrainerCallback = require("transformers").TrainerCallback

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
 
 from doratune.checkpoint import inexpressible, save_adapter
 from doratune.distributed import is_first, is_spread, processes
@@ -30,9 +32,6 @@ from doratune.train.sources import path_of
 from doratune.train.tasks import task_of
 from doratune.train.tasks.prepared import Prepared
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 
 def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
     """Fine-tune a model as the options say, and write everything to the output folder.
@@ -49,8 +48,6 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
     if found := problems(config) or ([] if config.recipe else start.overruled(config)):
         raise AdapterError.of("these options cannot work", found)
     require("transformers")
-    from rich.console import Console
-
     from doratune.train.interruption import told
 
     if console is None or not is_first_asked():
