@@ -48,8 +48,7 @@ def told(config: TrainConfig, console: Console) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        line = f"Interrupted. {kept(config, config.output / CHECKPOINTS)}"
-        console.print(line, emoji=False, markup=False, highlight=False, soft_wrap=True)
+        console.out(f"Interrupted. {kept(config, config.output / CHECKPOINTS)}", highlight=False)
         raise Interrupted(143 if isinstance(stop, Terminated) else 130) from None
     finally:
         if hears:

@@ -61,7 +61,7 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
 
     from doratune.train.callbacks import recording
 
-    say = functools.partial(_say, console)
+    say = functools.partial(console.out, highlight=False)
     for line in start.described(config):
         say(line)
     config = start.resolved(config)
@@ -130,10 +130,6 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
             write_card(folder, config, result)
             result.save(config.output)
     return result
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, emoji=False, markup=False, highlight=False, soft_wrap=True)
 
 
 def problems(config: TrainConfig) -> list[str]:
@@ -207,7 +203,8 @@ def _fit(
             raise interruption.asked
         if config.patience and trainer.state.global_step < trainer.state.max_steps:
             steps = f"step {trainer.state.global_step} of {trainer.state.max_steps}"
-            _say(console, f"ended at {steps}: no lower held-out loss in {config.patience} measurements (patience)")
+            ended = f"ended at {steps}: no lower held-out loss in {config.patience} measurements (patience)"
+            console.out(ended, highlight=False)
     finally:
         progress.close()
         interruption.close()
@@ -225,7 +222,8 @@ def _resumed(config: TrainConfig, state: Any, console: Console) -> None:
     best = state.best_global_step
     lost = bool(best) and not (config.output / CHECKPOINTS / f"checkpoint-{best}").is_dir()
     if lost and config.keep_best:
-        _say(console, f"step {best}, the best so far, has no checkpoint any more: the best from here on is kept")
+        gone = f"step {best}, the best so far, has no checkpoint any more: the best from here on is kept"
+        console.out(gone, highlight=False)
     if lost or not config.keep_best:  # the Trainer would report it as kept, or delete the last checkpoint in its favour
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
     if is_first():
