@@ -34,7 +34,6 @@ from doratune.targets import adapted_layers
 from doratune.train import models
 from doratune.train.information import Information
 from doratune.train.model_names import NAMELESS, found_beside
-from doratune.train.placement import quantized
 from doratune.train.quiet import quiet_libraries
 
 METHODS = {"dora": "DoRA", "lora": "LoRA"}
@@ -138,8 +137,7 @@ def _load(options: Convert, base: str, theirs: bool) -> Any:
             # Magnitudes trained on a quantised base change any other one everywhere, by what quantising took from it.
             loading = Loading.choose({options.adapter.name: about})
             say(Console(stderr=True, emoji=False), f"the base is loaded as in training: --quantize {about.quantize}")
-            dtype = models.choose_dtype(loading.dtype)
-            more = quantized(loading.quantize, dtype, loading.double_quant, about.task in models.CLASSIFIERS)
+            dtype, more = loading.options(about.task in models.CLASSIFIERS)
             model = models.load_base(options.adapter, base, dtype, more)
         else:
             model = models.load_model(base) if theirs else models.load_base(options.adapter, base)

@@ -24,7 +24,6 @@ from doratune.train.model_names import NAMELESS, base_name, model_problem
 from doratune.train.models import (
     CLASSIFIERS,
     align_padding,
-    choose_dtype,
     context_length,
     load_base,
     load_classifier,
@@ -35,7 +34,6 @@ from doratune.train.models import (
     saved_classes,
 )
 from doratune.train.optimizer import keep_float32
-from doratune.train.placement import quantized
 from doratune.train.positions import rows_of_table
 from doratune.weight_files import header, read_tensor, weight_files
 
@@ -174,9 +172,8 @@ class Predictor:
             AdapterError: if something cannot be loaded, or the model is no classifier.
         """
         about, folder = found.about, found.folder
-        loading = found.loading(dtype, quantize)
-        whole, weights = is_model(folder), choose_dtype(loading.dtype)
-        options = quantized(loading.quantize, weights, loading.double_quant, classifier=True)
+        whole = is_model(folder)
+        weights, options = found.loading(dtype, quantize).options(classifier=True)
         with loading_base(found.base, found.named):
             if about.labels and not whole:  # as in training, where what is new is known
                 model, heads = load_classifier(found.base, weights, about.task, about.labels, options)
