@@ -13,14 +13,14 @@ import torch
 from doratune.checkpoint import load_adapter
 from doratune.errors import AdapterError
 from doratune.extras import require
-from doratune.files import read_config, read_weights, reading_adapter
+from doratune.files import read_config
 from doratune.inference.inputs import Input
 from doratune.inference.loading import Loading
-from doratune.inference.sources import NAMED, guessed_task, is_model, loading_base, tokenizer_source
+from doratune.inference.sources import NAMED, base_of, guessed_task, loading_base, tokenizer_source
 from doratune.targets import HEAD_NAMES
 from doratune.train.device import explaining_memory, to_device
 from doratune.train.information import Information
-from doratune.train.model_names import NAMELESS, base_name, model_problem
+from doratune.train.model_names import is_model, model_problem
 from doratune.train.models import (
     CLASSIFIERS,
     align_padding,
@@ -77,19 +77,12 @@ class Classifier:
             AdapterError: if the folder holds no classifier that can be used, or the base is not known.
         """
         whole = is_model(folder)
-        named = not whole and base is None
-        name: str | None = str(folder)
-        if not whole:
-            with reading_adapter(folder, or_model=True):
-                name = base_name(folder, base)
-            read_weights(folder)  # a broken file is found before a large model is loaded
-        elif base is not None:
+        if whole and base is not None:
             raise AdapterError(f"{folder} is a whole model, which needs no --base")
+        named = not whole and base is None
+        name = str(folder) if whole else base_of(folder, base, or_model=True)
         about = Information.load(folder)
-        if name is None:
-            raise AdapterError(NAMELESS.format(folder))
-        problem = model_problem(name)
-        if problem:
+        if problem := model_problem(name):
             raise AdapterError(f"{problem} ({NAMED})" if named else problem)
         if about is None:
             with loading_base(name, named):

@@ -13,12 +13,12 @@ import torch
 
 from doratune.errors import AdapterError, first_line
 from doratune.extras import require
-from doratune.files import CONFIG, read_config, read_weights
+from doratune.files import read_config, read_weights
 from doratune.ops.hardware import multiplies
 from doratune.targets import HEAD_NAMES
 from doratune.train.choices import Dtype
 from doratune.train.information import Information
-from doratune.train.model_names import NAMELESS, base_name, model_problem
+from doratune.train.model_names import NAMELESS, base_name, is_model, model_problem
 
 LOADERS = {
     "text-generation": "AutoModelForCausalLM",
@@ -102,7 +102,7 @@ def load_base(
     """
     folder = Path(folder)
     about = Information.load(folder)
-    if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():  # Axolotl puts one beside adapters
+    if is_model(folder):
         return load_model(str(folder), dtype, about.task if about else None, about.labels if about else (), options)
     name = base_name(folder, base)
     if name is None:
