@@ -18,7 +18,6 @@ from rich.text import Text
 
 from doratune.checkpoint import inexpressible, load_adapter, save_adapter
 from doratune.cli.common import check, say
-from doratune.cli.merge import PREPROCESSOR
 from doratune.cli.new_folder import new_folder, problem_of_new
 from doratune.cli.probe import logits, random_inputs
 from doratune.convert import Conversion, LayerFit, convert_to_lora
@@ -181,8 +180,8 @@ def _write(model: Any, adapter: Path, output: Path, name: str, method: str | Non
             dataclasses.replace(about, method=method or about.method).save(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        if (adapter / PREPROCESSOR).is_file():
-            shutil.copyfile(adapter / PREPROCESSOR, folder / PREPROCESSOR)
+        if (adapter / models.PREPROCESSOR).is_file():
+            shutil.copyfile(adapter / models.PREPROCESSOR, folder / models.PREPROCESSOR)
 
 
 def _table(found: Conversion, whole: dict[str, float] | None) -> Table:

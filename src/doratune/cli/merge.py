@@ -28,10 +28,8 @@ from doratune.merge import MergeCheck, merge, verify_merge
 from doratune.model_files import save_model
 from doratune.train.choices import Dtype
 from doratune.train.information import Information
-from doratune.train.models import align_padding, has_tokenizer, load_base, load_tokenizer
+from doratune.train.models import PREPROCESSOR, align_padding, has_tokenizer, load_base, load_tokenizer
 from doratune.train.quiet import quiet_libraries
-
-PREPROCESSOR = "preprocessor_config.json"
 
 
 @dataclass

@@ -23,6 +23,7 @@ from doratune.train.information import Information
 from doratune.train.model_names import is_model, model_problem
 from doratune.train.models import (
     CLASSIFIERS,
+    PREPROCESSOR,
     align_padding,
     context_length,
     load_base,
@@ -116,7 +117,7 @@ class Classifier:
         """
         if not self.takes_images:
             return load_tokenizer(tokenizer_source([self.folder], self.base))
-        if (self.folder / "preprocessor_config.json").is_file():
+        if (self.folder / PREPROCESSOR).is_file():
             return require("transformers").AutoImageProcessor.from_pretrained(self.folder)
         size = self.about.image_size
         return load_image_processor(self.base, size[0] if size else None)

@@ -32,6 +32,8 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation of red, green and blue, as most vision models but the first ViT were pretrained with."""
 TOKENIZER_FILES = ("*token*", "vocab*", "*.model", "*.gguf")
 """Without any of these a folder has no tokenizer."""
+PREPROCESSOR = "preprocessor_config.json"
+"""How images become a model's input."""
 SAVED_HEAD = re.compile(r"(^|\.)(score|classifier|classification_head)(\.out_proj)?\.weight$")
 """Names of the weight that gives the logits, in an adapter's file. Its rows are the classes."""
 CLASSIFIERS = ("text-classification", "image-classification", "SEQ_CLS")
@@ -239,7 +241,7 @@ def load_image_processor(name: str, size: int | None = None) -> Any:
         problem = "is not among the image models served" if image_classifier(config) else "takes no images"
         raise AdapterError(f"model {name}: a {config.model_type} {problem}; name a ViT, DINOv2 or Swin")
     with _loading("image processor", name) as (transformers, source, options):
-        if options and not (Path(source) / "preprocessor_config.json").is_file():
+        if options and not (Path(source) / PREPROCESSOR).is_file():
             own = size or config.image_size
             height, width = (own, own) if isinstance(own, int) else own
             mean, deviation = ((0.5,) * 3, (0.5,) * 3) if config.model_type == "vit" else IMAGENET
