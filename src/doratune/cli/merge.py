@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from doratune.checkpoint import load_adapter
 from doratune.cli.common import check, say
@@ -75,9 +76,10 @@ def run(options: Merge) -> int:
     if bad:
         raise AdapterError.of("merged and unmerged outputs differ", bad)
     with status("Merging"):
-        probe = _Logits(model) if options.verify else None
+        inputs = random_inputs(model.eval()) if options.verify else {}
+        before = logits(model, inputs) if inputs else None
         merge(model)
-        whole = probe.compare() if probe else None
+        whole = None if before is None else _difference(before, logits(model, inputs))
     with status(Text(f"Writing {options.output}")):
         _write(model, tokenizer, adapter, base, options.output)
     if options.json:
@@ -92,21 +94,9 @@ def run(options: Merge) -> int:
     return 0
 
 
-class _Logits:
-    """Output of the whole model on fixed tokens or images, before and after merging; nothing for other models."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model.eval()
-        self.inputs = random_inputs(model)
-        if self.inputs:
-            self.before = logits(model, self.inputs)
-
-    def compare(self) -> dict[str, float] | None:
-        """Largest difference, and the largest value for comparison."""
-        if not self.inputs:
-            return None
-        difference = (logits(self.model, self.inputs) - self.before).abs().max()
-        return {"difference": float(difference), "largest": float(self.before.abs().max())}
+def _difference(before: Tensor, after: Tensor) -> dict[str, float]:
+    """Largest difference between the whole model's outputs, and the largest value for comparison."""
+    return {"difference": float((after - before).abs().max()), "largest": float(before.abs().max())}
 
 
 def _tokenizer(model: Any, adapter: Path, base: str) -> Any:
