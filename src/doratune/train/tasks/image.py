@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -174,45 +175,35 @@ def _gathered(
     if not thorough:
         say(f"{len(rows)} images: the beginning of each is checked, the rest when it is opened")
     with ThreadPoolExecutor() as pool:  # decoding runs outside of Python's lock
-        checked = pool.map(CheckedRow(thorough), rows)
-        return gather(_counted(checked, len(rows), say), picture, config, say)
+        looked_at = pool.map(functools.partial(checked, thorough=thorough), rows)
+        return gather(_counted(looked_at, len(rows), say), picture, config, say)
 
 
-def _counted(checked: Iterator[Row], count: int, say: Say) -> Iterator[Row]:
+def _counted(rows: Iterator[Row], count: int, say: Say) -> Iterator[Row]:
     """Rows as they come; how far it is is said where there are many."""
-    for number, row in enumerate(checked, 1):
+    for number, row in enumerate(rows, 1):
         yield row
         if number % OPENED == 0:
             say(f"{number} of {count} images checked")
 
 
-class CheckedRow:
+def checked(row: Row, thorough: bool = True) -> Row:
     """A row, or what is wrong with its image: opened if thorough, else only looked at."""
-
-    def __init__(self, thorough: bool) -> None:
-        self.thorough = thorough
-
-    def __call__(self, row: Row) -> Row:
-        if row.problem:
-            return row
-        try:
-            self._look(row)
-        except (BadRow, AdapterError) as error:
-            return Row(row.where, problem=str(error))
+    if row.problem:
         return row
-
-    def _look(self, row: Row) -> None:
-        source = row.values["image"]
+    image, source = require("PIL.Image"), row.values["image"]
+    try:
         if isinstance(source, Path) and not source.is_file():
             raise BadRow(f"no such image {source}")
-        if self.thorough:
+        if thorough:
             Picture(row.where, source, None).open()
         elif isinstance(source, Path):
-            image = require("PIL.Image")
-            try:
-                image.open(source).close()
-            except (OSError, image.DecompressionBombError) as error:
-                raise BadRow(f"image cannot be read: {error}") from error
+            image.open(source).close()
+    except BadRow as error:
+        return Row(row.where, problem=str(error))
+    except (OSError, image.DecompressionBombError) as error:
+        return Row(row.where, problem=f"image cannot be read: {error}")
+    return row
 
 
 def _forward_options(config: TrainConfig, size: tuple[int, int]) -> dict[str, Any]:
