@@ -36,6 +36,7 @@ from doratune.train.models import (
 )
 from doratune.train.optimizer import keep_float32
 from doratune.train.positions import rows_of_table
+from doratune.train.tokens import cut_texts
 from doratune.weight_files import header, read_tensor, weight_files
 
 
@@ -213,13 +214,8 @@ class Predictor:
         ]
 
     def _tokens(self, inputs: Sequence[Input], length: int) -> dict[str, torch.Tensor]:
-        texts = [one.source for one in inputs]
-        options: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-        ids = self.processor(texts, **options)["input_ids"]
-        longer = sum(len(row) > length for row in ids)
-        if longer:
-            self.cut += longer
-            ids = self.processor(texts, truncation=True, max_length=length, **options)["input_ids"]
+        ids, longer = cut_texts([one.source for one in inputs], self.processor, length)
+        self.cut += longer
         return dict(self.processor.pad({"input_ids": ids}, return_tensors="pt", verbose=False).to(self.model.device))
 
     def _pixels(self, inputs: Sequence[Input]) -> dict[str, torch.Tensor]:

@@ -69,6 +69,16 @@ def plain(text: str, tokenizer: Any) -> list[int]:
     return ids
 
 
+def cut_texts(texts: Sequence[str], tokenizer: Any, length: int) -> tuple[list[list[int]], int]:
+    """Tokens of whole texts, special ones among them, and how many texts had to be cut to so many."""
+    options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    ids = tokenizer(list(texts), **options)["input_ids"]
+    longer = sum(len(row) > length for row in ids)
+    if longer:
+        ids = tokenizer(list(texts), truncation=True, max_length=length, **options)["input_ids"]
+    return ids, longer
+
+
 def written(ids: Sequence[int], new: Sequence[int], tokenizer: Any) -> str:
     """What new tokens add to the text; decoded alone they would lose a space that some tokenizers drop at a start."""
     before = tokenizer.decode(ids, skip_special_tokens=True)
