@@ -20,7 +20,7 @@ from doratune.own_options import with_own_options
 from doratune.peft_config import from_peft
 from doratune.targets import plain_path, unwrap
 from doratune.train.checkpoints import find_last
-from doratune.train.config import TrainConfig, comparable
+from doratune.train.config import ADAPTER_OPTIONS, TrainConfig, comparable
 from doratune.train.gather import Say
 from doratune.train.information import Information
 from doratune.train.model_names import base_name, place_of
@@ -29,7 +29,7 @@ from doratune.train.output import CHECKPOINTS
 from doratune.train.without_effect import DECIDED, LOW_RANK
 from doratune.weight_files import header, read_metadata
 
-OF_THE_RUN = tuple(f.name for f in dataclasses.fields(AdapterConfig) if f.name not in (*DECIDED, "method"))
+OF_THE_RUN = tuple(name for name in ADAPTER_OPTIONS if name not in DECIDED)
 """Options of the adapter that say how it is trained. They are the run's, as learning rates are."""
 LOST = {
     ("dora", "lora"): "its magnitudes would be lost",
