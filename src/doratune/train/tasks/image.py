@@ -44,8 +44,7 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
     """
     processor = load_image_processor(config.model, config.image_size)
     size = processed_size(processor)
-    columns: dict[str, str] = {}
-    found = _gathered(config.data, config, config.split, "train", say, columns)
+    found, columns = _gathered(config.data, config, config.split, "train", say)
     if columns:
         say(f"columns: {described(columns, config)}")
     eval_data = config.eval_data
@@ -53,7 +52,7 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
         say("the archive brings its own images to measure on")
         eval_data = config.data
     own, own_test = (
-        _gathered(names, config, split, "test", say, {}) if names else None
+        _gathered(names, config, split, "test", say)[0] if names else None
         for names, split in ((eval_data, config.eval_split), (config.test_data, config.test_split))
     )
     names, found, others, test = divided(found, own, own_test, config, say)
@@ -93,8 +92,7 @@ def to_measure(
     Raises:
         AdapterError: listing every image that cannot be used, or classes that are not among the labels.
     """
-    columns: dict[str, str] = {}
-    found = _gathered(config.data, config, config.split, "test", say, columns)
+    found, columns = _gathered(config.data, config, config.split, "test", say)
     if columns:
         say(f"columns: {described(columns, config)}")
     refuse_unknown({one.label or "" for one in found}, labels, "data")
@@ -162,9 +160,11 @@ def processed_size(processor: Any) -> tuple[int, int]:
 
 
 def _gathered(
-    names: Sequence[str], config: TrainConfig, split: str, part: str, say: Say, columns: dict[str, str]
-) -> list[Picture]:
+    names: Sequence[str], config: TrainConfig, split: str, part: str, say: Say
+) -> tuple[list[Picture], dict[str, str]]:
+    """The images of all sources, and the columns they come from."""
     rows: list[Row] = []
+    columns: dict[str, str] = {}
     for name in names:
         found, own = pictures(name, config, split, part, say=say)
         rows += found
@@ -176,7 +176,7 @@ def _gathered(
         say(f"{len(rows)} images: the beginning of each is checked, the rest when it is opened")
     with ThreadPoolExecutor() as pool:  # decoding runs outside of Python's lock
         looked_at = pool.map(functools.partial(checked, thorough=thorough), rows)
-        return gather(_counted(looked_at, len(rows), say), picture, config, say)
+        return gather(_counted(looked_at, len(rows), say), picture, config, say), columns
 
 
 def _counted(rows: Iterator[Row], count: int, say: Say) -> Iterator[Row]:
