@@ -36,16 +36,13 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
     if config.streaming:
         train, held_out, test = prepare_stream(config, reader, blocks, say)
         return _prepared(config, reader, train, held_out, test, blocks)
-    examples, others, tested = (
+    examples = gather(reader.rows(config.data, config.split), reader.use, config, say)
+    others, tested = (
         gather(reader.rows(names, split), reader.use, config, say) if names else None
-        for names, split in (
-            (config.data, config.split),
-            (config.eval_data, config.eval_split),
-            (config.test_data, config.test_split),
-        )
+        for names, split in ((config.eval_data, config.eval_split), (config.test_data, config.test_split))
     )
     if blocks and reader.documents:
-        train, held_out, test, unused = _blocks(examples or [], others, tested, config)
+        train, held_out, test, unused = _blocks(examples, others, tested, config)
         told = f", {len(test)} to test on" if test else ""
         say(
             f"{len(train)} blocks of {config.max_length} tokens to train on, {len(held_out)} held out{told}; "
@@ -54,9 +51,9 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
         return _prepared(config, reader, train, held_out, test, blocks)
     reader.tell(say)
     if tested is None:
-        examples, tested = set_aside(examples or [], config.test_fraction)
+        examples, tested = set_aside(examples, config.test_fraction)
     if others is None:
-        examples, others = set_aside(examples or [], config.eval_fraction)
+        examples, others = set_aside(examples, config.eval_fraction)
     parts = {"to train on": examples, "held out": others, "to test on": tested}
     train, held_out, test = _fitted_rows(parts, blocks, config, say)
     if not len(train) or not len(held_out):
@@ -150,23 +147,22 @@ def _blocks(
 ) -> tuple[Any, Any, Any, int]:
     length = config.max_length
     train, unused = _joined(examples, length)
-    test = None
-    if tested is not None:
-        test, _ = _joined(tested, length)
-    elif config.test_fraction:
-        train_indices, test_indices = hold_out(len(train), config.test_fraction)
-        train, test = train.select(train_indices), train.select(test_indices)
-    if others is not None:
-        held_out, _ = _joined(others, length)
-    else:
-        train_indices, held_indices = hold_out(len(train), config.eval_fraction)
-        train, held_out = train.select(train_indices), train.select(held_indices)
+    train, test = _part(train, tested, config.test_fraction, length)
+    train, held_out = _part(train, others, config.eval_fraction, length)
     if not len(train) or not len(held_out):
         raise AdapterError(
             f"the text is too short: it fills {len(train)} blocks of {length} tokens to train on and "
             f"{len(held_out)} to measure on, at least one of each is needed; give more text or a smaller max_length"
         )
     return train, held_out, test, unused
+
+
+def _part(train: Any, own: list[Tokens] | None, fraction: float, length: int) -> tuple[Any, Any]:
+    """The blocks to train on, and those of another part: of its own texts, else a fraction of the former."""
+    if own is not None:
+        return train, _joined(own, length)[0]
+    kept, held = hold_out(len(train), fraction) if fraction else (range(len(train)), [])
+    return train.select(kept), train.select(held)
 
 
 def _joined(examples: list[Tokens], length: int) -> tuple[Any, int]:
