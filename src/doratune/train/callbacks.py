@@ -138,11 +138,8 @@ class Progress(TrainerCallback):
             return
         self.loss = f"{(logs or {})['loss']:.3f}"
         if not self.console.is_terminal and state.global_step >= self.next_line:
-            self._print_line(args, state)
-
-    def _print_line(self, args: Any, state: Any) -> None:
-        self.next_line = state.global_step + max(1, state.max_steps // 10)
-        self.console.print(self._told(args, state), soft_wrap=True)
+            self.next_line = state.global_step + max(1, state.max_steps // 10)
+            self.console.print(self._told(args, state), soft_wrap=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the bar as it stands."""
@@ -234,14 +231,9 @@ def seen(unit: str, examples: int | None, args: Any, state: Any) -> int:
     if not examples:
         return int(state.global_step * batch * args.gradient_accumulation_steps)
     # The last batch of an epoch is what is left, and so is the last step: batches are counted, not steps.
-    in_epoch = batches(examples, args)
+    in_epoch = math.ceil(math.ceil(examples / args.train_batch_size) / args.world_size)  # that each process takes
     epochs, more = divmod(round((state.epoch or 0) * in_epoch), in_epoch)
     return epochs * examples + min(more * batch, examples)
-
-
-def batches(examples: int, args: Any) -> int:
-    """Batches that each process takes from the data in an epoch."""
-    return math.ceil(math.ceil(examples / args.train_batch_size) / args.world_size)
 
 
 def _held_out(values: dict[str, float]) -> list[str]:
