@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -133,13 +133,14 @@ def fitted(examples: Sequence[Tokens], length: int, say: Say, what: str) -> list
     return kept
 
 
-def _fitted_rows(
-    parts: Mapping[str, Sequence[Tokens] | None], packed: bool, config: TrainConfig, say: Say
-) -> list[Any]:
+def _fitted_rows(parts: Mapping[str, Sequence[Tokens]], packed: bool, config: TrainConfig, say: Say) -> list[Any]:
     """Prompts or chats of each part, cut and packed; a part is called by what it is for."""
-    found = [_rows(fitted(part or [], config.max_length, say, what), config) for what, part in parts.items()]
+    found = [_rows(fitted(part, config.max_length, say, what)) for what, part in parts.items()]
     check_length(config, longest_of(found), say)
-    return [_pack(part, config.max_length) if packed and len(part) else part for part in found]
+    if not packed:
+        return found
+    pack = require("trl").pack_dataset  # whole examples, best fit first; no example sees another
+    return [pack(part, config.max_length, "bfd") if len(part) else part for part in found]
 
 
 def _blocks(
@@ -172,7 +173,7 @@ def _joined(examples: list[Tokens], length: int) -> tuple[Any, int]:
     return _dataset({"input_ids": ids[:used]}, np.arange(0, used + 1, length)), len(ids) - used
 
 
-def _rows(examples: list[Tokens], config: TrainConfig) -> Any:
+def _rows(examples: list[Tokens]) -> Any:
     """One row an example."""
     ends = np.cumsum([0, *(len(example.ids) for example in examples)])
     parts = {"input_ids": [e.ids for e in examples], "labels": [e.labels for e in examples]}
@@ -189,20 +190,11 @@ def _dataset(columns: Mapping[str, np.ndarray[Any, Any]], ends: np.ndarray[Any, 
     return datasets.Dataset(arrow.table(lists))
 
 
-def _pack(examples: Any, length: int) -> Any:
-    """Whole examples, best fit first; no example sees another."""
-    return require("trl").pack_dataset(examples, length, "bfd")
-
-
 def _prepared(config: TrainConfig, reader: Reader, train: Any, held_out: Any, test: Any, blocks: bool) -> Prepared:
     tokenizer = reader.tokenizer
     packed = blocks and not reader.documents
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    collate: Callable[[list[Any]], dict[str, Any]]
-    if packed:
-        collate = Packed(pad)
-    else:
-        collate = collate_blocks if blocks else Padded(pad)
+    collate: Any = Packed(pad) if packed else collate_blocks if blocks else Padded(pad)
     return Prepared(
         train,
         held_out,
