@@ -162,26 +162,15 @@ class NewEpoch(TrainerCallback):
 
 
 def recording(config: TrainConfig, prepared: Prepared) -> list[TrainerCallback]:
-    """What a run needs from its first measurement on: the record, and what changes images or looks for the best."""
+    """What a run needs from its first measurement on: the record, and what changes images or stops behind the best."""
     callbacks: list[TrainerCallback] = [
         MetricsFile(config.output / METRICS, prepared.unit, prepared.examples, writes=is_first_asked())
     ]
     if config.augment:
         callbacks.append(NewEpoch(prepared.train))
-    if config.keep_best:
-        callbacks.append(MeasuredEnd())
     if config.patience is not None:
         callbacks.append(Patience(config.patience))
     return callbacks
-
-
-class MeasuredEnd(TrainerCallback):
-    """Measures after the last step, too, which may be the best."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for it."""
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = True
 
 
 class Patience(TrainerCallback):
