@@ -153,8 +153,7 @@ def _load(
     if task != "image-classification" and labels and model.config.pad_token_id is None:
         end = model.config.eos_token_id  # language models classify the last token before the padding
         model.config.pad_token_id = end[0] if isinstance(end, list) else end
-    mismatched = {key if isinstance(key, str) else key[0] for key in found.get("mismatched_keys", ())}
-    return model, set(found.get("missing_keys", ())) | mismatched
+    return model, {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
 
 
 def image_classifier(config: Any) -> Any:

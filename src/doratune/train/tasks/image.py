@@ -214,7 +214,7 @@ def _forward_options(config: TrainConfig, size: tuple[int, int]) -> dict[str, An
     kind = image_classifier(own)
     if kind is None:
         raise AdapterError(f"model {config.model}: transformers has no image classifier for {type(own).__name__}")
-    patch = getattr(own, "patch_size", 1)
+    patch = own.patch_size
     if min(size) < (patch if isinstance(patch, int) else max(patch)):
         raise AdapterError(
             f"images of {size[0]} x {size[1]} pixels do not fill a patch of the model, which has {patch}"

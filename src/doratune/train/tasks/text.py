@@ -110,7 +110,7 @@ def refuse_encoders(model: str) -> None:
     """
     transformers, own = require("transformers"), load_config(model)
     advice = "name a decoder (Llama, Qwen, GPT-2, ...), or another task"
-    if getattr(own, "is_encoder_decoder", False):
+    if own.is_encoder_decoder:
         raise AdapterError(f"model {model}: a {own.model_type} has an encoder, which would be left out; {advice}")
     # Decoders that know the word is_decoder say that they are one, or have never been trained with masks.
     if getattr(own, "is_decoder", None) is False and type(own) in transformers.MODEL_FOR_MASKED_LM_MAPPING:
