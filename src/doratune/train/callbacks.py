@@ -113,7 +113,6 @@ class Progress(TrainerCallback):
         self.bar.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Advance."""
         self.bar.update(self.task, completed=state.global_step, told=self._told(args, state))
 
     def speed(self, args: Any, state: Any) -> float:
@@ -131,7 +130,6 @@ class Progress(TrainerCallback):
         return "  ".join([*parts, speed_told, f"{memory:.1f} GiB"])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Take over the newest values."""
         self.held_out = _held_out(logs or {}) or self.held_out
         self.measuring += (logs or {}).get("eval_runtime", 0.0)
         if "loss" not in (logs or {}):
@@ -157,7 +155,6 @@ class NewEpoch(TrainerCallback):
         self.data = data
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the number."""
         self.data.epoch = int(state.epoch or 0)
 
 
@@ -197,7 +194,6 @@ class OnceBegun(TrainerCallback):
         self.what = what
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Do it."""
         self.what()
 
 
@@ -208,7 +204,6 @@ class AfterBatch(TrainerCallback):
         self.what = what
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Do it."""
         self.what()
 
 

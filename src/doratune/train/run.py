@@ -28,6 +28,7 @@ from doratune.train.noted import information
 from doratune.train.output import CHECKPOINTS, CURVES, METRICS, RECIPE
 from doratune.train.processes import is_first_asked
 from doratune.train.results import TrainResult, peak_memory, read_metrics
+from doratune.train.sample import continuation
 from doratune.train.sources import path_of
 from doratune.train.tasks import task_of
 from doratune.train.tasks.prepared import Prepared
@@ -238,8 +239,6 @@ def _measured(trainer: Any, step: int) -> dict[str, float]:
 
 
 def _sample(config: TrainConfig, model: Any, prepared: Prepared) -> str | None:
-    from doratune.train.sample import continuation
-
     if config.prompt is None:
         return None
     return continuation(model, prepared.processor, config.prompt, config.sample_tokens)
