@@ -123,7 +123,7 @@ def run(options: Generate) -> int:
         talk(writer, out, options.sampling, options.system)
         return 0
     names: list[str | None] = [None] if options.compare else []
-    names += writer.adapters or ([] if names else [None])
+    names += writer.adapters or [None]
     if options.json:
         for group in _groups(writer, prompts, names, options):
             for completion in group:
