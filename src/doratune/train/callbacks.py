@@ -8,13 +8,13 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import progress
 from rich.console import Console
+from transformers import TrainerCallback
 
 from doratune.errors import DivergedError
-from doratune.extras import require
 from doratune.files import write_whole
 from doratune.train.config import TrainConfig
 from doratune.train.output import METRICS
@@ -22,11 +22,6 @@ from doratune.train.processes import is_first_asked
 from doratune.train.results import peak_memory, read_metrics
 from doratune.train.resuming import since_best
 from doratune.train.tasks.prepared import Prepared
-
-if TYPE_CHECKING:
-    from transformers import TrainerCallback
-else:
-    TrainerCallback = require("transformers").TrainerCallback
 
 _UNITS = (
     *("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"),

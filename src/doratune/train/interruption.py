@@ -11,21 +11,16 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
+from transformers import TrainerCallback
 
 from doratune.errors import Interrupted, Terminated
-from doratune.extras import require
 from doratune.train.config import TrainConfig
 from doratune.train.failures import kept
 from doratune.train.output import CHECKPOINTS
 from doratune.train.processes import processes_asked
-
-if TYPE_CHECKING:
-    from transformers import TrainerCallback
-else:
-    TrainerCallback = require("transformers").TrainerCallback
 
 ENDS: dict[int, type[KeyboardInterrupt]] = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 """What each signal that is heard raises."""
