@@ -69,6 +69,16 @@ def plain(text: str, tokenizer: Any) -> list[int]:
     return ids
 
 
+def cut_texts(texts: Sequence[str], tokenizer: Any, length: int) -> tuple[list[list[int]], int]:
+    """Tokens of whole texts, special ones among them, and how many texts had to be cut to so many."""
+    options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    ids = tokenizer(list(texts), **options)["input_ids"]
+    longer = sum(len(row) > length for row in ids)
+    if longer:
+        ids = tokenizer(list(texts), truncation=True, max_length=length, **options)["input_ids"]
+    return ids, longer
+
+
 def written(ids: Sequence[int], new: Sequence[int], tokenizer: Any) -> str:
     """What new tokens add to the text; decoded alone they would lose a space that some tokenizers drop at a start."""
     before = tokenizer.decode(ids, skip_special_tokens=True)
@@ -98,9 +108,12 @@ def chat(messages: Any, tokenizer: Any, learn_all: bool, marked: str | None = No
         tools: functions that the assistant may call, as ``tools_of`` takes them.
 
     Raises:
-        BadRow: if roles, contents or tools are not those of a chat, or the template does not take them.
+        BadRow: if roles, contents or tools are not those of a chat, the assistant says nothing, or the template does
+            not take them.
     """
-    turns = conversation(messages)
+    turns = turns_of(messages)
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise BadRow("no message of the assistant: there is nothing to learn")
     rendered = functools.partial(_rendered, tokenizer, tools=tools_of(tools))
     if learn_all:
         return Tokens.of(rendered(turns)["input_ids"])
@@ -133,18 +146,6 @@ def marked_template(tokenizer: Any) -> str | None:
         return templates.get_training_chat_template(tokenizer)
     except ValueError:  # TRL does not know it
         return None
-
-
-def conversation(messages: Any) -> list[dict[str, Any]]:
-    """A chat to learn from: messages as ``role`` and ``content``.
-
-    Raises:
-        BadRow: saying which message is wrong, or if the assistant says nothing.
-    """
-    turns = turns_of(messages)
-    if not any(turn["role"] == "assistant" for turn in turns):
-        raise BadRow("no message of the assistant: there is nothing to learn")
-    return turns
 
 
 def turns_of(messages: Any) -> list[dict[str, Any]]:
