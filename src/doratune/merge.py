@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from doratune.distributed import is_fully_sharded
 from doratune.errors import AdapterError
 from doratune.layers import AdaptedLayer, Part, SavedModule, sharded
-from doratune.layers.cache import without_autocast
 from doratune.layers.holder import plain_parameters
 from doratune.layers.quantised import requantisation_loss
 from doratune.layers.weights import is_offloaded
 from doratune.merged_config import forget_quantisation, tie_nothing
 from doratune.model import active_adapter, unhold
 from doratune.ops import row_norm
+from doratune.ops.autocast import without_autocast
 from doratune.ops.hardware import full_precision
 from doratune.ops.low_rank import wide
 from doratune.ops.stacked import own_factor

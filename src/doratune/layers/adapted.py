@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 from doratune.config import AdapterConfig
 from doratune.errors import AdapterError
 from doratune.layers import sharded
-from doratune.layers.cache import AdapterParameters, ScaleCache
+from doratune.layers.adapter import AdapterParameters, LayerAdapter
+from doratune.layers.cache import ScaleCache
 from doratune.layers.choices import choices
 from doratune.layers.holder import AdapterHolder, base_attribute
 from doratune.layers.kind import Kind, Options
@@ -26,28 +26,6 @@ from doratune.ops.once import transformed
 log = logging.getLogger("doratune")
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
-
-
-@dataclass
-class LayerAdapter:
-    """One adapter on one layer: its options there, and what was decided when it was attached."""
-
-    config: AdapterConfig
-    rank: int
-    scale_text: str
-    trainable: bool = True
-    eight_bit: bool = False
-    dense_norm: bool = False
-    keep_output: bool = False
-
-    @property
-    def scale(self) -> float:
-        """s. Kept as text: torch.compile takes a float that differs between layers for a symbol."""
-        return float(self.scale_text)
-
-    @scale.setter
-    def scale(self, value: float) -> None:
-        self.scale_text = repr(float(value))
 
 
 def _with_weights(method: Decorated) -> Decorated:

@@ -19,10 +19,10 @@ from torch.func import functional_call
 
 from doratune.config import AdapterConfig
 from doratune.layers.adapted import AdaptedLayer
-from doratune.layers.cache import without_autocast
 from doratune.layers.host import Host, Part
 from doratune.layers.kind import Kind, Options
 from doratune.layers.weights import WeightRows
+from doratune.ops.autocast import without_autocast
 from doratune.ops.low_rank import adapted_weight
 
 NAMES = ("q_proj", "k_proj", "v_proj", "out_proj")

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from doratune.layers import quantised
-from doratune.layers.cache import autocast_of_now, is_autocast
 from doratune.layers.kind import Kind, Options
 from doratune.layers.sharded import rows_of_part
 from doratune.layers.weights import (
@@ -20,6 +19,7 @@ from doratune.layers.weights import (
     on_device,
     rows_by_forward,
 )
+from doratune.ops.autocast import autocast_of_now, is_autocast
 from doratune.ops.compose import OutputGuard, scale_rows
 from doratune.ops.dropout import dropped_elements
 from doratune.ops.hardware import multiplies
