@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from doratune.layers import input_gradients, running_statistics
 from doratune.layers.bypass import UnreadWeight
+
+M = TypeVar("M", bound=nn.Module)
 
 READ = (
     *("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
@@ -97,6 +99,13 @@ def plain_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str,
     for name, child in module._modules.items():
         if child is not None:
             yield from plain_parameters(child, f"{prefix}{name}.")
+
+
+def shallow_copy(module: M) -> M:
+    """A copy whose parameters and parts, the same at first, can be replaced without touching the original."""
+    new = copy.copy(module)
+    new._parameters, new._modules = dict(module._parameters), dict(module._modules)
+    return new
 
 
 def plain_copy(module: nn.Module, shared: Iterable[nn.Parameter] = ()) -> nn.Module:

@@ -5,7 +5,6 @@ Every adapter has a copy of its own; the original stays as it was, so that switc
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from doratune.errors import AdapterError
-from doratune.layers.holder import AdapterHolder, plain, plain_copy, plain_parameters
+from doratune.layers.holder import AdapterHolder, plain, plain_copy, plain_parameters, shallow_copy
 from doratune.layers.loading import accept_plain_keys_below, fill_copies, note_loaded
 from doratune.layers.weights import is_dtensor
 
@@ -162,6 +161,6 @@ def _with_biases(part: Any, name: str, biases: dict[str, Tensor]) -> Any:
     """A part of the module as others see it (``nn.TransformerEncoderLayer`` computes with ``out_proj.bias`` itself)."""
     own = {key.removeprefix(f"{name}."): bias for key, bias in biases.items() if key.startswith(f"{name}.")}
     if own:
-        part = copy.copy(part)
-        part._parameters = part._parameters | own
+        part = shallow_copy(part)
+        part._parameters.update(own)
     return part
