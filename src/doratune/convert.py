@@ -171,7 +171,6 @@ def _change(layer: AdaptedLayer, name: str) -> Tensor:
     if g is None:
         g = D.new_ones(rows.shape[0])
     for here, tile in rows.small_tiles():
-        part = None if B is None else B[here]
-        own = A if A is None or B is None else own_factor(A, B, here)
-        D[here] = approximation.weight_change(tile, own, part, g[here], layer.adapters[name].scale)
+        a, b = (None, None) if A is None or B is None else (own_factor(A, B, here), B[here])
+        D[here] = approximation.weight_change(tile, a, b, g[here], layer.adapters[name].scale)
     return D
