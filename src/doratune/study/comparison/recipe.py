@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,14 +125,15 @@ class Comparison:
 
     def identity(self) -> dict[str, Any]:
         """What makes results comparable: every option that changes one, and the content of local data."""
-        run = {key: _plain(value) for key, value in entries(self.train).items() if key not in NOT_COMPARED}
-        grid = {f"compare.{key}": _plain(value) for key, value in dataclasses.asdict(self.grid).items()}
+        run = {key: value for key, value in entries(self.train).items() if key not in NOT_COMPARED}
+        grid = {f"compare.{key}": value for key, value in dataclasses.asdict(self.grid).items()}
         del grid["compare.seeds"], grid["compare.confidence"]
         train = self.train
         names = dict.fromkeys((*train.data, *train.eval_data, *train.test_data))
         scale = train.adapter.alpha / train.adapter.rank if train.adapter.rank else 0.0
         contents = {f"content of {name}": fingerprint(path_of(name)) for name in names if path_of(name).exists()}
-        return {**run, "alpha / rank": scale, **grid, "compare.ranks": list(self.ranks), **contents}
+        every = {**run, "alpha / rank": scale, **grid, "compare.ranks": self.ranks, **contents}
+        return json.loads(json.dumps(every, default=str))  # as the study gives it back
 
 
 def load(name: str, seeds: int | None = None) -> Comparison:
@@ -213,12 +215,3 @@ def fingerprint(path: Path) -> str:
             if file.is_file():
                 digest.update(f"{file.relative_to(path)} {file.stat().st_size}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, Path):
-        return str(value)
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
