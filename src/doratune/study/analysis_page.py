@@ -7,7 +7,7 @@ from typing import Any
 
 import doratune
 from doratune.study import analysis_plots as plots
-from doratune.study.analysis import OVERALL, PAPER, Analysis, Run
+from doratune.study.analysis import OVERALL, Analysis, Run
 from doratune.study.correlation import CONFIDENCE, FEWEST_POINTS, Correlation
 from doratune.study.names import layer_of
 from doratune.study.page import Column, Heading, Item, Page, Table, Text
@@ -80,19 +80,17 @@ def _facts(analysis: Analysis) -> list[tuple[str, str]]:
     for run in analysis.runs:
         steps = run.checkpoints[0] if len(run.checkpoints) == 1 else f"{len(run.checkpoints)} checkpoints"
         weights = len({point.path for point in run.points})
-        method = plots.METHODS.get(run.method, run.method)
-        told = [*([] if method == run.label else [method]), steps, f"{weights} weights"]
+        told = [*([] if run.method_name == run.label else [run.method_name]), steps, f"{weights} weights"]
         facts.append((run.label, ", ".join(told)))
     return facts
 
 
 def _finding(run: Run, c: Correlation) -> tuple[str, str, str]:
-    paper = PAPER.get(plots.METHODS.get(run.method, ""))
     end = run.correlation(None if len(run.kinds) > 1 else run.kinds[0], len(run.checkpoints) - 1)
     beside = [
         plots.interval(c),
         f"last checkpoint alone {plots.number(end.value)}" if len(run.checkpoints) > 1 else "",
-        f"paper {plots.number(paper)}" if paper is not None else "",
+        f"paper {plots.number(run.paper)}",
     ]
     return f"{run.label}: r", plots.number(c.value), "\n".join(part for part in beside if part)
 
@@ -132,8 +130,7 @@ def _correlations(runs: Sequence[Run], found: dict[str, dict[str, Correlation]])
     for run in runs:
         for kind, c in found[run.label].items():
             end = run.correlation(None if kind == OVERALL else kind, len(run.checkpoints) - 1).value
-            paper = PAPER.get(plots.METHODS.get(run.method, ""))
-            rows.append([run.label, kind, c.value, c.low, c.high, c.sign, end, paper, c.slope, c.points, c.layers])
+            rows.append([run.label, kind, c.value, c.low, c.high, c.sign, end, run.paper, c.slope, c.points, c.layers])
     return Table(
         "correlations", columns, rows, "Over all kinds each weight counts by its distance from its kind's mean."
     )
