@@ -12,14 +12,19 @@ from doratune.study.comparison.signed_rank import Typical
 from doratune.study.comparison.statistics import POWER, MeanInterval
 
 
+def digits(unit: str) -> str:
+    """How scores and differences are formatted: points with two digits after the point, nats with four."""
+    return ".2f" if unit == "points" else ".4f"
+
+
 def number(value: float, unit: str, signed: bool = False) -> str:
-    """A score or difference: points with two digits after the point, nats with four."""
-    return format(value, ("+" if signed else "") + (".2f" if unit == "points" else ".4f")).replace("-", "−")
+    """A score or difference."""
+    return format(value, ("+" if signed else "") + digits(unit)).replace("-", "−")
 
 
-def percent(share: float, digits: int = 0) -> str:
+def percent(share: float, places: int = 0) -> str:
     """A share in percent; without digits after the point only if there are none."""
-    return f"{100 * share:.{digits}f}\u00a0%" if digits else f"{round(100 * share, 6):g}\u00a0%"
+    return f"{100 * share:.{places}f}\u00a0%" if places else f"{round(100 * share, 6):g}\u00a0%"
 
 
 def interval(found: MeanInterval | Typical, unit: str, signed: bool = True) -> str:
@@ -143,7 +148,7 @@ def about_ranks(findings: Findings) -> Iterator[str]:
 
 
 def about_cost(findings: Findings) -> Iterator[str]:
-    """Extra parameters, and time and memory of a step."""
+    """Extra parameters."""
     for one in findings.standings:
         if one.sizes.get("magnitude") and one.sizes.get("direction"):
             yield (
