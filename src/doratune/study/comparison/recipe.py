@@ -22,7 +22,7 @@ from doratune.study.comparison.contestants import (
     problem_of,
     uneven,
 )
-from doratune.train.config import AdapterOptions, TrainConfig
+from doratune.train.config import TrainConfig
 from doratune.train.option_types import converted, describe, fits
 from doratune.train.recipe import entries, find_recipe, from_toml, read_toml
 from doratune.train.sources import path_of
@@ -110,9 +110,7 @@ class Comparison:
         """One run. The same seed means the same order of data, start of the head and, at one rank, of A."""
         adapter = self.train.adapter
         if one.rank is not None:
-            values = {f.name: getattr(adapter, f.name) for f in dataclasses.fields(AdapterOptions)}
-            values |= {"rank": one.rank, "alpha": adapter.alpha / adapter.rank * one.rank}
-            adapter = AdapterOptions(**values)
+            adapter = dataclasses.replace(adapter, rank=one.rank, alpha=adapter.alpha / adapter.rank * one.rank)
         return dataclasses.replace(
             self.train,
             method=one.method,
