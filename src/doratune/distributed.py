@@ -43,6 +43,11 @@ def is_spread(model: nn.Module) -> bool:
     return any(is_dtensor(p) for p in model.parameters())
 
 
+def writes(model: nn.Module) -> bool:
+    """Whether this process writes a model's files: the first one where parts lie on several, else whoever is asked."""
+    return is_first() or not is_spread(model)
+
+
 def is_fully_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 (``fully_shard``) gathers the model's parameters for each forward."""
     if processes() == 1:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from doratune.contents import PREFIX
-from doratune.distributed import is_first, is_spread
+from doratune.distributed import writes
 from doratune.errors import AdapterError
 from doratune.files import write_weights
 from doratune.interop.several import (
@@ -269,7 +269,7 @@ def save_adapter(models: nn.Module | Models, file: str | os.PathLike[str], name:
         tensors.update(_to_file(prefix, adapter, name, problems))
     if problems:
         raise AdapterError.of(f"adapter {name!r} cannot be saved to {file}", problems)
-    if is_first() or not any(is_spread(adapter.model) for adapter in found.values()):
+    if all(writes(adapter.model) for adapter in found.values()):
         write_weights(file, tensors, {})
 
 
