@@ -167,7 +167,8 @@ def _part(prefix: str, model: nn.Module, layers: dict[str, dict[str, Tensor]], p
             continue
         path = found[0]
         names[path] = layer
-        scales[path] = _scale(parts)
+        rank = rank_by_shape(parts.get(DOWN), parts.get(UP))
+        scales[path] = rank, float(parts.get(ALPHA, rank))  # without an alpha s is 1
         for key, (part, tensor) in _in_peft(modules[path], parts).items():
             names[f"{PREFIX}{path}.{part}"] = f"{layer}.{key}"
             if tensor is not None:
@@ -193,12 +194,6 @@ def _unreadable(base: nn.Module, parts: dict[str, Tensor]) -> str | None:
         return INPUT_AXIS
     expected = (out, *[1] * (dimensions - 1))
     return f"{SCALE}: expected shape {expected}, found {tuple(magnitude.shape)}"
-
-
-def _scale(parts: dict[str, Tensor]) -> tuple[int, float]:
-    """A layer's rank and alpha; without an alpha s is 1."""
-    rank = rank_by_shape(parts.get(DOWN), parts.get(UP))
-    return rank, float(parts[ALPHA]) if ALPHA in parts else float(rank)
 
 
 def _in_peft(base: nn.Module, parts: dict[str, Tensor]) -> dict[str, tuple[str, Tensor | None]]:
