@@ -58,11 +58,6 @@ class AdaptedLayer(AdapterHolder):
         self.adapter_bias = AdapterParameters(self.cache)
         self.tensor_parallel = is_dtensor(base._parameters.get("weight")) and not gathered
         """W lies in parts on several processes even in a forward; not so if ``gathered``, as FSDP makes it whole."""
-        self.waiting: set[str] = set()
-        """Adapters attached while the base had no data (meta device), to be initialised once it has."""
-        self.load_prefix = ""
-        self.loaded: set[str] = set()
-        """Parts of the base that ``load_state_dict`` has filled."""
         self.register_load_state_dict_pre_hook(accept_plain_keys)
         self.register_load_state_dict_post_hook(after_load)
 
@@ -210,9 +205,7 @@ class AdaptedLayer(AdapterHolder):
             if name in group:
                 del group[name]
         self.adapters.pop(name, None)
-        self.waiting.discard(name)
-        if self.active == name:
-            self.activate(None)
+        super().remove(name)
 
     def _groups(self) -> tuple[AdapterParameters, ...]:
         return self.lora_A, self.lora_B, self.magnitude, self.adapter_bias

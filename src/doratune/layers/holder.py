@@ -54,6 +54,11 @@ class AdapterHolder(StandIn):
         self.path = path
         self.active: str | None = None
         self.enabled = True
+        self.waiting: set[str] = set()
+        """Adapters attached while the base had no data (meta device), to get their start values once it has."""
+        self.load_prefix = ""
+        self.loaded: set[str] = set()
+        """Parts of the base that ``load_state_dict`` has filled."""
 
     def adapter_names(self) -> list[str]:
         """Names of the adapters that this module holds."""
@@ -68,8 +73,10 @@ class AdapterHolder(StandIn):
         raise AssertionError("holders define trains")
 
     def remove(self, name: str) -> None:
-        """Forget one adapter."""
-        raise AssertionError("holders define remove")
+        """Forget one adapter; whoever keeps more of it drops that first."""
+        self.waiting.discard(name)
+        if self.active == name:
+            self.activate(None)
 
     def activate(self, name: str | None) -> None:
         """Make one adapter the active one; only its parameters get gradients."""

@@ -40,13 +40,8 @@ class SavedModule(AdapterHolder):
         self.trained: dict[str, list[str]] = {}
         """For each adapter the names of the parameters that are its own: all of the module's, or its biases."""
         self.trainable: dict[str, bool] = {}
-        self.waiting: set[str] = set()
-        """Adapters whose copies were made while the base had no data (meta device), to be filled once it has."""
         self.filled: set[str] = set()
-        """Those of them whose own parameters a state dict has filled."""
-        self.load_prefix = ""
-        self.loaded: set[str] = set()
-        """Parts of the base that ``load_state_dict`` has filled."""
+        """Waiting adapters whose own parameters a state dict has filled."""
         self.register_load_state_dict_pre_hook(accept_plain_keys_below)
         self.register_load_state_dict_pre_hook(note_loaded)
         self.register_load_state_dict_post_hook(fill_copies)
@@ -97,10 +92,8 @@ class SavedModule(AdapterHolder):
     def remove(self, name: str) -> None:
         if name in self.copies:
             del self.copies[name], self.trained[name], self.trainable[name]
-            self.waiting.discard(name)
             self.filled.discard(name)
-        if self.active == name:
-            self.activate(None)
+        super().remove(name)
 
     def chosen(self) -> nn.Module:
         """The module whose turn it is."""
