@@ -159,13 +159,10 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, object]
     """An optimiser's state dict without parts, as one process alone would have it; every process has to call it."""
     state = optimizer.state_dict()
     state["state"] = {
-        index: {key: _on_cpu(value) for key, value in values.items()} for index, values in state["state"].items()
+        index: {key: whole(value).cpu() if isinstance(value, Tensor) else value for key, value in values.items()}
+        for index, values in state["state"].items()
     }
     return state
-
-
-def _on_cpu(value: object) -> object:
-    return whole(value).cpu() if isinstance(value, Tensor) else value
 
 
 def load_whole_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
