@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from doratune.study.comparison.contestants import RANKED
 from doratune.study.comparison.findings import Findings, Gap, Standing
@@ -163,17 +163,16 @@ def lead(findings: Findings) -> str:
     shown = [gap for gap in findings.gaps if gap.pair.is_claim] or findings.gaps
     told = [verdict(findings, gap) for gap in shown]
     if len(told) > 3:
-        told = [_summary(findings)]
+        told = [_summary(findings, shown)]
     told = told or ["There are too few runs for a difference."]
     return " ".join(filter(None, [*told, about_edges(findings), about_replaced(findings)]))
 
 
-def _summary(findings: Findings) -> str:
-    claims = [gap for gap in findings.gaps if gap.pair.is_claim] or findings.gaps
-    found = [gap for gap in claims if gap.difference.is_found]
+def _summary(findings: Findings, gaps: Sequence[Gap]) -> str:
+    found = [gap for gap in gaps if gap.difference.is_found]
     better = sum(gap.difference.mean * findings.sign > 0 for gap in found)
-    what = f"{len(found)} of {len(claims)} differences were found, {better} of them for the better"
+    what = f"{len(found)} of {len(gaps)} differences were found, {better} of them for the better"
     if not found:
-        what = f"None of {len(claims)} differences was found"
-    largest = number(max(gap.difference.largest for gap in claims), findings.unit)
+        what = f"None of {len(gaps)} differences was found"
+    largest = number(max(gap.difference.largest for gap in gaps), findings.unit)
     return f"{what}; the largest that any interval leaves possible is {largest} {findings.unit}."
