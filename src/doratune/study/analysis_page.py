@@ -41,7 +41,7 @@ def page_of(analysis: Analysis, command: str = "") -> Page:
         title="How training moved the weights",
         lead="\n".join(sentence(run, _main(found[run.label])) for run in runs),
         facts=_facts(analysis),
-        findings=[_finding(run, _main(found[run.label])) for run in runs if run.changed],
+        findings=[_finding(run, c) for run in runs if (c := _main(found[run.label])) is not None],
         footer=f"doratune {doratune.__version__}" + (f" · {command}" if command else ""),
     )
     _pattern(page, runs, found)
@@ -70,9 +70,8 @@ def sentence(run: Run, c: Correlation | None) -> str:
     return f"{run.label}: r = {plots.number(c.value)} {plots.interval(c)}".rstrip() + f", {told}."
 
 
-def _main(found: dict[str, Correlation]) -> Correlation:
-    nothing = Correlation(None, None, None, None, None, 0, 0)
-    return found.get(OVERALL) or next(iter(found.values()), nothing)
+def _main(found: dict[str, Correlation]) -> Correlation | None:
+    return found.get(OVERALL) or next(iter(found.values()), None)
 
 
 def _facts(analysis: Analysis) -> list[tuple[str, str]]:
