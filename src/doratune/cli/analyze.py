@@ -19,7 +19,7 @@ from rich.table import Table
 from doratune.cli.common import check, say
 from doratune.extras import require
 from doratune.hub import adapter_folder, base_folder
-from doratune.study.analysis import PAPER, Analysis, Spectra, analyze
+from doratune.study.analysis import Analysis, Spectra, analyze
 from doratune.study.correlation import CONFIDENCE
 from doratune.study.page import folder_problem, without_nan
 from doratune.study.runs import labels_of
@@ -111,14 +111,13 @@ def run(options: Analyze) -> int:
 
 
 def _table(analysis: Analysis) -> Table:
-    from doratune.study.analysis_plots import METHODS, interval, number
+    from doratune.study.analysis_plots import interval, number
 
     table = Table(title="correlation of ΔD with ΔM", box=SIMPLE_HEAD, pad_edge=False)
     table.caption = f"intervals: {CONFIDENCE:.0%}, bootstrapped over layers; paper: VL-BART, query and value"
     for name in ("run", "weights", "r", "interval", "sign", "points", "paper"):
         table.add_column(name, justify="left" if name in ("run", "weights", "sign") else "right", overflow="fold")
     for run in analysis.runs:
-        paper = number(PAPER.get(METHODS.get(run.method, "")))
         for kind, c in run.correlations().items():
             cells = [
                 escape(run.label),
@@ -127,7 +126,7 @@ def _table(analysis: Analysis) -> Table:
                 escape(interval(c)),
                 c.sign,
                 str(c.points),
-                paper,
+                number(run.paper),
             ]
             table.add_row(*cells)
         table.add_section()

@@ -196,12 +196,5 @@ def _of_layer(layer: AdaptedLayer) -> Matrix:
     name = layer.active
     if name is None or not layer.enabled:
         return weight
-    low_rank = name in layer.lora_A
-    return adapted(
-        weight,
-        layer.lora_A[name].detach() if low_rank else None,
-        layer.lora_B[name].detach() if low_rank else None,
-        layer.magnitude[name].detach() if name in layer.magnitude else None,
-        layer.adapters[name].scale,
-        zero_m_is_plain=True,
-    )
+    A, B, m = (None if part is None else part.detach() for part in layer.whole_parts(name))
+    return adapted(weight, A, B, m, layer.adapters[name].scale, zero_m_is_plain=True)
