@@ -7,7 +7,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests fork, which a process with OpenMP's threads does not survive
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
 import doratune.train.run

@@ -31,7 +31,7 @@ def elementwise_error(found: Tensor, expected: Tensor) -> float:
 
 
 def seed_generators(seed: int) -> None:
-    """``torch.manual_seed`` for devices that are in use; for each other kind that one writes down the whole call stack."""
+    """``torch.manual_seed`` for devices in use; for all others that one notes the whole call stack each time."""
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
