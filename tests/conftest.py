@@ -7,10 +7,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests fork, which a process with OpenMP's threads does not survive
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
 import doratune.train.run
+from helpers import seed_generators
 
 settings.register_profile(
     "doratune",
@@ -41,7 +41,7 @@ def _imports_are_not_collected():
 
 @pytest.fixture(autouse=True)
 def _fixed_seed():
-    torch.manual_seed(0)
+    seed_generators(0)
 
 
 @pytest.fixture(autouse=True)

@@ -30,6 +30,13 @@ def elementwise_error(found: Tensor, expected: Tensor) -> float:
     return float(((found - expected) / expected).abs().max())
 
 
+def seed_generators(seed: int) -> None:
+    """``torch.manual_seed`` for devices in use; for all others that one notes the whole call stack each time."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+
+
 def one_layer(model: nn.Module) -> Any:
     """The only adapted layer of a model."""
     (layer,) = adapted_layers(model).values()
@@ -121,7 +128,7 @@ class TinyModel(nn.Module):
 
 def tiny(seed: int = 0, **options: Any) -> TinyModel:
     """A ``TinyModel`` with fixed weights."""
-    torch.manual_seed(seed)
+    seed_generators(seed)
     return TinyModel(**options)
 
 
@@ -158,7 +165,7 @@ def tiny_llama(**options: Any) -> Any:
     """A random Llama of transformers, small enough for a unit test."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
+    seed_generators(0)
     settings = {
         "vocab_size": 32,
         "hidden_size": 16,

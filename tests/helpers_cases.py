@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import doratune as dt
 from doratune.ops import reference
-from helpers import move, one_layer
+from helpers import move, one_layer, seed_generators
 
 VOCABULARY = 17
 
@@ -293,7 +293,7 @@ def setup(
     case: Case, method: str = "dora", precision: Precision = FLOAT32, *, moved: bool = True, **options: Any
 ) -> Setup:
     """A fresh model of the case with one adapter, moved unless told otherwise."""
-    torch.manual_seed(0)
+    seed_generators(0)
     model = Host(case.make()).to(precision.dtype)
     x = case.inputs()
     if x.is_floating_point():

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import doratune as dt
-from doratune.peft_config import HARMLESS_INITS, HONOURED, REFUSED, WITHOUT_EFFECT, from_peft, to_peft
+from doratune.peft_config import from_peft, to_peft
+from doratune.peft_fields import HARMLESS_INITS, HONOURED, REFUSED, WITHOUT_EFFECT
 from doratune.targets import as_targets, plain_modules
 
 VALID = {"peft_type": "LORA", "target_modules": ["q"]}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from doratune.config import AdapterConfig, matches, without_vain_options
 from doratune.contents import BIAS, PREFIX, Contents, read_contents
-from doratune.distributed import is_first, is_spread, processes
+from doratune.distributed import is_spread, processes, writes
 from doratune.errors import AdapterError
 from doratune.files import CONFIG, WEIGHTS, read_config, read_weights, write_adapter
 from doratune.hub import adapter_folder
@@ -52,7 +52,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     root = unwrap(model)
     layers = layers_to_save(root, name)
     tensors = tensors_to_save(root, name)
-    if is_spread(root) and not is_first():
+    if not writes(root):
         return
     config = next(iter(layers.values())).adapters[name].config
     saved = [path for path in saved_modules(root) if matches(path, config.modules_to_save)]

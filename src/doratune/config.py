@@ -181,17 +181,10 @@ def _wrong_values(c: AdapterConfig) -> Iterator[str]:
         names = [] if isinstance(value, str) else list(value)
         if any(not isinstance(item, str) or not item for item in names):
             yield f"{name} must hold module names; found {value!r}"
-    for name, patterns in _regular_expressions(c):
-        for pattern in patterns:
+    for name in ("targets", "exclude", "eight_bit_outputs", "rank_pattern", "alpha_pattern"):
+        value = getattr(c, name)
+        for pattern in [value] if isinstance(value, str) else value if isinstance(value, Mapping) else []:
             try:
                 re.compile(pattern)
             except (re.error, OverflowError, RecursionError) as error:
                 yield f"{name}: {pattern!r} is no regular expression ({error})"
-
-
-def _regular_expressions(c: AdapterConfig) -> Iterator[tuple[str, list[str]]]:
-    yield "targets", [c.targets] if isinstance(c.targets, str) else []
-    yield "exclude", [c.exclude] if isinstance(c.exclude, str) else []
-    yield "eight_bit_outputs", [c.eight_bit_outputs] if isinstance(c.eight_bit_outputs, str) else []
-    yield "rank_pattern", list(c.rank_pattern)
-    yield "alpha_pattern", list(c.alpha_pattern)

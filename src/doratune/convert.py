@@ -16,11 +16,11 @@ from doratune.config import AdapterConfig
 from doratune.distributed import is_fully_sharded, is_spread
 from doratune.errors import AdapterError
 from doratune.layers import AdaptedLayer
-from doratune.layers.cache import without_autocast
 from doratune.layers.weights import on_device
 from doratune.merge import exact_scale
 from doratune.model import adapter_names, attach
 from doratune.ops import approximation
+from doratune.ops.autocast import without_autocast
 from doratune.ops.hardware import full_precision
 from doratune.ops.stacked import own_factor
 from doratune.targets import as_targets, layers_of, plain_modules, saved_modules, unwrap
@@ -171,7 +171,6 @@ def _change(layer: AdaptedLayer, name: str) -> Tensor:
     if g is None:
         g = D.new_ones(rows.shape[0])
     for here, tile in rows.small_tiles():
-        part = None if B is None else B[here]
-        own = A if A is None or B is None else own_factor(A, B, here)
-        D[here] = approximation.weight_change(tile, own, part, g[here], layer.adapters[name].scale)
+        a, b = (None, None) if A is None or B is None else (own_factor(A, B, here), B[here])
+        D[here] = approximation.weight_change(tile, a, b, g[here], layer.adapters[name].scale)
     return D

@@ -43,6 +43,11 @@ def is_spread(model: nn.Module) -> bool:
     return any(is_dtensor(p) for p in model.parameters())
 
 
+def writes(model: nn.Module) -> bool:
+    """Whether this process writes a model's files: the first one where parts lie on several, else whoever is asked."""
+    return is_first() or not is_spread(model)
+
+
 def is_fully_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 (``fully_shard``) gathers the model's parameters for each forward."""
     if processes() == 1:
@@ -154,13 +159,10 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, object]
     """An optimiser's state dict without parts, as one process alone would have it; every process has to call it."""
     state = optimizer.state_dict()
     state["state"] = {
-        index: {key: _on_cpu(value) for key, value in values.items()} for index, values in state["state"].items()
+        index: {key: whole(value).cpu() if isinstance(value, Tensor) else value for key, value in values.items()}
+        for index, values in state["state"].items()
     }
     return state
-
-
-def _on_cpu(value: object) -> object:
-    return whole(value).cpu() if isinstance(value, Tensor) else value
 
 
 def load_whole_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Sequence
 
 
@@ -37,6 +38,13 @@ class AdapterError(ValueError):
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, as a part of a sentence; its type if it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def shown(value: object) -> str:
+    """A value from a file as messages show it; of a long one the beginning and the end."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 100
+    return short.repr(value)
 
 
 class Terminated(KeyboardInterrupt):

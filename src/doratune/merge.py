@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from doratune.distributed import is_fully_sharded
 from doratune.errors import AdapterError
 from doratune.layers import AdaptedLayer, Part, SavedModule, sharded
-from doratune.layers.cache import without_autocast
 from doratune.layers.holder import plain_parameters
 from doratune.layers.quantised import requantisation_loss
 from doratune.layers.weights import is_offloaded
 from doratune.merged_config import forget_quantisation, tie_nothing
 from doratune.model import active_adapter, unhold
 from doratune.ops import row_norm
+from doratune.ops.autocast import without_autocast
 from doratune.ops.hardware import full_precision
-from doratune.ops.low_rank import wide
+from doratune.ops.low_rank import adapted_weight
 from doratune.ops.stacked import own_factor
 from doratune.preparation import thaw, trained_before
 from doratune.targets import adapted_layers, holders, plain_path, shared_parameters, unwrap
@@ -59,17 +59,8 @@ def merged_weight(layer: AdaptedLayer, name: str) -> Tensor:
         if A is not None and B is not None:
             A, B = rows.own(A, B)
         for here, tile in rows.small_tiles():
-            part = tile.to(wide(tile.dtype))
-            if A is not None and B is not None:
-                part = torch.addmm(
-                    part,
-                    B[here].to(part.dtype),
-                    own_factor(A, B, here).to(part.dtype),
-                    alpha=layer.adapters[name].scale,
-                )
-            if g is not None:
-                part = part * g[here, None]
-            parts.append(part.to(tile.dtype))
+            a, b = (None, None) if A is None or B is None else (own_factor(A, B, here), B[here])
+            parts.append(adapted_weight(tile, a, b, None if g is None else g[here], layer.adapters[name].scale))
     merged = torch.cat(parts)
     return merged if rows.part is None else sharded.as_part_of(rows.stored, merged)
 

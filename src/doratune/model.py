@@ -127,10 +127,7 @@ def _replace(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
 
 def adapter_names(model: nn.Module) -> list[str]:
     """Names of the model's adapters, in the order they were attached."""
-    names: dict[str, None] = {}
-    for holder in holders(model):
-        names.update(dict.fromkeys(holder.adapter_names()))
-    return list(names)
+    return list(dict.fromkeys(name for holder in holders(model) for name in holder.adapter_names()))
 
 
 def active_adapter(model: nn.Module) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -73,10 +74,7 @@ class Summary:
             f"direction (A, B): {self.direction:,}; magnitude (m): {self.magnitude:,}, "
             f"{self.extra_over_lora:.2%} of LoRA's parameters, {self.extra_over_model:.4%} of the base model's",
         ]
-        groups: dict[tuple[str, str, str, int], int] = {}
-        for layer in self.layers:
-            key = (layer.path.rpartition(".")[2], layer.kind, layer.method, layer.rank)
-            groups[key] = groups.get(key, 0) + 1
+        groups = Counter((x.path.rpartition(".")[2], x.kind, x.method, x.rank) for x in self.layers)
         for (name, kind, method, rank), count in groups.items():
             lines.append(f"  {count:4d} x {name} ({kind}): {method}, rank {rank}")
         for path, size in self.saved.items():

@@ -1,5 +1,7 @@
 """``--device cuda`` runs the conformance suite on a GPU."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -14,5 +16,6 @@ def _convolutions_in_float32(request):
 @pytest.fixture(autouse=True)
 def _device(request):
     """Layers, inputs and references are made on the device."""
-    with torch.device(request.config.getoption("device")):
+    device = request.config.getoption("device")
+    with contextlib.nullcontext() if device == "cpu" else torch.device(device):  # it looks at every call of torch
         yield

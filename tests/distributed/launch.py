@@ -14,7 +14,8 @@ from accelerate.state import AcceleratorState
 from doratune.cli import main
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+# hqq compiles functions while it is imported, two seconds of each process.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TORCHDYNAMO_DISABLE": "1"}
 
 
 def by_torchrun(arguments: list[str], folder: Path) -> str:

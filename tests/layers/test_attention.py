@@ -276,7 +276,7 @@ def test_compile_and_autocast(x):
     dt.attach(model, dt.AdapterConfig(rank=2))
     moved(model)
     y = model.train()(x)
-    assert error(torch.compile(model, fullgraph=True)(x), y) < 1e-5
+    assert error(torch.compile(model, fullgraph=True, backend="aot_eager")(x), y) < 1e-5
     with torch.autocast("cpu", torch.bfloat16):
         assert error(model(x), y) < 5e-2
     with torch.no_grad():

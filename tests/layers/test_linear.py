@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import doratune as dt
+from doratune.layers.linear import FEW_TOKENS
 from helpers import error, move, one_layer
 from helpers_cases import Host, OwnForward, found_gradients, linear_case, setup, upstream
 
@@ -171,6 +172,22 @@ def test_a_hook_that_changes_the_output_keeps_working():
     before = base(x)
     model = host(base)
     assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only"])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_evaluation_of_many_tokens(method, autocast, bias):
+    """As in training, and the base's own output, which its hooks may keep, is not written over."""
+    model = move(host(nn.Linear(6, 8), method=method, bias=bias))
+    kept = []
+    one_layer(model).base_layer.register_forward_hook(lambda _, args, y: kept.append((y, y.clone())))
+    x = torch.randn(3, FEW_TOKENS, 6)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        trained, evaluated = model.train()(x), model.eval()(x)
+    assert evaluated.dtype == trained.dtype
+    assert error(evaluated, trained) < (2e-2 if autocast else 1e-6)
+    assert all(torch.equal(y, before) for y, before in kept)
 
 
 @pytest.mark.parametrize("afterwards", ["nothing", "in place"])

@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 import doratune as dt
+from doratune.ops import row_norm
 from doratune.study import adapter_change, decompose
+from helpers import one_layer
 from train.tiny import llama
 
 
@@ -96,6 +98,41 @@ def test_an_adapted_model_counts_as_if_merged(config):
         assert found[path].direction == pytest.approx(change.direction, rel=1e-4, abs=1e-6)
     for path, change in inside.items():
         assert change == found[path]
+
+
+def test_a_weight_that_only_its_forward_knows_is_made_once(monkeypatch):
+    """And not for each of the many slices that are looked at."""
+    forwards = []
+
+    class OwnForward(nn.Linear):
+        def forward(self, x):
+            forwards.append(x)
+            return super().forward(x)
+
+    model = moved(dt.AdapterConfig(rank=2, targets=["0"]), nn.Sequential(OwnForward(16, 24)))
+    counts, found = [], []
+    for tile in (32, 1 << 17):
+        monkeypatch.setattr("doratune.study.matrix.TILE", tile)
+        forwards.clear()
+        found.append(adapter_change(model)["0"])
+        counts.append(len(forwards))
+    assert counts[0] == counts[1] > 0
+    assert found[0].magnitude == pytest.approx(found[1].magnitude)
+    assert found[0].direction == pytest.approx(found[1].direction)
+
+
+@pytest.mark.parametrize("tile", [32, 72])
+def test_slices_and_tiles_may_end_in_different_rows(tile, monkeypatch):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    base = bitsandbytes.nn.Linear4bit(16, 24, bias=False, compute_dtype=torch.float32).to("cpu")
+    model = moved(dt.AdapterConfig(rank=2, targets=["0"]), nn.Sequential(base))
+    expected = adapter_change(model)["0"]
+    monkeypatch.setattr("doratune.study.matrix.TILE", tile)
+    monkeypatch.setitem(row_norm.TILE_BYTES, "cpu", 4 * 16 * 5)
+    assert len(list(one_layer(model).weight_rows().tiles())) > 2
+    found = adapter_change(model)["0"]
+    assert found.magnitude == pytest.approx(expected.magnitude)
+    assert found.direction == pytest.approx(expected.direction)
 
 
 def test_a_disabled_adapter_does_not_count():

@@ -110,3 +110,14 @@ def test_everything_is_new_to_a_base_of_zeros():
     found = BaseSpectrum(Matrix.of(torch.zeros(12, 6))).of(Matrix.of(torch.eye(12, 6)))
     assert found.intruders == len(found.similarities) == 6
     assert set(found.similarities) == {0.0}
+
+
+def test_random_numbers_of_training_are_left_alone(monkeypatch):
+    monkeypatch.setattr(spectrum, "EXACT", 16)
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before, after = torch.randn(100, 90), torch.randn(100, 90)
+    state = torch.get_rng_state()
+    assert not look(before, after).exact
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not seeded, "a GPU's dropout would begin anew"

@@ -132,7 +132,7 @@ def test_killed_and_resumed(whole, tmp_path, moment, monkeypatch):
     same(whole / "run", tmp_path / "run")
 
 
-def test_killed_at_ten_random_moments_of_one_run(tmp_path):
+def test_killed_at_six_random_moments_of_one_run(tmp_path):
     """Each time the run goes on from where it was killed; where it has ended meanwhile, another begins."""
     options = {"steps": 12, "keep": 1, "save_every": 1, "eval_every": 4}
     save_model(tmp_path / "model")
@@ -141,7 +141,7 @@ def test_killed_at_ten_random_moments_of_one_run(tmp_path):
     train(config(tmp_path, tmp_path / "whole", **options), Console(quiet=True))
     took = time.monotonic() - start
     choose, killed, run = random.Random(0), 0, 0
-    while killed < 10:
+    while killed < 6:
         output = tmp_path / f"run-{run}"
         child = started(tmp_path, output, resume=(output / "recipe.toml").is_file(), **options)
         time.sleep(choose.uniform(0.1, 0.9) * took)

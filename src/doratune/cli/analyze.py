@@ -7,19 +7,22 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from doratune.cli.common import check, say
 from doratune.extras import require
 from doratune.hub import adapter_folder, base_folder
-from doratune.study.analysis import PAPER, Analysis, Spectra, analyze
+from doratune.study.analysis import Analysis, Spectra, analyze
 from doratune.study.correlation import CONFIDENCE
+from doratune.study.page import folder_problem, without_nan
 from doratune.study.runs import labels_of
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 NAMED = 8
 """Weights that were not compared which are named on the terminal, for each reason; the page names all."""
@@ -49,8 +52,6 @@ class Analyze:
 
     def problems(self) -> Iterator[str]:
         """Options that cannot work."""
-        from doratune.study.page import folder_problem
-
         if not self.tuned:
             yield "name at least one checkpoint, adapter or folder of them"
         if self.labels and len(self.labels) != len(self.tuned):
@@ -70,9 +71,6 @@ def run(options: Analyze) -> int:
     named = options.tuned
     options = dataclasses.replace(options, tuned=tuple(map(adapter_folder, named)))
     check(options.problems())
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
     if not options.json:
         require("matplotlib", "study")
         require("jinja2", "study")
@@ -93,8 +91,6 @@ def run(options: Analyze) -> int:
             lambda what, share: bar.update(task, completed=share, description=what[-40:]),
         )
     if options.json:
-        from doratune.study.page import without_nan
-
         print(json.dumps(without_nan(analysis.as_json())))
         return 0
     from doratune.study.analysis_page import page_of, sentence
@@ -115,18 +111,13 @@ def run(options: Analyze) -> int:
 
 
 def _table(analysis: Analysis) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
-    from rich.table import Table
-
-    from doratune.study.analysis_plots import METHODS, interval, number
+    from doratune.study.analysis_plots import interval, number
 
     table = Table(title="correlation of ΔD with ΔM", box=SIMPLE_HEAD, pad_edge=False)
     table.caption = f"intervals: {CONFIDENCE:.0%}, bootstrapped over layers; paper: VL-BART, query and value"
     for name in ("run", "weights", "r", "interval", "sign", "points", "paper"):
         table.add_column(name, justify="left" if name in ("run", "weights", "sign") else "right", overflow="fold")
     for run in analysis.runs:
-        paper = number(PAPER.get(METHODS.get(run.method, "")))
         for kind, c in run.correlations().items():
             cells = [
                 escape(run.label),
@@ -135,7 +126,7 @@ def _table(analysis: Analysis) -> Table:
                 escape(interval(c)),
                 c.sign,
                 str(c.points),
-                paper,
+                number(run.paper),
             ]
             table.add_row(*cells)
         table.add_section()

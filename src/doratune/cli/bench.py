@@ -11,16 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import tyro
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
 
 from doratune.cli.common import check
 from doratune.config import AdapterConfig
 from doratune.files import read_config, reading_adapter
 from doratune.hub import adapter_folder
 from doratune.train.choices import Dtype
+from doratune.train.models import check_context, choose_dtype, load_model
+from doratune.train.quiet import quiet_libraries
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from doratune.study.race import Timing
     from doratune.study.speed import Cost
 
@@ -71,12 +75,7 @@ def run(options: Bench) -> int:
     if options.adapter is not None:
         options = dataclasses.replace(options, adapter=adapter_folder(options.adapter))
     check(options.problems())
-    from rich.console import Console
-    from rich.progress import Progress
-
     from doratune.study.speed import measure_speed
-    from doratune.train.models import check_context, choose_dtype, load_model
-    from doratune.train.quiet import quiet_libraries
 
     if options.adapter is not None:
         with reading_adapter(options.adapter):
@@ -116,9 +115,6 @@ def run(options: Bench) -> int:
 
 
 def _table(costs: list[Cost], about: dict[str, Any]) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     title = f"{about['batch_size']} x {about['tokens']} tokens, rank {about['rank']}, {about['dtype']}, "
     title += f"{about['threads']} CPU threads" if about["device"] == "cpu" else about["device"]
     table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)

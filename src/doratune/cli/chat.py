@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+
 from doratune.errors import AdapterError
 from doratune.inference.prompts import chat
 from doratune.inference.sources import BASE
 from doratune.inference.writer import streamer
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from doratune.inference.sampling import Sampling
     from doratune.inference.writer import Writer
 

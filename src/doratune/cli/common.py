@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+
+from rich.console import Console
 
 from doratune.errors import AdapterError
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 def check(problems: Iterable[str]) -> None:
@@ -20,4 +18,4 @@ def check(problems: Iterable[str]) -> None:
 
 def say(console: Console, line: str) -> None:
     """Print a line as it is: names and paths may hold brackets, and are copied from a terminal in one piece."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.out(line, highlight=False)

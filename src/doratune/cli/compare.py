@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+from rich import progress
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
 
 from doratune.cli.common import check, say
 from doratune.errors import Interrupted
+from doratune.study.page import folder_problem, without_nan
+from doratune.train.quiet import quiet_libraries
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from doratune.study.comparison.findings import Findings
     from doratune.study.comparison.recipe import Comparison
     from doratune.study.comparison.trials import Outcome, Trial
@@ -48,8 +52,6 @@ class Compare:
 
     def problems(self) -> Iterator[str]:
         """Options that cannot work."""
-        from doratune.study.page import folder_problem
-
         if self.workers < 1:
             yield f"workers must be at least 1; found {self.workers}"
         problem = folder_problem(self.output / "report")
@@ -59,10 +61,7 @@ class Compare:
 
 def run(options: Compare) -> int:
     """Check, do what is missing, report."""
-    from rich.console import Console
-
     from doratune.study.comparison import recipe
-    from doratune.train.quiet import quiet_libraries
 
     comparison = recipe.load(options.recipe, options.seeds)
     check([*options.problems(), *_of_runs(comparison, options.output)])
@@ -71,17 +70,16 @@ def run(options: Compare) -> int:
     from doratune.study.comparison.report import write_report
     from doratune.study.comparison.run import run_all
     from doratune.study.comparison.storage import database, open_study
-    from doratune.study.page import without_nan
 
     options.output.mkdir(parents=True, exist_ok=True)
     url = options.storage or database(options.output / "study.db")
     study = functools.partial(open_study, url, options.study, comparison)
     errors = Console(stderr=True, emoji=False)
-    with _Progress(comparison, errors) as progress:
+    with _Progress(comparison, errors) as bar:
         try:
-            outcomes = run_all(comparison, study, options.output, options.workers, progress.watch)
+            outcomes = run_all(comparison, study, options.output, options.workers, bar.watch)
         except KeyboardInterrupt:
-            say(errors, f"Interrupted; {max(0, progress.over)} runs are kept. The same command goes on.")
+            say(errors, f"Interrupted; {max(0, bar.over)} runs are kept. The same command goes on.")
             raise Interrupted from None
     findings = find(comparison, outcomes)
     page = write_report(findings, options.output / "report")
@@ -109,8 +107,6 @@ class _Progress:
     """A bar over all runs; where there is no terminal, a line for each."""
 
     def __init__(self, comparison: Comparison, console: Console) -> None:
-        from rich import progress
-
         self.comparison, self.console = comparison, console
         self.bar = progress.Progress(
             progress.TextColumn("{task.fields[told]}", markup=False),
@@ -155,10 +151,6 @@ class _Progress:
 
 
 def _print(findings: Findings, page: Path) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
     from doratune.study.comparison import sentences
 
     out = Console(emoji=False)

@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
 
 from doratune.checkpoint import inexpressible, load_adapter, save_adapter
 from doratune.cli.common import check, say
@@ -20,10 +24,16 @@ from doratune.convert import Conversion, LayerFit, convert_to_lora
 from doratune.errors import AdapterError
 from doratune.files import CONFIG, MLX_WEIGHTS, WEIGHTS, is_mlx, read_any_config
 from doratune.hub import adapter_folder
+from doratune.inference.loading import Loading
+from doratune.inference.sources import TOKENIZER_CONFIG, base_of, loading_base
 from doratune.interop import mlx
 from doratune.interop.mlx.files import AdapterFiles
 from doratune.model import disabled, set_adapter
 from doratune.targets import adapted_layers
+from doratune.train import models
+from doratune.train.information import Information
+from doratune.train.model_names import NAMELESS, found_beside
+from doratune.train.quiet import quiet_libraries
 
 METHODS = {"dora": "DoRA", "lora": "LoRA"}
 FORMATS = {"peft": "PEFT", "mlx": "mlx-lm"}
@@ -49,12 +59,6 @@ class Convert:
 
 def run(options: Convert) -> int:
     """Load, translate or fit and compare, write."""
-    from rich.console import Console
-    from rich.text import Text
-
-    from doratune.inference.sources import base_of
-    from doratune.train.quiet import quiet_libraries
-
     options = dataclasses.replace(options, adapter=adapter_folder(options.adapter))
     theirs = (options.adapter / CONFIG).is_file() and is_mlx(read_any_config(options.adapter))
     base = _base_of_mlx(options) if theirs else base_of(options.adapter, options.base)
@@ -73,9 +77,6 @@ def run(options: Convert) -> int:
 
 def _fit(options: Convert, model: Any, before: int) -> int:
     """Make and write the nearest LoRA adapter, and print how near it is."""
-    from rich.console import Console
-    from rich.text import Text
-
     status = Console(stderr=True, emoji=False).status
     with status("Fitting"):
         found = convert_to_lora(model, options.rank)
@@ -97,8 +98,6 @@ def _fit(options: Convert, model: Any, before: int) -> int:
 
 def _translate(options: Convert, model: Any, before: int) -> int:
     """Write the same adapter in another format, and print what it is."""
-    from rich.console import Console
-
     layers = adapted_layers(model).values()
     method = next(iter(layers)).adapters["default"].config.method
     rank = max(layer.adapters["default"].rank for layer in layers)
@@ -123,8 +122,6 @@ def _sizes(size: int, before: int) -> str:
 
 def _base_of_mlx(options: Convert) -> str:
     """The base model, as ``base_of`` finds it for PEFT's folders."""
-    from doratune.train.model_names import NAMELESS, found_beside
-
     named = AdapterFiles.read(options.adapter).base  # a broken adapter is found before a large model is loaded
     if not (options.base or named):
         raise AdapterError(NAMELESS.format(options.adapter))
@@ -133,25 +130,16 @@ def _base_of_mlx(options: Convert) -> str:
 
 def _load(options: Convert, base: str, theirs: bool) -> Any:
     """The base model, as in training, with the adapter on it."""
-    from rich.console import Console
-
-    from doratune.inference.loading import Loading
-    from doratune.inference.sources import loading_base
-    from doratune.train.information import Information
-    from doratune.train.models import CLASSIFIERS, choose_dtype, load_base, load_model
-    from doratune.train.placement import quantized
-
     about = None if theirs else Information.load(options.adapter)
     with loading_base(base, named=options.base is None):
         if about is not None and about.quantize:
             # Magnitudes trained on a quantised base change any other one everywhere, by what quantising took from it.
             loading = Loading.choose({options.adapter.name: about})
             say(Console(stderr=True, emoji=False), f"the base is loaded as in training: --quantize {about.quantize}")
-            dtype = choose_dtype(loading.dtype)
-            more = quantized(loading.quantize, dtype, loading.double_quant, about.task in CLASSIFIERS)
-            model = load_base(options.adapter, base, dtype, more)
+            dtype, more = loading.options(about.task in models.CLASSIFIERS)
+            model = models.load_base(options.adapter, base, dtype, more)
         else:
-            model = load_model(base) if theirs else load_base(options.adapter, base)
+            model = models.load_model(base) if theirs else models.load_base(options.adapter, base)
     return (mlx.load_adapter if theirs else load_adapter)(model, options.adapter)
 
 
@@ -184,28 +172,20 @@ def _outputs(model: Any) -> dict[str, float] | None:
 
 def _write(model: Any, adapter: Path, output: Path, name: str, method: str | None = None) -> None:
     """The adapter of that name, and what lies with the old one for ``generate`` and ``predict``."""
-    from doratune.cli.merge import PREPROCESSOR
-    from doratune.inference.sources import TOKENIZER_CONFIG
-    from doratune.train.information import Information
-    from doratune.train.models import load_tokenizer
-
     about = Information.load(adapter)
-    tokenizer = load_tokenizer(str(adapter)) if (adapter / TOKENIZER_CONFIG).is_file() else None
+    tokenizer = models.load_tokenizer(str(adapter)) if (adapter / TOKENIZER_CONFIG).is_file() else None
     with new_folder(output, "the adapter") as folder:
         save_adapter(model, folder, name)
         if about is not None:
             dataclasses.replace(about, method=method or about.method).save(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        if (adapter / PREPROCESSOR).is_file():
-            shutil.copyfile(adapter / PREPROCESSOR, folder / PREPROCESSOR)
+        if (adapter / models.PREPROCESSOR).is_file():
+            shutil.copyfile(adapter / models.PREPROCESSOR, folder / models.PREPROCESSOR)
 
 
-def _table(found: Conversion, whole: dict[str, float] | None) -> Any:
+def _table(found: Conversion, whole: dict[str, float] | None) -> Table:
     """Shares kept, by kind of layer and overall."""
-    from rich.markup import escape
-    from rich.table import Table
-
     table = Table(title=f"kept of what the adapter changes, at rank {found.rank}")
     for name in ("layers", "number", "kept", "in the worst"):
         table.add_column(name, justify="left" if name == "layers" else "right")

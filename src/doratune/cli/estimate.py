@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 import tyro
+from rich.console import Console
+from rich.table import Table
 
 from doratune.cli.common import check, say
 from doratune.config import AdapterConfig, Method
 from doratune.train.choices import Quantize
+from doratune.train.models import check_context, load_config
+from doratune.train.quiet import quiet_libraries
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from doratune.study.estimate import Estimate
 
 ASSUMPTIONS = (
@@ -79,11 +81,7 @@ class EstimateOptions:
 def run(options: EstimateOptions) -> int:
     """Estimate and print."""
     check(options.problems())
-    from rich.console import Console
-
     from doratune.study.estimate import estimate
-    from doratune.train.models import check_context, load_config
-    from doratune.train.quiet import quiet_libraries
 
     quiet_libraries()
     config = load_config(options.model)
@@ -113,8 +111,6 @@ def run(options: EstimateOptions) -> int:
 
 
 def _table(options: EstimateOptions, result: Estimate) -> Table:
-    from rich.table import Table
-
     shared = "FSDP2" if options.fsdp else "DDP"
     way = "" if options.devices == 1 else f" on each of {options.devices} devices ({shared})"
     title = f"{options.method}, rank {options.rank}: a step of {options.batch_size} x {options.tokens} tokens{way}"

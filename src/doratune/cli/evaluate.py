@@ -7,16 +7,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
+from rich.console import Console
+from rich.table import Table
 
 from doratune.cli.common import say
 from doratune.distributed import leave_group
 from doratune.hub import adapter_folder
 from doratune.inference.measuring import Measuring
+from doratune.study.page import without_nan
 from doratune.train.processes import is_first_asked
+from doratune.train.quiet import quiet_libraries
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from doratune.inference.evaluation import Evaluation
 
 
@@ -43,11 +45,7 @@ class Evaluate:
 
 def run(options: Evaluate) -> int:
     """Measure and print."""
-    from rich.console import Console
-
     from doratune.inference.evaluation import evaluate
-    from doratune.study.page import without_nan
-    from doratune.train.quiet import quiet_libraries
 
     quiet_libraries()
     status = Console(stderr=True, emoji=False, quiet=not is_first_asked())
@@ -67,8 +65,6 @@ def run(options: Evaluate) -> int:
 
 def _table(found: Evaluation) -> Table:
     """A row a model."""
-    from rich.table import Table
-
     table = Table()
     generates = found.task == "text-generation"
     table.add_column("model", overflow="fold")

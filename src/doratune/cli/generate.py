@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from doratune.cli.common import check, say
 from doratune.errors import AdapterError
 from doratune.hub import adapter_folder
 from doratune.inference.loading import AUTO, Loading, QuantizeToUse
 from doratune.inference.sampling import Sampling
+from doratune.inference.sources import find_sources
 from doratune.train.checks import quantize_problems
 from doratune.train.choices import Dtype
+from doratune.train.quiet import quiet_libraries
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from doratune.inference.prompts import Prompt
     from doratune.inference.writer import Completion, Writer
 
@@ -93,14 +96,9 @@ class Generate:
 
 def run(options: Generate) -> int:
     """Check, load, write."""
-    from rich.console import Console
-    from rich.text import Text
-
     from doratune.cli.chat import talk
     from doratune.inference.prompts import Prompt, PromptColumns, chat, read_prompts
-    from doratune.inference.sources import find_sources
     from doratune.inference.writer import Writer
-    from doratune.train.quiet import quiet_libraries
 
     check(options.problems())
     sources = find_sources([str(adapter_folder(name)) for name in options.adapters], options.base)
@@ -125,7 +123,7 @@ def run(options: Generate) -> int:
         talk(writer, out, options.sampling, options.system)
         return 0
     names: list[str | None] = [None] if options.compare else []
-    names += writer.adapters or ([] if names else [None])
+    names += writer.adapters or [None]
     if options.json:
         for group in _groups(writer, prompts, names, options):
             for completion in group:
@@ -168,9 +166,6 @@ def _stream(writer: Writer, prompt: Prompt, name: str | None, sampling: Sampling
 
 def _show(out: Console, group: tuple[Completion, ...], several: bool) -> None:
     """Completions of one prompt: side by side, or after it where there is only one."""
-    from rich.table import Table
-    from rich.text import Text
-
     from doratune.inference.writer import label
 
     prompt = Text(group[0].prompt.shown(), style="bold")

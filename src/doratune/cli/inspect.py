@@ -6,10 +6,13 @@ import itertools
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tyro
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from doratune.cli.common import say
 from doratune.files import reading_adapter
@@ -18,10 +21,6 @@ from doratune.study.adapter_file import FileReport, inspect_adapter
 from doratune.study.analysis import analyze
 from doratune.study.decompose import Decomposition
 from doratune.study.page import without_nan
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
 
 CHANGES = ("dM/|w|", "dD", "eff.", "new")
 
@@ -40,8 +39,6 @@ class Inspect:
 
 def run(options: Inspect) -> int:
     """Read the folder, with a base model load that too, and print."""
-    from rich.console import Console
-
     adapter = adapter_folder(options.adapter)
     with reading_adapter(adapter):
         report = inspect_adapter(adapter)
@@ -74,9 +71,6 @@ def _as_json(report: FileReport, moved: dict[str, Decomposition]) -> dict[str, A
 
 def _table(report: FileReport, moved: dict[str, Decomposition]) -> Table:
     """One row a layer, narrow enough for a terminal: what all paths begin with is said once."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     begin = _common_beginning([layer.path for layer in report.layers])
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column(f"layer, after {escape(begin)}" if begin else "layer", overflow="fold")

@@ -11,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
 
 from doratune.checkpoint import load_adapter
 from doratune.cli.common import check, say
@@ -18,11 +23,14 @@ from doratune.cli.new_folder import new_folder, problem_of_new
 from doratune.cli.probe import logits, random_inputs
 from doratune.errors import AdapterError
 from doratune.hub import adapter_folder
+from doratune.inference.loading import MERGED
+from doratune.inference.sources import base_of, loading_base, tokenizer_source
 from doratune.merge import MergeCheck, merge, verify_merge
 from doratune.model_files import save_model
 from doratune.train.choices import Dtype
-
-PREPROCESSOR = "preprocessor_config.json"
+from doratune.train.information import Information
+from doratune.train.models import PREPROCESSOR, align_padding, has_tokenizer, load_base, load_tokenizer
+from doratune.train.quiet import quiet_libraries
 
 
 @dataclass
@@ -46,15 +54,6 @@ class Merge:
 
 def run(options: Merge) -> int:
     """Load, check, merge, check again, write."""
-    from rich.console import Console
-    from rich.text import Text
-
-    from doratune.inference.loading import MERGED
-    from doratune.inference.sources import base_of, loading_base
-    from doratune.train.information import Information
-    from doratune.train.models import align_padding, load_base
-    from doratune.train.quiet import quiet_libraries
-
     adapter = adapter_folder(options.adapter)
     base = base_of(adapter, options.base)
     check(filter(None, [problem_of_new(options.output)]))
@@ -77,9 +76,10 @@ def run(options: Merge) -> int:
     if bad:
         raise AdapterError.of("merged and unmerged outputs differ", bad)
     with status("Merging"):
-        probe = _Logits(model) if options.verify else None
+        inputs = random_inputs(model.eval()) if options.verify else {}
+        before = logits(model, inputs) if inputs else None
         merge(model)
-        whole = probe.compare() if probe else None
+        whole = None if before is None else _difference(before, logits(model, inputs))
     with status(Text(f"Writing {options.output}")):
         _write(model, tokenizer, adapter, base, options.output)
     if options.json:
@@ -94,28 +94,13 @@ def run(options: Merge) -> int:
     return 0
 
 
-class _Logits:
-    """Output of the whole model on fixed tokens or images, before and after merging; nothing for other models."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model.eval()
-        self.inputs = random_inputs(model)
-        if self.inputs:
-            self.before = logits(model, self.inputs)
-
-    def compare(self) -> dict[str, float] | None:
-        """Largest difference, and the largest value for comparison."""
-        if not self.inputs:
-            return None
-        difference = (logits(self.model, self.inputs) - self.before).abs().max()
-        return {"difference": float(difference), "largest": float(self.before.abs().max())}
+def _difference(before: Tensor, after: Tensor) -> dict[str, float]:
+    """Largest difference between the whole model's outputs, and the largest value for comparison."""
+    return {"difference": float((after - before).abs().max()), "largest": float(before.abs().max())}
 
 
 def _tokenizer(model: Any, adapter: Path, base: str) -> Any:
     """The adapter's own or the base's; None for models of images, and for folders without one."""
-    from doratune.inference.sources import tokenizer_source
-    from doratune.train.models import has_tokenizer, load_tokenizer
-
     source = tokenizer_source([adapter], base)
     folder = Path(source).expanduser()
     if getattr(model, "main_input_name", None) == "pixel_values" or (folder.is_dir() and not has_tokenizer(folder)):
@@ -140,8 +125,6 @@ def _image_settings(model: Any, adapter: Path, base: str) -> Path | None:
 
 def _write(model: Any, tokenizer: Any, adapter: Path, base: str, output: Path) -> None:
     """All files, in one new folder."""
-    from doratune.train.information import Information
-
     images = _image_settings(model, adapter, base)
     about = Information.load(adapter)
     with new_folder(output, "the merged model") as folder:
@@ -154,11 +137,8 @@ def _write(model: Any, tokenizer: Any, adapter: Path, base: str, output: Path) -
             shutil.copyfile(images, folder / PREPROCESSOR)
 
 
-def _table(checks: list[MergeCheck], whole: dict[str, float] | None) -> Any:
+def _table(checks: list[MergeCheck], whole: dict[str, float] | None) -> Table:
     """Differences by kind of layer: the worst of each, and of the whole model."""
-    from rich.markup import escape
-    from rich.table import Table
-
     table = Table(title="merged against unmerged, relative to the largest output")
     for name in ("layers", "number", "largest difference", "rounding explains"):
         table.add_column(name, justify="left" if name == "layers" else "right")

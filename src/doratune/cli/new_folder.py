@@ -10,6 +10,7 @@ from pathlib import Path
 
 from doratune.errors import AdapterError, first_line
 from doratune.files import output_problem
+from doratune.train.failures import tells_of_no_room
 
 
 def problem_of_new(output: Path) -> str | None:
@@ -30,8 +31,6 @@ def new_folder(output: Path, what: str) -> Iterator[Path]:
     """
     from safetensors import SafetensorError
 
-    from doratune.train.failures import NO_ROOM, NO_ROOM_SIGNS
-
     partial = output.parent / f".{output.name}.{secrets.token_hex(4)}.partial"
     try:
         partial.mkdir(parents=True)
@@ -41,9 +40,9 @@ def new_folder(output: Path, what: str) -> Iterator[Path]:
         error = raised.__cause__ or raised  # save_adapter's own message names the folder beside
         if not isinstance(error, OSError | SafetensorError):
             raise
-        number, reason = (error.errno, error.strerror) if isinstance(error, OSError) else (None, None)
+        reason = error.strerror if isinstance(error, OSError) else None
         said = f"cannot write {what} to {output}: {reason or first_line(error)}"
-        if number in NO_ROOM or any(sign in str(error).lower() for sign in NO_ROOM_SIGNS):
+        if tells_of_no_room(error):
             said += ". Make room, or name an output on another disk"
         raise AdapterError(said) from raised
     finally:

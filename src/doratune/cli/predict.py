@@ -12,6 +12,11 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
 
 from doratune.cli.common import check, say
 from doratune.errors import AdapterError
@@ -20,10 +25,10 @@ from doratune.inference.loading import QuantizeToUse
 from doratune.train.checks import quantize_problems
 from doratune.train.choices import Dtype
 from doratune.train.config import TrainConfig
+from doratune.train.models import choose_dtype
+from doratune.train.quiet import quiet_libraries
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from doratune.inference.inputs import Input
     from doratune.inference.predictor import Prediction, Predictor
 
@@ -83,14 +88,9 @@ class Predict:
 
 def run(options: Predict) -> int:
     """Check, read, load, classify."""
-    from rich.console import Console
-    from rich.text import Text
-
     from doratune.inference.inputs import read_pictures, read_texts
     from doratune.inference.predictions import Score, csv_file, record
     from doratune.inference.predictor import Classifier, Predictor
-    from doratune.train.models import choose_dtype
-    from doratune.train.quiet import quiet_libraries
 
     check(options.problems())
     choose_dtype(options.dtype)
@@ -141,8 +141,6 @@ def run(options: Predict) -> int:
 
 def _predictions(predictor: Predictor, inputs: list[Input], size: int, status: Console) -> Iterator[Prediction]:
     """In batches, with a bar."""
-    from rich.progress import Progress
-
     with Progress(console=status, transient=True, disable=not status.is_terminal) as bar:
         task = bar.add_task("Classifying", total=len(inputs))
         for start in range(0, len(inputs), size):
@@ -152,10 +150,7 @@ def _predictions(predictor: Predictor, inputs: list[Input], size: int, status: C
 
 def _show(out: Console, first: list[Prediction], count: int) -> None:
     """The first predictions in a table."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    from doratune.inference.inputs import Text
+    from doratune.train.images import Picture
 
     labelled = any(prediction.input.label is not None for prediction in first)
     table = Table()
@@ -164,7 +159,7 @@ def _show(out: Console, first: list[Prediction], count: int) -> None:
     table.add_column("probability", justify="right")
     for prediction in first:
         one = prediction.input
-        shown = shorten(one.source, 80, placeholder="...") if isinstance(one, Text) else one.where
+        shown = one.where if isinstance(one, Picture) else shorten(one.source, 80, placeholder="...")
         cells = [shown, *([one.label or ""] if labelled else []), prediction.label, f"{prediction.probability:.1%}"]
         table.add_row(*map(escape, cells))
     out.print(table)

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from rich.console import Console
 
 from doratune.cli.common import check, say
 from doratune.distributed import leave_group
 from doratune.train.config import TrainConfig
 from doratune.train.output import CURVES, METRICS, RECIPE, RESULTS
 from doratune.train.processes import is_first_asked
+from doratune.train.quiet import quiet_libraries
 from doratune.train.recipe import explain, find_recipe, load_recipe
 from doratune.train.without_effect import without_effect
 
@@ -53,10 +55,6 @@ def run(config: TrainConfig, flags: Collection[str] = ()) -> int:
     from doratune.train.run import problems, train
 
     check([*problems(config), *without_effect(config, flags)])  # before libraries are imported, which takes seconds
-    from rich.console import Console
-
-    from doratune.train.quiet import quiet_libraries
-
     quiet_libraries()
     result = train(config, Console(stderr=True, emoji=False))
     # After an error the process just ends, and torchrun ends the others: leaving waits for those that are in a

@@ -205,7 +205,7 @@ class _Run:
     def say(self, line: str) -> None:
         """Print a line, once where it is the same of every classifier."""
         if line not in self.said:
-            self.console.print(line, emoji=False, markup=False, highlight=False, soft_wrap=True)
+            self.console.out(line, highlight=False)
         self.said.add(line)
 
     def loading(self, base: str) -> Any:

@@ -18,7 +18,7 @@ from doratune.train.gather import BadRow, Say, gather, lacks
 from doratune.train.images import SUFFIXES, Picture, pictures
 from doratune.train.labels import name_of
 from doratune.train.sources import Row, path_of
-from doratune.train.tasks.image import CheckedRow
+from doratune.train.tasks.image import checked
 from doratune.train.tokens import string
 
 ABSENT = "no such file or folder"
@@ -87,7 +87,7 @@ def read_pictures(config: TrainConfig, trained: Mapping[str, str], say: Say) -> 
 
     with ThreadPoolExecutor() as pool:  # decoding runs outside of Python's lock
         rows = _rows(config, _image_problem, find)
-        return gather(pool.map(CheckedRow(thorough=True), rows), use, config, say)
+        return gather(pool.map(checked, rows), use, config, say)
 
 
 def _rows(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -12,6 +12,8 @@ from doratune.errors import AdapterError
 from doratune.train.checks import quantize_problems
 from doratune.train.choices import Quantize
 from doratune.train.information import Information
+from doratune.train.models import choose_dtype
+from doratune.train.placement import quantized
 
 AUTO = "auto"
 QuantizeToUse = Quantize | Literal["auto"] | None
@@ -72,6 +74,15 @@ class Loading:
             told.append(f"the base is loaded as in training: {' '.join(flags)}{whole}")
         double = all(about.double_quant for about in noted.values())
         return cls(dtype, quantize, double, "; ".join(told) or None)
+
+    def options(self, classifier: bool = False) -> tuple[torch.dtype, dict[str, Any]]:
+        """The dtype of the weights, and more arguments of transformers' ``from_pretrained``, as ``quantized`` has them.
+
+        Raises:
+            AdapterError: if there is no such kind or dtype, or this machine cannot compute in it.
+        """
+        dtype = choose_dtype(self.dtype)
+        return dtype, quantized(self.quantize, dtype, self.double_quant, classifier)
 
 
 def _agreed(option: str, values: Mapping[str, str | None], problems: list[str]) -> str | None:

@@ -13,18 +13,18 @@ import torch
 from doratune.checkpoint import load_adapter
 from doratune.errors import AdapterError
 from doratune.extras import require
-from doratune.files import read_config, read_weights, reading_adapter
+from doratune.files import read_config
 from doratune.inference.inputs import Input
 from doratune.inference.loading import Loading
-from doratune.inference.sources import NAMED, guessed_task, is_model, loading_base, tokenizer_source
+from doratune.inference.sources import NAMED, base_of, guessed_task, loading_base, tokenizer_source
 from doratune.targets import HEAD_NAMES
 from doratune.train.device import explaining_memory, to_device
 from doratune.train.information import Information
-from doratune.train.model_names import NAMELESS, base_name, model_problem
+from doratune.train.model_names import is_model, model_problem
 from doratune.train.models import (
     CLASSIFIERS,
+    PREPROCESSOR,
     align_padding,
-    choose_dtype,
     context_length,
     load_base,
     load_classifier,
@@ -35,8 +35,8 @@ from doratune.train.models import (
     saved_classes,
 )
 from doratune.train.optimizer import keep_float32
-from doratune.train.placement import quantized
 from doratune.train.positions import rows_of_table
+from doratune.train.tokens import cut_texts
 from doratune.weight_files import header, read_tensor, weight_files
 
 
@@ -79,19 +79,12 @@ class Classifier:
             AdapterError: if the folder holds no classifier that can be used, or the base is not known.
         """
         whole = is_model(folder)
-        named = not whole and base is None
-        name: str | None = str(folder)
-        if not whole:
-            with reading_adapter(folder, or_model=True):
-                name = base_name(folder, base)
-            read_weights(folder)  # a broken file is found before a large model is loaded
-        elif base is not None:
+        if whole and base is not None:
             raise AdapterError(f"{folder} is a whole model, which needs no --base")
+        named = not whole and base is None
+        name = str(folder) if whole else base_of(folder, base, or_model=True)
         about = Information.load(folder)
-        if name is None:
-            raise AdapterError(NAMELESS.format(folder))
-        problem = model_problem(name)
-        if problem:
+        if problem := model_problem(name):
             raise AdapterError(f"{problem} ({NAMED})" if named else problem)
         if about is None:
             with loading_base(name, named):
@@ -125,7 +118,7 @@ class Classifier:
         """
         if not self.takes_images:
             return load_tokenizer(tokenizer_source([self.folder], self.base))
-        if (self.folder / "preprocessor_config.json").is_file():
+        if (self.folder / PREPROCESSOR).is_file():
             return require("transformers").AutoImageProcessor.from_pretrained(self.folder)
         size = self.about.image_size
         return load_image_processor(self.base, size[0] if size else None)
@@ -174,9 +167,8 @@ class Predictor:
             AdapterError: if something cannot be loaded, or the model is no classifier.
         """
         about, folder = found.about, found.folder
-        loading = found.loading(dtype, quantize)
-        whole, weights = is_model(folder), choose_dtype(loading.dtype)
-        options = quantized(loading.quantize, weights, loading.double_quant, classifier=True)
+        whole = is_model(folder)
+        weights, options = found.loading(dtype, quantize).options(classifier=True)
         with loading_base(found.base, found.named):
             if about.labels and not whole:  # as in training, where what is new is known
                 model, heads = load_classifier(found.base, weights, about.task, about.labels, options)
@@ -222,13 +214,8 @@ class Predictor:
         ]
 
     def _tokens(self, inputs: Sequence[Input], length: int) -> dict[str, torch.Tensor]:
-        texts = [one.source for one in inputs]
-        options: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-        ids = self.processor(texts, **options)["input_ids"]
-        longer = sum(len(row) > length for row in ids)
-        if longer:
-            self.cut += longer
-            ids = self.processor(texts, truncation=True, max_length=length, **options)["input_ids"]
+        ids, longer = cut_texts([one.source for one in inputs], self.processor, length)
+        self.cut += longer
         return dict(self.processor.pad({"input_ids": ids}, return_tensors="pt", verbose=False).to(self.model.device))
 
     def _pixels(self, inputs: Sequence[Input]) -> dict[str, torch.Tensor]:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from doratune.errors import AdapterError
-from doratune.files import CONFIG, read_config, read_weights, reading_adapter
+from doratune.files import read_config, read_weights, reading_adapter
 from doratune.train.information import Information
-from doratune.train.model_names import NAMELESS, base_name, model_problem, place_of
+from doratune.train.model_names import NAMELESS, base_name, is_model, model_problem, place_of
 from doratune.train.models import CLASSIFIERS, load_config, peft_task
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -81,13 +81,18 @@ def find_sources(folders: Sequence[str], base: str | None = None) -> Sources:
     return Sources(chosen, adapters, named=base is None)
 
 
-def base_of(adapter: Path, given: str | None) -> str:
+def base_of(adapter: Path, given: str | None, or_model: bool = False) -> str:
     """The base model of an adapter; that the adapter can be read is found before a large model is loaded.
+
+    Args:
+        adapter: its folder.
+        given: base model; None: the one that the folder names.
+        or_model: whether a whole model's folder would have done as well, as in ``reading_adapter``.
 
     Raises:
         AdapterError: if the adapter is broken, or names no base where none is given.
     """
-    with reading_adapter(adapter):
+    with reading_adapter(adapter, or_model):
         base = base_name(adapter, given)
     read_weights(adapter)
     if base is None:
@@ -104,11 +109,6 @@ def loading_base(base: str, named: bool) -> Iterator[None]:
         if named and (model_problem(base) or f" {base} could not be loaded" in str(error)):
             raise AdapterError(f"{error} ({NAMED})") from error
         raise
-
-
-def is_model(folder: Path) -> bool:
-    """Whether this is a folder of a whole model rather than of an adapter."""
-    return (folder / "config.json").is_file() and not (folder / CONFIG).is_file()
 
 
 def task_of_folder(folder: Path, base: str | None) -> str:

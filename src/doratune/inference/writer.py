@@ -20,8 +20,7 @@ from doratune.inference.sources import BASE, Sources, loading_base, tokenizer_so
 from doratune.merge import merge
 from doratune.model import adapter_names, disabled, set_adapter
 from doratune.train.device import explaining_memory, to_device
-from doratune.train.models import choose_dtype, context_length, give_padding, load_model, load_tokenizer
-from doratune.train.placement import quantized
+from doratune.train.models import context_length, give_padding, load_model, load_tokenizer
 from doratune.train.tasks.text import refuse_encoders
 from doratune.train.tokens import opening, plain, written
 from doratune.weight_files import header, weight_files
@@ -80,8 +79,7 @@ class Writer:
         loading = Loading.choose(sources.noted(), dtype, quantize, merged)
         with loading_base(sources.base, sources.named):
             tokenizer = load_tokenizer(tokenizer_source(sources.adapters.values(), sources.base))
-            weights = choose_dtype(loading.dtype)
-            options = quantized(loading.quantize, weights, loading.double_quant)
+            weights, options = loading.options()
             model = load_model(sources.base, weights, options=options)
         if not hasattr(model, "generate"):
             raise AdapterError(f"model {sources.base} is a {type(model).__name__}, which does not write text")

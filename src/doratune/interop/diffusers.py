@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from doratune.checkpoint import inexpressible
 from doratune.contents import PREFIX
-from doratune.distributed import is_first, is_spread
+from doratune.distributed import writes
 from doratune.errors import AdapterError
 from doratune.files import DIFFUSERS_WEIGHTS, write_weights
 from doratune.interop.several import (
@@ -222,7 +222,7 @@ def save_adapter(models: Models, folder: str | os.PathLike[str], name: str = "de
         problems += [start + problem for problem in own]
     if problems:
         raise AdapterError.of(f"adapter {name!r} cannot be saved to {folder}", problems)
-    if is_first() or not any(is_spread(adapter.model) for adapter in found.values()):
+    if all(writes(adapter.model) for adapter in found.values()):
         write_weights(Path(folder) / DIFFUSERS_WEIGHTS, tensors, {METADATA: json.dumps(metadata, indent=2)})
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from doratune.contents import PREFIX
-from doratune.distributed import is_first, is_spread
+from doratune.distributed import writes
 from doratune.errors import AdapterError
 from doratune.files import write_weights
 from doratune.interop.several import (
@@ -167,7 +167,8 @@ def _part(prefix: str, model: nn.Module, layers: dict[str, dict[str, Tensor]], p
             continue
         path = found[0]
         names[path] = layer
-        scales[path] = _scale(parts)
+        rank = rank_by_shape(parts.get(DOWN), parts.get(UP))
+        scales[path] = rank, float(parts.get(ALPHA, rank))  # without an alpha s is 1
         for key, (part, tensor) in _in_peft(modules[path], parts).items():
             names[f"{PREFIX}{path}.{part}"] = f"{layer}.{key}"
             if tensor is not None:
@@ -193,12 +194,6 @@ def _unreadable(base: nn.Module, parts: dict[str, Tensor]) -> str | None:
         return INPUT_AXIS
     expected = (out, *[1] * (dimensions - 1))
     return f"{SCALE}: expected shape {expected}, found {tuple(magnitude.shape)}"
-
-
-def _scale(parts: dict[str, Tensor]) -> tuple[int, float]:
-    """A layer's rank and alpha; without an alpha s is 1."""
-    rank = rank_by_shape(parts.get(DOWN), parts.get(UP))
-    return rank, float(parts[ALPHA]) if ALPHA in parts else float(rank)
 
 
 def _in_peft(base: nn.Module, parts: dict[str, Tensor]) -> dict[str, tuple[str, Tensor | None]]:
@@ -269,7 +264,7 @@ def save_adapter(models: nn.Module | Models, file: str | os.PathLike[str], name:
         tensors.update(_to_file(prefix, adapter, name, problems))
     if problems:
         raise AdapterError.of(f"adapter {name!r} cannot be saved to {file}", problems)
-    if is_first() or not any(is_spread(adapter.model) for adapter in found.values()):
+    if all(writes(adapter.model) for adapter in found.values()):
         write_weights(file, tensors, {})
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from doratune.targets import as_targets, plain_modules, refuse_model, unwrap
 
 PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 Models = Mapping[str, nn.Module | None]
+Value = TypeVar("Value", int, float)
 
 
 @dataclass
@@ -97,20 +99,20 @@ def options_for(model: nn.Module, scales: Mapping[str, tuple[int, float]], dora:
     alpha, alphas = _with_exceptions({path: alpha for path, (_, alpha) in scales.items()})
     config = AdapterConfig(
         method="dora" if dora else "lora",
-        rank=int(rank),
+        rank=rank,
         alpha=alpha,
         targets=as_targets(list(scales), plain_modules(model)),
-        rank_pattern={pattern: int(value) for pattern, value in ranks.items()},
+        rank_pattern=ranks,
         alpha_pattern=alphas,
     )
     # All that these formats do not have is refused where they are read, so PEFT's own limits do not matter.
     return PeftOptions(config, None, [], own_type=True)
 
 
-def _with_exceptions(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+def _with_exceptions(values: Mapping[str, Value]) -> tuple[Value, dict[str, Value]]:
     """The commonest value, and of each other one the expression that fits the paths that have it."""
     commonest = Counter(values.values()).most_common(1)[0][0]
-    paths: dict[float, list[str]] = {}
+    paths: dict[Value, list[str]] = {}
     for path, value in values.items():
         if value != commonest:
             paths.setdefault(value, []).append(re.escape(path))

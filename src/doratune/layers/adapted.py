@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 from doratune.config import AdapterConfig
 from doratune.errors import AdapterError
 from doratune.layers import sharded
-from doratune.layers.cache import AdapterParameters, ScaleCache
+from doratune.layers.adapter import AdapterParameters, LayerAdapter
+from doratune.layers.cache import ScaleCache
 from doratune.layers.choices import choices
 from doratune.layers.holder import AdapterHolder, base_attribute
 from doratune.layers.kind import Kind, Options
@@ -26,28 +26,6 @@ from doratune.ops.once import transformed
 log = logging.getLogger("doratune")
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
-
-
-@dataclass
-class LayerAdapter:
-    """One adapter on one layer: its options there, and what was decided when it was attached."""
-
-    config: AdapterConfig
-    rank: int
-    scale_text: str
-    trainable: bool = True
-    eight_bit: bool = False
-    dense_norm: bool = False
-    keep_output: bool = False
-
-    @property
-    def scale(self) -> float:
-        """s. Kept as text: torch.compile takes a float that differs between layers for a symbol."""
-        return float(self.scale_text)
-
-    @scale.setter
-    def scale(self, value: float) -> None:
-        self.scale_text = repr(float(value))
 
 
 def _with_weights(method: Decorated) -> Decorated:
@@ -80,11 +58,6 @@ class AdaptedLayer(AdapterHolder):
         self.adapter_bias = AdapterParameters(self.cache)
         self.tensor_parallel = is_dtensor(base._parameters.get("weight")) and not gathered
         """W lies in parts on several processes even in a forward; not so if ``gathered``, as FSDP makes it whole."""
-        self.waiting: set[str] = set()
-        """Adapters attached while the base had no data (meta device), to be initialised once it has."""
-        self.load_prefix = ""
-        self.loaded: set[str] = set()
-        """Parts of the base that ``load_state_dict`` has filled."""
         self.started: dict[str, Tensor] = {}
         """What the magnitudes began as: those that are still the same follow a base that is loaded later."""
         self.register_load_state_dict_pre_hook(accept_plain_keys)
@@ -237,9 +210,7 @@ class AdaptedLayer(AdapterHolder):
                 del group[name]
         self.adapters.pop(name, None)
         self.started.pop(name, None)
-        self.waiting.discard(name)
-        if self.active == name:
-            self.activate(None)
+        super().remove(name)
 
     def _groups(self) -> tuple[AdapterParameters, ...]:
         return self.lora_A, self.lora_B, self.magnitude, self.adapter_bias

@@ -8,7 +8,6 @@ whatever its masks and options.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,10 +18,11 @@ from torch.func import functional_call
 
 from doratune.config import AdapterConfig
 from doratune.layers.adapted import AdaptedLayer
-from doratune.layers.cache import without_autocast
+from doratune.layers.holder import shallow_copy
 from doratune.layers.host import Host, Part
 from doratune.layers.kind import Kind, Options
 from doratune.layers.weights import WeightRows
+from doratune.ops.autocast import without_autocast
 from doratune.ops.low_rank import adapted_weight
 
 NAMES = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -189,23 +189,13 @@ class AttentionHost(Host):
         merged = self.merged()
         if not merged:
             return self.base_layer
-        attention = _copy_attention(self.base_layer)
+        attention = shallow_copy(self.base_layer)
+        attention.out_proj = shallow_copy(attention.out_proj)
         for key, tensor in self._assembled(merged).items():
             owner, _, name = key.rpartition(".")
             parameter = nn.Parameter(tensor.detach().clone(), requires_grad=False)
             setattr(attention.get_submodule(owner), name, parameter)
         return attention
-
-
-def _copy_attention(attention: nn.MultiheadAttention) -> nn.MultiheadAttention:
-    """A shallow copy whose parameters can be replaced without touching the original."""
-    new = copy.copy(attention)
-    new._parameters = dict(attention._parameters)
-    new._modules = dict(attention._modules)
-    out = copy.copy(attention.out_proj)
-    out._parameters = dict(attention.out_proj._parameters)
-    new.out_proj = out
-    return new
 
 
 class NoNestedTensors:

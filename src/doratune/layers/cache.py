@@ -7,18 +7,18 @@ tensors it was made from, and ``clear`` is called by whatever could change them 
 from __future__ import annotations
 
 import contextlib
-import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from doratune.layers.weights import WeightRows, is_dtensor
 from doratune.ops import row_norm
+from doratune.ops.autocast import without_autocast
 from doratune.ops.hardware import full_precision
 from doratune.ops.once import transformed
 
@@ -84,25 +84,6 @@ def _is_fake(t: Tensor) -> bool:
     return type(t).__name__ in ("FakeTensor", "FunctionalTensor")
 
 
-def is_autocast(device: torch.device) -> bool:
-    """Whether autocast is on for a device; the meta device has none, and torch would raise."""
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
-
-
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """A context in which no product is cast to another dtype."""
-    if is_autocast(device):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
-
-
-def autocast_of_now(device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """Makes contexts with autocast as it is now. In a backward pass, which computes some things again, it is off."""
-    if not is_autocast(device):
-        return functools.partial(without_autocast, device)
-    return functools.partial(torch.autocast, device.type, torch.get_autocast_dtype(device.type))
-
-
 class Evaluation(NamedTuple):
     """An adapter ready for forwards without gradients: ``y = g W x + (g s B) A x``."""
 
@@ -112,31 +93,6 @@ class Evaluation(NamedTuple):
     """``(g s B)^T``, ``[r, out]``."""
     g: Tensor | None
     """float32 ``[out]``; None for LoRA."""
-
-
-class AdapterParameters(nn.ParameterDict):
-    """A, B, m or bias of a layer's adapters by name.
-
-    For each forward FSDP puts whole parameters in place of its parts: the same objects as in the step before, with the
-    same version and perhaps in the same memory, so that a stamp cannot tell the two apart. Therefore every exchange
-    clears what was computed.
-    """
-
-    def __init__(self, cache: ScaleCache) -> None:
-        super().__init__()
-        self.cache = cache
-        self.gathered = False
-        """FSDP has put whole parameters here for a forward; whatever is written to them is lost afterwards."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Parameter):
-            before = self._parameters.get(name)
-            self.gathered = is_dtensor(before) and not is_dtensor(value)
-            self.cache.clear_scale()
-        if isinstance(value, Tensor) and "_is_replica" in self.__dict__:
-            self._parameters[name] = value  # type: ignore[assignment]  # torch keeps replicas' tensors elsewhere
-            return
-        super().__setattr__(name, value)
 
 
 class ScaleCache:

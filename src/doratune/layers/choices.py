@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from doratune.layers.cache import ScaleCache, without_autocast
+from doratune.layers.cache import ScaleCache
 from doratune.layers.weights import WeightRows
+from doratune.ops.autocast import without_autocast
 
 BIAS_DROWNS = 8.0
 """Keep a tensor of our own for the magnitude's gradient where a bias is this many times its magnitude."""

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from doratune.config import AdapterConfig
-from doratune.layers.cache import autocast_of_now, without_autocast
 from doratune.layers.kind import Kind, Options
 from doratune.layers.weights import WeightRows, conv_rows, on_device
+from doratune.ops.autocast import autocast_of_now, without_autocast
 from doratune.ops.compose import OutputGuard, scale_rows
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d

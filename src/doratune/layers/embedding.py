@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from doratune.layers.cache import without_autocast
 from doratune.layers.kind import Kind, Options
 from doratune.layers.sharded import rows_of_part
 from doratune.layers.weights import WeightRows, embedding_rows, is_dtensor, on_device
+from doratune.ops.autocast import without_autocast
 from doratune.ops.compose import scale_rows
 
 

@@ -7,7 +7,6 @@ product for all experts, as transformers' own ``grouped_mm`` does. No adapted we
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from doratune.config import AdapterConfig
+from doratune.layers.holder import shallow_copy
 from doratune.layers.host import Host, Part
 from doratune.layers.kind import Kind, Options
 from doratune.layers.sharded import whole
@@ -271,8 +271,7 @@ class ExpertsHost(Host):
         merged = self.merged()
         if not merged:
             return self.base_layer
-        experts: Any = copy.copy(self.base_layer)
-        experts._parameters = dict(self.base_layer._parameters)
+        experts: Any = shallow_copy(self.base_layer)
         for name, (weight, bias) in merged.items():
             setattr(experts, name, nn.Parameter(weight, requires_grad=False))
             if bias is not None:

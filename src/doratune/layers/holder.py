@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from doratune.layers import input_gradients, running_statistics
 from doratune.layers.bypass import UnreadWeight
+
+M = TypeVar("M", bound=nn.Module)
 
 READ = (
     *("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
@@ -52,6 +54,11 @@ class AdapterHolder(StandIn):
         self.path = path
         self.active: str | None = None
         self.enabled = True
+        self.waiting: set[str] = set()
+        """Adapters attached while the base had no data (meta device), to get their start values once it has."""
+        self.load_prefix = ""
+        self.loaded: set[str] = set()
+        """Parts of the base that ``load_state_dict`` has filled."""
 
     def adapter_names(self) -> list[str]:
         """Names of the adapters that this module holds."""
@@ -66,8 +73,10 @@ class AdapterHolder(StandIn):
         raise AssertionError("holders define trains")
 
     def remove(self, name: str) -> None:
-        """Forget one adapter."""
-        raise AssertionError("holders define remove")
+        """Forget one adapter; whoever keeps more of it drops that first."""
+        self.waiting.discard(name)
+        if self.active == name:
+            self.activate(None)
 
     def activate(self, name: str | None) -> None:
         """Make one adapter the active one; only its parameters get gradients."""
@@ -97,6 +106,13 @@ def plain_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str,
     for name, child in module._modules.items():
         if child is not None:
             yield from plain_parameters(child, f"{prefix}{name}.")
+
+
+def shallow_copy(module: M) -> M:
+    """A copy whose parameters and parts, the same at first, can be replaced without touching the original."""
+    new = copy.copy(module)
+    new._parameters, new._modules = dict(module._parameters), dict(module._modules)
+    return new
 
 
 def plain_copy(module: nn.Module, shared: Iterable[nn.Parameter] = ()) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import sys
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from doratune.config import AdapterConfig
 from doratune.layers.cache import ScaleCache
+from doratune.layers.holder import shallow_copy
 from doratune.layers.weights import WeightRows
 
 
@@ -142,8 +142,7 @@ class Kind:
 
     def merged_layer(self, base: nn.Module, merged: Tensor, bias: Tensor | None) -> nn.Module:
         """A plain layer with ``merged``, in the base's layout, as its weight, and ``bias``; the base stays as it is."""
-        layer = copy.copy(base)
-        layer._parameters = dict(base._parameters)
+        layer = shallow_copy(base)
         layer.weight = nn.Parameter(merged, requires_grad=False)
         if bias is not None:
             layer.bias = nn.Parameter(bias, requires_grad=False)

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from doratune.layers import quantised
-from doratune.layers.cache import autocast_of_now, is_autocast
 from doratune.layers.kind import Kind, Options
 from doratune.layers.sharded import rows_of_part
 from doratune.layers.weights import (
@@ -20,6 +19,7 @@ from doratune.layers.weights import (
     on_device,
     rows_by_forward,
 )
+from doratune.ops.autocast import autocast_of_now, is_autocast, without_autocast
 from doratune.ops.compose import OutputGuard, scale_rows
 from doratune.ops.dropout import dropped_elements
 from doratune.ops.hardware import multiplies
@@ -153,8 +153,10 @@ def _evaluate(
         ready = options.cache.evaluation(options.rows or rows_of(base), A, B, magnitude, scale, options.dense_norm)
     rows, g = as_rows(x), ready.g
     if rows.shape[0] > FEW_TOKENS:
-        change = rows.to(u.dtype) @ ready.A.to(u.dtype) @ ready.B.to(u.dtype)
-        return (_swap_bias(u, inner, outer) if g is None else scale_rows(u, g, inner, outer)) + change.view(u.shape)
+        scaled = _swap_bias(u, inner, outer) if g is None else scale_rows(u, g, inner, outer)
+        with without_autocast(x.device):
+            h, add = rows.to(u.dtype) @ ready.A.to(u.dtype), Tensor.addmm if scaled is u else Tensor.addmm_
+            return add(as_rows(scaled), h, ready.B.to(u.dtype)).view(u.shape)
     y = rows.to(ready.A.dtype) @ ready.A @ ready.B
     if inner is not outer or (inner is not None and g is not None):
         kept = 0 if inner is None else inner if g is None else g * inner
@@ -202,21 +204,15 @@ def _over_output(base_output: Tensor, x: Tensor, change: LowRankChange | None) -
 def _guard(base: nn.Module, x: Tensor, change: LowRankChange | None) -> OutputGuard:
     """Computes ``z = W x + s B A x`` again, through the base and its hooks, if the layer's output was overwritten."""
     autocast = autocast_of_now(x.device)
-    if change is None:
-
-        def recompute_base(x: Tensor) -> Tensor:
-            with autocast():
-                return _without_bias(base, x)
-
-        return OutputGuard(recompute_base, x)
-    A, B, scale, dropped = change
+    large = [x] if change is None or change.dropped is None else [x, change.dropped]
+    small = None if change is None else change._replace(dropped=None)
 
     # Nothing large but the arguments, which autograd keeps: under checkpointing it does not.
     def recompute(x: Tensor, dropped: Tensor | None = None) -> Tensor:
         with autocast():
-            return low_rank_update(_autocast(_without_bias(base, x)), x, A, B, scale, dropped)
+            return _over_output(_without_bias(base, x), x, small and small._replace(dropped=dropped))
 
-    return OutputGuard(recompute, x) if dropped is None else OutputGuard(recompute, x, dropped)
+    return OutputGuard(recompute, *large)
 
 
 def _without_bias(base: nn.Module, x: Tensor) -> Tensor:

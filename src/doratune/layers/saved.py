@@ -5,7 +5,6 @@ Every adapter has a copy of its own; the original stays as it was, so that switc
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from doratune.errors import AdapterError
-from doratune.layers.holder import AdapterHolder, plain, plain_copy, plain_parameters
+from doratune.layers.holder import AdapterHolder, plain, plain_copy, plain_parameters, shallow_copy
 from doratune.layers.loading import accept_plain_keys_below, fill_copies, note_loaded
 from doratune.layers.weights import is_dtensor
 
@@ -41,13 +40,8 @@ class SavedModule(AdapterHolder):
         self.trained: dict[str, list[str]] = {}
         """For each adapter the names of the parameters that are its own: all of the module's, or its biases."""
         self.trainable: dict[str, bool] = {}
-        self.waiting: set[str] = set()
-        """Adapters whose copies were made while the base had no data (meta device), to be filled once it has."""
         self.filled: set[str] = set()
-        """Those of them whose own parameters a state dict has filled."""
-        self.load_prefix = ""
-        self.loaded: set[str] = set()
-        """Parts of the base that ``load_state_dict`` has filled."""
+        """Waiting adapters whose own parameters a state dict has filled."""
         self.register_load_state_dict_pre_hook(accept_plain_keys_below)
         self.register_load_state_dict_pre_hook(note_loaded)
         self.register_load_state_dict_post_hook(fill_copies)
@@ -98,10 +92,8 @@ class SavedModule(AdapterHolder):
     def remove(self, name: str) -> None:
         if name in self.copies:
             del self.copies[name], self.trained[name], self.trainable[name]
-            self.waiting.discard(name)
             self.filled.discard(name)
-        if self.active == name:
-            self.activate(None)
+        super().remove(name)
 
     def chosen(self) -> nn.Module:
         """The module whose turn it is."""
@@ -162,6 +154,6 @@ def _with_biases(part: Any, name: str, biases: dict[str, Tensor]) -> Any:
     """A part of the module as others see it (``nn.TransformerEncoderLayer`` computes with ``out_proj.bias`` itself)."""
     own = {key.removeprefix(f"{name}."): bias for key, bias in biases.items() if key.startswith(f"{name}.")}
     if own:
-        part = copy.copy(part)
-        part._parameters = part._parameters | own
+        part = shallow_copy(part)
+        part._parameters.update(own)
     return part

@@ -101,9 +101,6 @@ def rows_of_part(weight: Any, transposed: bool = False) -> WeightRows:
     if transposed:
         local, parts, out, columns = local.T, parts[::-1], columns, out
 
-    def tiles() -> Iterable[tuple[slice, Tensor]]:
-        return ((slice(0, local.shape[0]), local),)
-
     def placement(p: Any) -> Any:
         if not p.is_shard():
             return Replicate()
@@ -120,7 +117,7 @@ def rows_of_part(weight: Any, transposed: bool = False) -> WeightRows:
             sums, mesh, placements, run_check=False, shape=torch.Size([out]), stride=(1,)
         ).full_tensor()
 
-    return WeightRows((out, columns), weight, tiles, part=(parts[0], parts[1]), collect=collect)
+    return WeightRows((out, columns), weight, _one_tile(local), part=(parts[0], parts[1]), collect=collect)
 
 
 # Tensor parallelism

@@ -104,7 +104,7 @@ class _ScaleRows(torch.autograd.Function):
         if needs_g and kept is None:
             ctx.guard.dy, dg = dy, torch.zeros_like(g)
         elif needs_g and ctx.keep == "output":
-            dg = dg / _nonzero(g)
+            dg = dg / torch.where(g == 0, 1.0, g)
         d_inner = (-g * total).to(ctx.inner.dtype) if needs_inner else None
         d_outer = ((1 - g) * total if ctx.same_bias else total).to(ctx.outer.dtype) if needs_outer else None
         return du, dg, d_inner, d_outer, None, None, None, None, None
@@ -223,10 +223,6 @@ def _features_second(t: Tensor, dim: int) -> Tensor:
 def _along(values: Tensor, t: Tensor) -> Tensor:
     """Values of the features, to be broadcast over t."""
     return values.view(-1, *[1] * (t.ndim - 2))
-
-
-def _nonzero(g: Tensor) -> Tensor:
-    return torch.where(g == 0, 1.0, g)
 
 
 def scale_rows(

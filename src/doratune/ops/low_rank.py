@@ -170,7 +170,7 @@ def _gradient(product: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     return product.to(dtype, memory_format=torch.contiguous_format).mul_(scale)
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def _wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a weight of ``dtype`` is computed: float32, and float64 for itself."""
     return torch.promote_types(dtype, torch.float32)
 
@@ -186,7 +186,7 @@ class _AdaptedWeight(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dW: Tensor) -> tuple[Tensor | None, ...]:
         W, A, B, g = ctx.saved_tensors
-        dW = dW.to(wide(W.dtype))
+        dW = dW.to(_wide(W.dtype))
         dA = dB = dg = None
         if ctx.needs_input_grad[3]:
             dg = (dW * _weight(W, A, B, None, ctx.scale)).sum(1)
@@ -200,7 +200,7 @@ class _AdaptedWeight(torch.autograd.Function):
 
 
 def _weight(W: Tensor, A: Tensor | None, B: Tensor | None, g: Tensor | None, scale: float) -> Tensor:
-    V = W.to(wide(W.dtype))
+    V = W.to(_wide(W.dtype))
     if A is not None and B is not None:
         V = torch.addmm(V, B.to(V.dtype), A.to(V.dtype), alpha=scale)
     return V if g is None else V * g[:, None]

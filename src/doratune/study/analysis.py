@@ -25,6 +25,8 @@ Spectra = Literal["last", "all", "none"]
 Watch = Callable[[str, float], None]
 """Told the weight that was looked at, and the share of the work that is done."""
 
+METHODS = {"full": "full fine-tuning", "lora": "LoRA", "dora": "DoRA"}
+"""What a run's method is called in the paper."""
 PAPER = {"full fine-tuning": -0.62, "LoRA": 0.83, "DoRA": -0.31}
 """Correlations of delta D with delta M in the paper (section 3.2 and 4.2): VL-BART, query and value, 6 layers, 4
 checkpoints."""
@@ -94,6 +96,16 @@ class Run:
         """Reasons for which weights were left out that one would have wanted to compare."""
         harmless = (UNCHANGED, "tied", "a vector", "trained whole, but a vector", "a bare")
         return {reason for reason in self.left_out.values() if not reason.startswith(harmless)}
+
+    @property
+    def method_name(self) -> str:
+        """What the paper calls the method."""
+        return METHODS[self.method]
+
+    @property
+    def paper(self) -> float:
+        """The correlation that the paper found with the method."""
+        return PAPER[self.method_name]
 
     def last(self) -> list[Point]:
         """Every weight at the last checkpoint."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import doratune
 from doratune.study import analysis_plots as plots
-from doratune.study.analysis import OVERALL, PAPER, Analysis, Run
+from doratune.study.analysis import OVERALL, Analysis, Run
 from doratune.study.correlation import CONFIDENCE, FEWEST_POINTS, Correlation
 from doratune.study.names import layer_of
 from doratune.study.page import Column, Heading, Item, Page, Table, Text
@@ -41,7 +41,7 @@ def page_of(analysis: Analysis, command: str = "") -> Page:
         title="How training moved the weights",
         lead="\n".join(sentence(run, _main(found[run.label])) for run in runs),
         facts=_facts(analysis),
-        findings=[_finding(run, _main(found[run.label])) for run in runs if run.changed],
+        findings=[_finding(run, c) for run in runs if (c := _main(found[run.label])) is not None],
         footer=f"doratune {doratune.__version__}" + (f" · {command}" if command else ""),
     )
     _pattern(page, runs, found)
@@ -70,9 +70,8 @@ def sentence(run: Run, c: Correlation | None) -> str:
     return f"{run.label}: r = {plots.number(c.value)} {plots.interval(c)}".rstrip() + f", {told}."
 
 
-def _main(found: dict[str, Correlation]) -> Correlation:
-    nothing = Correlation(None, None, None, None, None, 0, 0)
-    return found.get(OVERALL) or next(iter(found.values()), nothing)
+def _main(found: dict[str, Correlation]) -> Correlation | None:
+    return found.get(OVERALL) or next(iter(found.values()), None)
 
 
 def _facts(analysis: Analysis) -> list[tuple[str, str]]:
@@ -80,19 +79,17 @@ def _facts(analysis: Analysis) -> list[tuple[str, str]]:
     for run in analysis.runs:
         steps = run.checkpoints[0] if len(run.checkpoints) == 1 else f"{len(run.checkpoints)} checkpoints"
         weights = len({point.path for point in run.points})
-        method = plots.METHODS.get(run.method, run.method)
-        told = [*([] if method == run.label else [method]), steps, f"{weights} weights"]
+        told = [*([] if run.method_name == run.label else [run.method_name]), steps, f"{weights} weights"]
         facts.append((run.label, ", ".join(told)))
     return facts
 
 
 def _finding(run: Run, c: Correlation) -> tuple[str, str, str]:
-    paper = PAPER.get(plots.METHODS.get(run.method, ""))
     end = run.correlation(None if len(run.kinds) > 1 else run.kinds[0], len(run.checkpoints) - 1)
     beside = [
         plots.interval(c),
         f"last checkpoint alone {plots.number(end.value)}" if len(run.checkpoints) > 1 else "",
-        f"paper {plots.number(paper)}" if paper is not None else "",
+        f"paper {plots.number(run.paper)}",
     ]
     return f"{run.label}: r", plots.number(c.value), "\n".join(part for part in beside if part)
 
@@ -132,8 +129,7 @@ def _correlations(runs: Sequence[Run], found: dict[str, dict[str, Correlation]])
     for run in runs:
         for kind, c in found[run.label].items():
             end = run.correlation(None if kind == OVERALL else kind, len(run.checkpoints) - 1).value
-            paper = PAPER.get(plots.METHODS.get(run.method, ""))
-            rows.append([run.label, kind, c.value, c.low, c.high, c.sign, end, paper, c.slope, c.points, c.layers])
+            rows.append([run.label, kind, c.value, c.low, c.high, c.sign, end, run.paper, c.slope, c.points, c.layers])
     return Table(
         "correlations", columns, rows, "Over all kinds each weight counts by its distance from its kind's mean."
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from doratune.extras import require
-from doratune.study.analysis import PAPER, Point, Run
+from doratune.study.analysis import Point, Run
 from doratune.study.correlation import CONFIDENCE, Correlation
 from doratune.study.names import natural
 from doratune.study.page import Plot
@@ -27,8 +27,6 @@ from doratune.study.plots import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-METHODS = {"full": "full fine-tuning", "lora": "LoRA", "dora": "DoRA"}
-"""What a run's method is called in the paper."""
 RANKS = (*range(1, 9), *range(10, 17, 2), *range(20, 33, 4), *range(40, 65, 8))
 """Singular values that are drawn; the numbers beside the page hold all."""
 LEAST = 1e-3
@@ -115,10 +113,9 @@ def correlations(runs: Sequence[Run], found: Mapping[str, Mapping[str, Correlati
         for index, run in enumerate(runs):
             colour = COLOURS[index % len(COLOURS)]
             axes.plot([], [], "o-", color=colour, markersize=5, linewidth=2.6, label=run.label)
-            value = PAPER.get(METHODS.get(run.method, ""))
-            if value is not None:
-                axes.axvline(value, color=colour, linewidth=1, linestyle=":", zorder=0)
-                axes.text(value, 1.2, f"paper {number(value)}", color=colour, fontsize=7.5, ha="center", va="bottom")
+            axes.axvline(run.paper, color=colour, linewidth=1, linestyle=":", zorder=0)
+            paper = f"paper {number(run.paper)}"
+            axes.text(run.paper, 1.2, paper, color=colour, fontsize=7.5, ha="center", va="bottom")
         axes.axvline(0, color=MUTED, linewidth=0.8)
         axes.set_yticks([at for at, _ in ticks], [kind for _, kind in ticks])
         axes.tick_params(axis="y", length=0, labelcolor=INK)

@@ -12,7 +12,7 @@ and the change itself splits without remainder::
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -179,15 +179,36 @@ def _chosen(holder: AdapterHolder | None, path: str, module: nn.Module) -> nn.Mo
 
 
 def _of_rows(weight: WeightRows) -> Matrix:
-    def read(rows: slice) -> Tensor:
-        parts = []
-        for outer, tile in weight.tiles():
-            start, stop = max(rows.start, outer.start), min(rows.stop, outer.stop)
-            if start < stop:
-                parts.append(tile[start - outer.start : stop - outer.start].double())
-        return torch.cat(parts)
+    return Matrix(weight.shape, _Walk(weight), weight.matrices)
 
-    return Matrix(weight.shape, read, weight.matrices)
+
+class _Walk:
+    """Rows of W, slice after slice: tiles that are made for the occasion are made once from the first row to the last."""
+
+    def __init__(self, weight: WeightRows) -> None:
+        self.weight = weight
+        self._begin()
+
+    def _begin(self) -> None:
+        self.tiles: Iterator[tuple[slice, Tensor]] = iter(())
+        self.outer, self.tile = slice(0, 0), torch.empty(0)
+
+    def __call__(self, rows: slice) -> Tensor:
+        """Those rows in float64."""
+        if rows.start < self.outer.start or self.outer.stop == 0:
+            self.tiles = iter(self.weight.tiles())
+            self.outer, self.tile = next(self.tiles)
+        parts = []
+        while True:
+            start, stop = max(rows.start, self.outer.start), min(rows.stop, self.outer.stop)
+            if start < stop:
+                parts.append(self.tile[start - self.outer.start : stop - self.outer.start].double())
+            if rows.stop <= self.outer.stop:
+                break
+            self.outer, self.tile = next(self.tiles)
+        if rows.stop == self.weight.shape[0]:
+            self._begin()  # nothing of W's size stays, and the next walk sees W as it is then
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _of_layer(layer: AdaptedLayer) -> Matrix:
@@ -196,12 +217,5 @@ def _of_layer(layer: AdaptedLayer) -> Matrix:
     name = layer.active
     if name is None or not layer.enabled:
         return weight
-    low_rank = name in layer.lora_A
-    return adapted(
-        weight,
-        layer.lora_A[name].detach() if low_rank else None,
-        layer.lora_B[name].detach() if low_rank else None,
-        layer.magnitude[name].detach() if name in layer.magnitude else None,
-        layer.adapters[name].scale,
-        zero_m_is_plain=True,
-    )
+    A, B, m = (None if part is None else part.detach() for part in layer.whole_parts(name))
+    return adapted(weight, A, B, m, layer.adapters[name].scale, zero_m_is_plain=True)

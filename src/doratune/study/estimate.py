@@ -63,8 +63,7 @@ class Estimate:
     @property
     def total(self) -> int:
         """Highest level of memory, in bytes."""
-        parts = self.weights + self.gathered + self.adapters + self.gradients + self.optimizer
-        return parts + self.activations
+        return self.weights + self.gathered + self.adapters + self.gradients + self.optimizer + self.activations
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def estimate(
         AdapterError: if the configuration is not one of a causal language model whose step can be counted.
     """
     _refuse_encoder(config)
-    has_norms = adapter.method == "dora" and not _without_rank(adapter)
+    has_norms = adapter.method == "dora" and 0 not in (adapter.rank, *adapter.rank_pattern.values())
     step = (batch_size, tokens), dtype, gradient_checkpointing
     try:
         run = _count(_model(config, adapter, dtype))
@@ -162,10 +161,6 @@ def _refuse_encoder(config: Any) -> None:
         kind = kind or "an encoder"
     if kind:
         raise AdapterError(f"a step of a {config.model_type} cannot be estimated: it is {kind}; {SERVED}")
-
-
-def _without_rank(adapter: AdapterConfig) -> bool:
-    return adapter.rank == 0 or 0 in adapter.rank_pattern.values()
 
 
 def _extrapolated(

@@ -92,16 +92,14 @@ def style() -> Iterator[None]:
     Raises:
         AdapterError: if matplotlib is not installed.
     """
-    matplotlib = require("matplotlib", "study")
-    known = {key: value for key, value in _STYLE.items() if key in matplotlib.rcParams}
-    with matplotlib.rc_context(known):
+    with require("matplotlib", "study").rc_context(_STYLE):
         yield
 
 
-def new_figure(width: float = 4.0, height: float = 3.1, **subplots: Any) -> tuple[Figure, Any]:
+def new_figure(width: float = 4.0, height: float = 3.1) -> tuple[Figure, Any]:
     """A figure of so many inches and its axes; without pyplot, so nothing has to be closed."""
     figure = require("matplotlib.figure", "study").Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(**subplots)
+    return figure, figure.subplots()
 
 
 def ordered_colours(count: int) -> list[str]:

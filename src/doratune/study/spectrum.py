@@ -117,6 +117,6 @@ def effective_rank(values: list[float]) -> float:
 
 def _low_rank(W: Tensor, count: int) -> tuple[Tensor, Tensor]:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # the CPU's alone: training may go on on a GPU
         U, S, _ = torch.svd_lowrank(W, q=min(count, *W.shape), niter=ITERATIONS)
     return U, S

@@ -23,14 +23,10 @@ from doratune.weight_files import header, read_tensor, weight_files
 FLOATS = ("F64", "F32", "F16", "BF16")
 EMBEDDING = re.compile(r"(.*\.)?(\w*embed(ding|dings|s)?(_tokens|_positions)?|wte|wpe|shared)")
 """Paths of ``nn.Embedding`` as models name them."""
-CONV1D = {
-    "gpt2": r"(.*\.)?(c_attn|q_attn|c_proj|c_fc)",
-    "imagegpt": r"(.*\.)?(c_attn|q_attn|c_proj|c_fc)",
-    "decision_transformer": r"(.*\.)?(c_attn|q_attn|c_proj|c_fc)",
-    "openai-gpt": r"(.*\.)?(c_attn|c_proj|c_fc)",
-    "clvp": r"(.*\.)?(c_attn|q_attn|c_proj|c_fc)",
-}
-"""By model type, paths of layers that store ``[in, out]``."""
+WITH_CONV1D = ("gpt2", "imagegpt", "decision_transformer", "openai-gpt", "clvp")
+"""Types of models with transformers' ``Conv1D``, which stores ``[in, out]``."""
+CONV1D = re.compile(r"(.*\.)?(c_attn|q_attn|c_proj|c_fc)")
+"""Paths of such layers."""
 PACKED = "in_proj_weight"
 HEADS = ("lm_head", "embed_out")
 WRITES = re.compile(r"For\w*LM|LMHead|ForConditionalGeneration|ForPreTraining|MTModel|DoubleHeads|Decoder|2Text")
@@ -70,7 +66,7 @@ class StoredWeights:
         self.left_out: dict[str, str] = {}
         self._places: dict[str, _Place] = {}
         config = _model_config(source)
-        self._conv1d = re.compile(CONV1D.get(config.get("model_type", ""), r"(?!)"))
+        self._transposed = [EMBEDDING, CONV1D] if config.get("model_type") in WITH_CONV1D else [EMBEDDING]
         tied = _is_tied(config)
         headers = {file: header(file) for file in weight_files(source)}
         quantised = {key.rpartition(".")[0] for keys in headers.values() for key in keys if _quantised(keys, key)}
@@ -94,7 +90,7 @@ class StoredWeights:
                 self._places[f"{path}.{part}"] = _Place(file, key, part=slice(index * size, (index + 1) * size))
                 self.shapes[f"{path}.{part}"] = (size, shape[1])
             return
-        transposed = len(shape) == 2 and bool(EMBEDDING.fullmatch(path) or self._conv1d.fullmatch(path))
+        transposed = len(shape) == 2 and any(names.fullmatch(path) for names in self._transposed)
         self._places[path] = _Place(file, key, transposed)
         rows, columns = flat(shape)
         self.shapes[path] = (columns, rows) if transposed else (rows, columns)

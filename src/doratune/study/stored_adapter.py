@@ -9,9 +9,8 @@ from pathlib import Path
 from doratune.checkpoint import LISTED
 from doratune.contents import KEY, PREFIX
 from doratune.errors import AdapterError
-from doratune.files import WEIGHTS, read_config
+from doratune.files import WEIGHTS
 from doratune.own_options import with_own_options
-from doratune.peft_config import from_peft
 from doratune.study.adapter_file import inspect_adapter
 from doratune.study.matrix import Matrix, adapted
 from doratune.study.stored import flat
@@ -34,8 +33,7 @@ class StoredAdapter:
         if report.broken:
             raise AdapterError.of(f"{folder / WEIGHTS} cannot be used", report.broken, at_most=LISTED)
         self.file = folder / WEIGHTS
-        options = from_peft(read_config(folder), str(folder)).config
-        self.config = with_own_options(options, read_metadata(self.file))
+        self.config = with_own_options(report.config, read_metadata(self.file))
         self.method = self.config.method
         self.shapes: dict[str, tuple[int, int]] = {}
         self.left_out: dict[str, str] = {}

@@ -8,10 +8,13 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich import progress
+from rich.console import Console
+from transformers import TrainerCallback
 
 from doratune.errors import DivergedError
-from doratune.extras import require
 from doratune.files import write_whole
 from doratune.train.config import TrainConfig
 from doratune.train.output import METRICS
@@ -19,12 +22,6 @@ from doratune.train.processes import is_first_asked
 from doratune.train.results import peak_memory, read_metrics
 from doratune.train.resuming import since_best
 from doratune.train.tasks.prepared import Prepared
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from transformers import TrainerCallback
-else:
-    TrainerCallback = require("transformers").TrainerCallback
 
 _UNITS = (
     *("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"),
@@ -89,8 +86,6 @@ class Progress(TrainerCallback):
     """A progress bar with loss, speed, memory and time left; where there is no terminal, ten lines of text."""
 
     def __init__(self, console: Console, unit: str, examples: int | None, before: dict[str, float]) -> None:
-        from rich import progress
-
         self.console, self.unit, self.examples = console, unit, examples
         self.bar = progress.Progress(
             progress.TextColumn("{task.fields[told]}"),  # one column: a narrow terminal cuts its end, and nothing else
@@ -113,7 +108,6 @@ class Progress(TrainerCallback):
         self.bar.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Advance."""
         self.bar.update(self.task, completed=state.global_step, told=self._told(args, state))
 
     def speed(self, args: Any, state: Any) -> float:
@@ -131,18 +125,14 @@ class Progress(TrainerCallback):
         return "  ".join([*parts, speed_told, f"{memory:.1f} GiB"])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Take over the newest values."""
         self.held_out = _held_out(logs or {}) or self.held_out
         self.measuring += (logs or {}).get("eval_runtime", 0.0)
         if "loss" not in (logs or {}):
             return
         self.loss = f"{(logs or {})['loss']:.3f}"
         if not self.console.is_terminal and state.global_step >= self.next_line:
-            self._print_line(args, state)
-
-    def _print_line(self, args: Any, state: Any) -> None:
-        self.next_line = state.global_step + max(1, state.max_steps // 10)
-        self.console.print(self._told(args, state), soft_wrap=True)
+            self.next_line = state.global_step + max(1, state.max_steps // 10)
+            self.console.print(self._told(args, state), soft_wrap=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the bar as it stands."""
@@ -160,31 +150,19 @@ class NewEpoch(TrainerCallback):
         self.data = data
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the number."""
         self.data.epoch = int(state.epoch or 0)
 
 
 def recording(config: TrainConfig, prepared: Prepared) -> list[TrainerCallback]:
-    """What a run needs from its first measurement on: the record, and what changes images or looks for the best."""
+    """What a run needs from its first measurement on: the record, and what changes images or stops behind the best."""
     callbacks: list[TrainerCallback] = [
         MetricsFile(config.output / METRICS, prepared.unit, prepared.examples, writes=is_first_asked())
     ]
     if config.augment:
         callbacks.append(NewEpoch(prepared.train))
-    if config.keep_best:
-        callbacks.append(MeasuredEnd())
     if config.patience is not None:
         callbacks.append(Patience(config.patience))
     return callbacks
-
-
-class MeasuredEnd(TrainerCallback):
-    """Measures after the last step, too, which may be the best."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for it."""
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = True
 
 
 class Patience(TrainerCallback):
@@ -211,7 +189,6 @@ class OnceBegun(TrainerCallback):
         self.what = what
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Do it."""
         self.what()
 
 
@@ -222,7 +199,6 @@ class AfterBatch(TrainerCallback):
         self.what = what
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Do it."""
         self.what()
 
 
@@ -234,14 +210,9 @@ def seen(unit: str, examples: int | None, args: Any, state: Any) -> int:
     if not examples:
         return int(state.global_step * batch * args.gradient_accumulation_steps)
     # The last batch of an epoch is what is left, and so is the last step: batches are counted, not steps.
-    in_epoch = batches(examples, args)
+    in_epoch = math.ceil(math.ceil(examples / args.train_batch_size) / args.world_size)  # that each process takes
     epochs, more = divmod(round((state.epoch or 0) * in_epoch), in_epoch)
     return epochs * examples + min(more * batch, examples)
-
-
-def batches(examples: int, args: Any) -> int:
-    """Batches that each process takes from the data in an epoch."""
-    return math.ceil(math.ceil(examples / args.train_batch_size) / args.world_size)
 
 
 def _held_out(values: dict[str, float]) -> list[str]:

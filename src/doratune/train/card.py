@@ -44,12 +44,13 @@ def _metadata(config: TrainConfig, result: TrainResult) -> str:
 def _text(config: TrainConfig, result: TrainResult) -> str:
     from doratune import __version__
 
+    precision = result.dtype + (f", base quantised ({config.quantize})" if config.quantize else "")
     counted = "token" if result.unit == "tokens" else "example"
     rows = "\n".join(f"| {name} | {value} |" for name, value in result.rows())
     return f"""# {NAMES[config.method]} of {Path(config.model).name}
 
 {_about(config)} Trained with doratune {__version__} for {config.task}: {result.steps:,} steps, \
-{_precision(config, result)}, seed {result.seed}. One run; losses are in nats per {counted}.
+{precision}, seed {result.seed}. One run; losses are in nats per {counted}.
 
 | | |
 |---|---|
@@ -79,10 +80,6 @@ def _about(config: TrainConfig) -> str:
     if config.start_from is None:
         return told
     return f"{told} Begun from {config.start_from if is_hub_name(config.start_from) else 'another adapter'}."
-
-
-def _precision(config: TrainConfig, result: TrainResult) -> str:
-    return result.dtype + (f", base quantised ({config.quantize})" if config.quantize else "")
 
 
 def _python(config: TrainConfig, result: TrainResult) -> str:

@@ -65,6 +65,10 @@ class AdapterOptions(AdapterConfig):
         """Checked by ``TrainConfig.adapter_config``."""
 
 
+ADAPTER_OPTIONS = tuple(f.name for f in dataclasses.fields(AdapterOptions) if f.name != "method")
+"""Those that are flags and keys of a recipe: the method is the run's."""
+
+
 @dataclass
 class TrainConfig:
     """Fine-tune a language model on text, or a language or vision model to classify.

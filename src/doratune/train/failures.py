@@ -57,9 +57,14 @@ def resume_command(config: TrainConfig) -> str:
     return f"{program} train --recipe {shlex.quote(str(config.output / RECIPE))} --resume"
 
 
+def tells_of_no_room(error: Exception) -> bool:
+    """Whether a disk or a quota is full."""
+    number = error.errno if isinstance(error, OSError) else None
+    return number in NO_ROOM or any(sign in str(error).lower() for sign in NO_ROOM_SIGNS)
+
+
 def _cause(error: Exception, config: TrainConfig) -> str | None:
     said = str(error).lower()
-    number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in said for sign in MEMORY_SIGNS):
         advice = [f"a smaller batch_size (now {config.batch_size}) with more gradient_accumulation"]
         if config.task == "image-classification":
@@ -71,7 +76,7 @@ def _cause(error: Exception, config: TrainConfig) -> str | None:
         if config.is_adapter and not config.quantize:
             advice.append("--quantize nf4")
         return f"out of memory: {first_line(error)}. Try {', '.join(advice)}"
-    if number in NO_ROOM or any(sign in said for sign in NO_ROOM_SIGNS):
+    if tells_of_no_room(error):
         free = shutil.disk_usage(config.output).free / 1e6
         return (
             f"writing to {config.output} failed: {first_line(error)} ({free:,.0f} MB are free). Make room, or name an "

@@ -11,20 +11,16 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
+from transformers import TrainerCallback
 
 from doratune.errors import Interrupted, Terminated
-from doratune.extras import require
 from doratune.train.config import TrainConfig
 from doratune.train.failures import kept
 from doratune.train.output import CHECKPOINTS
 from doratune.train.processes import processes_asked
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from transformers import TrainerCallback
-else:
-    TrainerCallback = require("transformers").TrainerCallback
 
 ENDS: dict[int, type[KeyboardInterrupt]] = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 """What each signal that is heard raises."""
@@ -47,8 +43,7 @@ def told(config: TrainConfig, console: Console) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        line = f"Interrupted. {kept(config, config.output / CHECKPOINTS)}"
-        console.print(line, emoji=False, markup=False, highlight=False, soft_wrap=True)
+        console.out(f"Interrupted. {kept(config, config.output / CHECKPOINTS)}", highlight=False)
         raise Interrupted(143 if isinstance(stop, Terminated) else 130) from None
     finally:
         if hears:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from doratune.files import read_config
+from doratune.files import CONFIG, read_config
 from doratune.hub import is_path
 from doratune.train.information import Information
 
@@ -24,6 +24,11 @@ def model_problem(name: str) -> str | None:
     if is_path(name):
         return f"model {name}: no such folder"
     return None
+
+
+def is_model(folder: Path) -> bool:
+    """Whether this is a folder of a whole model rather than of an adapter, beside which Axolotl puts a config.json."""
+    return (folder / "config.json").is_file() and not (folder / CONFIG).is_file()
 
 
 def place_of(name: str) -> str:

@@ -13,12 +13,12 @@ import torch
 
 from doratune.errors import AdapterError, first_line
 from doratune.extras import require
-from doratune.files import CONFIG, read_config, read_weights
+from doratune.files import read_config, read_weights
 from doratune.ops.hardware import multiplies
 from doratune.targets import HEAD_NAMES
 from doratune.train.choices import Dtype
 from doratune.train.information import Information
-from doratune.train.model_names import NAMELESS, base_name, model_problem
+from doratune.train.model_names import NAMELESS, base_name, is_model, model_problem
 
 LOADERS = {
     "text-generation": "AutoModelForCausalLM",
@@ -32,6 +32,8 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation of red, green and blue, as most vision models but the first ViT were pretrained with."""
 TOKENIZER_FILES = ("*token*", "vocab*", "*.model", "*.gguf")
 """Without any of these a folder has no tokenizer."""
+PREPROCESSOR = "preprocessor_config.json"
+"""How images become a model's input."""
 SAVED_HEAD = re.compile(r"(^|\.)(score|classifier|classification_head)(\.out_proj)?\.weight$")
 """Names of the weight that gives the logits, in an adapter's file. Its rows are the classes."""
 CLASSIFIERS = ("text-classification", "image-classification", "SEQ_CLS")
@@ -102,7 +104,7 @@ def load_base(
     """
     folder = Path(folder)
     about = Information.load(folder)
-    if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():  # Axolotl puts one beside adapters
+    if is_model(folder):
         return load_model(str(folder), dtype, about.task if about else None, about.labels if about else (), options)
     name = base_name(folder, base)
     if name is None:
@@ -151,8 +153,7 @@ def _load(
     if task != "image-classification" and labels and model.config.pad_token_id is None:
         end = model.config.eos_token_id  # language models classify the last token before the padding
         model.config.pad_token_id = end[0] if isinstance(end, list) else end
-    mismatched = {key if isinstance(key, str) else key[0] for key in found.get("mismatched_keys", ())}
-    return model, set(found.get("missing_keys", ())) | mismatched
+    return model, {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
 
 
 def image_classifier(config: Any) -> Any:
@@ -239,7 +240,7 @@ def load_image_processor(name: str, size: int | None = None) -> Any:
         problem = "is not among the image models served" if image_classifier(config) else "takes no images"
         raise AdapterError(f"model {name}: a {config.model_type} {problem}; name a ViT, DINOv2 or Swin")
     with _loading("image processor", name) as (transformers, source, options):
-        if options and not (Path(source) / "preprocessor_config.json").is_file():
+        if options and not (Path(source) / PREPROCESSOR).is_file():
             own = size or config.image_size
             height, width = (own, own) if isinstance(own, int) else own
             mean, deviation = ((0.5,) * 3, (0.5,) * 3) if config.model_type == "vit" else IMAGENET

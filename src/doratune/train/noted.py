@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from doratune.train.config import TrainConfig
 from doratune.train.information import Information
 from doratune.train.tasks.prepared import Prepared
 
-if TYPE_CHECKING:
-    from transformers import Trainer
-else:
-    Trainer = object
+Trainer: Any = object  # transformers' is the next base of the classes made with this one
 
 
 class Noted(Trainer):

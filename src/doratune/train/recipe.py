@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 from doratune import __version__
 from doratune.errors import AdapterError
 from doratune.files import write_whole
-from doratune.train.config import AdapterOptions, TrainConfig, comparable
+from doratune.train.config import ADAPTER_OPTIONS, AdapterOptions, TrainConfig, comparable
 from doratune.train.option_types import NOTHING, converted, describe, fits
 from doratune.train.start import decided, resolved
 
@@ -86,15 +86,13 @@ def from_toml(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
         problems.append(f"adapter: expected a table, found {table!r}")
         table = {}
     run_types = get_type_hints(TrainConfig)
-    adapter_types = {f.name: get_type_hints(AdapterOptions)[f.name] for f in dataclasses.fields(AdapterOptions)}
-    del adapter_types["method"]
+    adapter_types = {name: hint for name, hint in get_type_hints(AdapterOptions).items() if name in ADAPTER_OPTIONS}
     for name in NOT_IN_RECIPES:
         del run_types[name]
     run: dict[str, Any] = {}
     adapter: dict[str, Any] = {}
-    own = ((key, value, False) for key, value in raw.items() if key != "adapter")
-    entries = [*own, *((k, v, True) for k, v in table.items())]
-    for key, value, inside in entries:
+    given = [(key, value, False) for key, value in raw.items() if key != "adapter"]
+    for key, value, inside in [*given, *((key, value, True) for key, value in table.items())]:
         name = key.replace("-", "_")
         home, hints = (adapter, adapter_types) if inside or name not in run_types else (run, run_types)
         if inside and name in run_types:
@@ -120,10 +118,7 @@ def from_toml(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
 def entries(config: TrainConfig) -> dict[str, Any]:
     """Every option of a run by its key in a recipe, the adapter's among them."""
     run = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in NOT_IN_RECIPES}
-    adapter = {
-        f.name: getattr(config.adapter, f.name) for f in dataclasses.fields(AdapterOptions) if f.name != "method"
-    }
-    return {**run, **adapter}
+    return {**run, **{name: getattr(config.adapter, name) for name in ADAPTER_OPTIONS}}
 
 
 def save_recipe(path: Path, config: TrainConfig) -> None:
@@ -139,12 +134,11 @@ def differences(path: Path, config: TrainConfig) -> list[str]:
     """Options that are not as in a recipe that was saved, one line each."""
     saved = entries(TrainConfig(**load_recipe(path)))
     ignored = ("resume", "output")
-    adapter = {field.name for field in dataclasses.fields(AdapterOptions)}
     return [
         f"{key} was {as_toml(saved[key])}, is {as_toml(value)}"
         for key, value in entries(config).items()
         if key not in ignored and as_toml(value) != as_toml(saved[key])
-        if key not in adapter or comparable(value) != comparable(saved[key])
+        if key not in ADAPTER_OPTIONS or comparable(value) != comparable(saved[key])
     ]
 
 

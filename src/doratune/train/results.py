@@ -10,16 +10,14 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from rich.table import Table
 
 from doratune.files import write_whole
 from doratune.train.models import LOADERS
 from doratune.train.output import RESULTS
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 LARGEST_EXPONENT = 700.0
 """exp of more does not fit a float."""
@@ -109,8 +107,6 @@ class TrainResult:
 
     def table(self) -> Table:
         """The run in one table."""
-        from rich.table import Table
-
         title = f"{self.task} by {self.method}, {self.steps} steps on {self.device} in {self.dtype}"
         table = Table(title=title, show_header=False)
         for name, value in self.rows():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
 
 from doratune.checkpoint import inexpressible, save_adapter
 from doratune.distributed import is_first, is_spread, processes
@@ -26,12 +28,10 @@ from doratune.train.noted import information
 from doratune.train.output import CHECKPOINTS, CURVES, METRICS, RECIPE
 from doratune.train.processes import is_first_asked
 from doratune.train.results import TrainResult, peak_memory, read_metrics
+from doratune.train.sample import continuation
 from doratune.train.sources import path_of
 from doratune.train.tasks import task_of
 from doratune.train.tasks.prepared import Prepared
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
@@ -49,8 +49,6 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
     if found := problems(config) or ([] if config.recipe else start.overruled(config)):
         raise AdapterError.of("these options cannot work", found)
     require("transformers")
-    from rich.console import Console
-
     from doratune.train.interruption import told
 
     if console is None or not is_first_asked():
@@ -64,7 +62,7 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
 
     from doratune.train.callbacks import recording
 
-    say = functools.partial(_say, console)
+    say = functools.partial(console.out, highlight=False)
     for line in start.described(config):
         say(line)
     config = start.resolved(config)
@@ -133,10 +131,6 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
             write_card(folder, config, result)
             result.save(config.output)
     return result
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, emoji=False, markup=False, highlight=False, soft_wrap=True)
 
 
 def problems(config: TrainConfig) -> list[str]:
@@ -210,7 +204,8 @@ def _fit(
             raise interruption.asked
         if config.patience and trainer.state.global_step < trainer.state.max_steps:
             steps = f"step {trainer.state.global_step} of {trainer.state.max_steps}"
-            _say(console, f"ended at {steps}: no lower held-out loss in {config.patience} measurements (patience)")
+            ended = f"ended at {steps}: no lower held-out loss in {config.patience} measurements (patience)"
+            console.out(ended, highlight=False)
     finally:
         progress.close()
         interruption.close()
@@ -228,7 +223,8 @@ def _resumed(config: TrainConfig, state: Any, console: Console) -> None:
     best = state.best_global_step
     lost = bool(best) and not (config.output / CHECKPOINTS / f"checkpoint-{best}").is_dir()
     if lost and config.keep_best:
-        _say(console, f"step {best}, the best so far, has no checkpoint any more: the best from here on is kept")
+        gone = f"step {best}, the best so far, has no checkpoint any more: the best from here on is kept"
+        console.out(gone, highlight=False)
     if lost or not config.keep_best:  # the Trainer would report it as kept, or delete the last checkpoint in its favour
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
     if is_first():
@@ -243,8 +239,6 @@ def _measured(trainer: Any, step: int) -> dict[str, float]:
 
 
 def _sample(config: TrainConfig, model: Any, prepared: Prepared) -> str | None:
-    from doratune.train.sample import continuation
-
     if config.prompt is None:
         return None
     return continuation(model, prepared.processor, config.prompt, config.sample_tokens)

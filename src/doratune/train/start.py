@@ -20,7 +20,7 @@ from doratune.own_options import with_own_options
 from doratune.peft_config import from_peft
 from doratune.targets import plain_path, unwrap
 from doratune.train.checkpoints import find_last
-from doratune.train.config import TrainConfig, comparable
+from doratune.train.config import ADAPTER_OPTIONS, TrainConfig, comparable
 from doratune.train.gather import Say
 from doratune.train.information import Information
 from doratune.train.model_names import base_name, place_of
@@ -29,7 +29,7 @@ from doratune.train.output import CHECKPOINTS
 from doratune.train.without_effect import DECIDED, LOW_RANK
 from doratune.weight_files import header, read_metadata
 
-OF_THE_RUN = tuple(f.name for f in dataclasses.fields(AdapterConfig) if f.name not in (*DECIDED, "method"))
+OF_THE_RUN = tuple(name for name in ADAPTER_OPTIONS if name not in DECIDED)
 """Options of the adapter that say how it is trained. They are the run's, as learning rates are."""
 LOST = {
     ("dora", "lora"): "its magnitudes would be lost",
@@ -55,10 +55,14 @@ class Start:
     about: Information | None
 
     @property
-    def used(self) -> tuple[str, ...]:
-        """Options of an adapter that have an effect."""
-        vain = (*LOW_RANK, "norm_gradient") if self.method == "magnitude" else ()
-        return tuple(name for name in (*DECIDED, *OF_THE_RUN) if name not in vain)
+    def vain(self) -> tuple[str, ...]:
+        """Options of an adapter that have no effect."""
+        return (*LOW_RANK, "norm_gradient") if self.method == "magnitude" else ()
+
+    @property
+    def decided(self) -> dict[str, Any]:
+        """Options of the adapter that are those of the file."""
+        return {name: getattr(self.config, name) for name in DECIDED if name not in self.vain}
 
     @classmethod
     def read(cls, name: str) -> Start:
@@ -127,7 +131,7 @@ def decided(config: TrainConfig) -> tuple[str, ...]:
     """
     if config.start_from is None or not config.is_adapter:
         return ()
-    return tuple(name for name in Start.read(config.start_from).used if name in DECIDED)
+    return tuple(Start.read(config.start_from).decided)
 
 
 def overruled(config: TrainConfig) -> list[str]:
@@ -137,8 +141,8 @@ def overruled(config: TrainConfig) -> list[str]:
     start = Start.read(config.start_from)
     plain = AdapterConfig()
     lines = []
-    for name in decided(config):
-        given, own = getattr(config.adapter, name), getattr(start.config, name)
+    for name, own in start.decided.items():
+        given = getattr(config.adapter, name)
         if comparable(given) not in (comparable(getattr(plain, name)), comparable(own)):
             lines.append(f"{name} is {_told(own)} as in {start.folder}, not {_told(given)}")
     return lines
@@ -156,9 +160,8 @@ def resolved(config: TrainConfig) -> TrainConfig:
     """
     if config.start_from is None or not config.is_adapter:
         return config
-    own = Start.read(config.start_from).config
-    values = {name: getattr(own, name) for name in decided(config)}
-    return dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, **values))
+    own = Start.read(config.start_from).decided
+    return dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, **own))
 
 
 def described(config: TrainConfig) -> Iterator[str]:
@@ -182,7 +185,7 @@ def described(config: TrainConfig) -> Iterator[str]:
         yield f"{start.folder} was trained for {start.about.task}: the head is new"
     for name in OF_THE_RUN:
         was, now = getattr(own, name), getattr(config.adapter, name)
-        was_used = name in start.used and (name == "dropout" or start.method != "lora")
+        was_used = name not in start.vain and (name == "dropout" or start.method != "lora")
         if was_used and comparable(was) != comparable(now):
             yield f"{name} is {_told(now)} in this run, was {_told(was)} in {start.folder}"
     yield from overruled(config)

@@ -66,6 +66,16 @@ def plain(text: str, tokenizer: Any) -> list[int]:
     return ids
 
 
+def cut_texts(texts: Sequence[str], tokenizer: Any, length: int) -> tuple[list[list[int]], int]:
+    """Tokens of whole texts, special ones among them, and how many texts had to be cut to so many."""
+    options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    ids = tokenizer(list(texts), **options)["input_ids"]
+    longer = sum(len(row) > length for row in ids)
+    if longer:
+        ids = tokenizer(list(texts), truncation=True, max_length=length, **options)["input_ids"]
+    return ids, longer
+
+
 def written(ids: Sequence[int], new: Sequence[int], tokenizer: Any) -> str:
     """What new tokens add to the text; decoded alone they would lose a space that some tokenizers drop at a start."""
     before = tokenizer.decode(ids, skip_special_tokens=True)
@@ -98,7 +108,8 @@ def chat(
         system: what the system message says, if the messages do not begin with one.
 
     Raises:
-        BadRow: if roles, contents or tools are not those of a chat, or the template does not take them.
+        BadRow: if roles, contents or tools are not those of a chat, the assistant says nothing, or the template does
+            not take them.
     """
     turns, learns = conversation(messages, system)
     if any("tool_calls" in turn for turn in turns) and "tool_calls" not in (marked or tokenizer.chat_template):

@@ -10,9 +10,7 @@ with is the Trainer's own.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -204,8 +202,11 @@ class AdapterTrainerMixin(Trainer):
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             unmark(folder)
-        with self._without_rotation():  # older ones are deleted once this one is known to be whole
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # none is deleted before this one is whole
+        try:
             super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # every process has written its part
         if self.args.should_save:
             mark_complete(folder)
@@ -226,23 +227,12 @@ class AdapterTrainerMixin(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         with keeping_rates(self.optimizer, self.lr_scheduler):
-            self._load_both(checkpoint)
-
-    def _load_both(self, checkpoint: str) -> None:
-        if active_adapter(self.model) is None or not is_spread(self.model):
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        load = functools.partial(torch.load, map_location="cpu", weights_only=True)
-        load_whole_optimizer_state(self.optimizer, load(Path(checkpoint) / "optimizer.pt"))
-        self.lr_scheduler.load_state_dict(load(Path(checkpoint) / "scheduler.pt"))
-
-    @contextlib.contextmanager
-    def _without_rotation(self) -> Iterator[None]:
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            yield
-        finally:
-            self.args.save_total_limit = limit
+            if active_adapter(self.model) is None or not is_spread(self.model):
+                super()._load_optimizer_and_scheduler(checkpoint)
+                return
+            load = functools.partial(torch.load, map_location="cpu", weights_only=True)
+            load_whole_optimizer_state(self.optimizer, load(Path(checkpoint) / "optimizer.pt"))
+            self.lr_scheduler.load_state_dict(load(Path(checkpoint) / "scheduler.pt"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if active_adapter(self.model) is None:

@@ -5,15 +5,14 @@ Only flags are looked at. A recipe serves several methods, so that its values ma
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Iterator
 
-from doratune.train.config import AdapterOptions, TrainConfig
+from doratune.train.config import ADAPTER_OPTIONS, TrainConfig
 
 SIZES = ("rank", "alpha", "rank_pattern", "alpha_pattern", "rank_stabilized")
 LOW_RANK = (*SIZES, "dropout", "init", "lora_plus_ratio")
 MAGNITUDE = ("norm_gradient", "norm_refresh", "eight_bit_outputs", "magnitude_learning_rate", "magnitude_weight_decay")
-ADAPTER = (*(f.name for f in dataclasses.fields(AdapterOptions) if f.name != "method"), *LOW_RANK, *MAGNITUDE)
+ADAPTER = (*ADAPTER_OPTIONS, "lora_plus_ratio", "magnitude_learning_rate", "magnitude_weight_decay")
 DECIDED = (*SIZES, "init", "targets", "exclude", "bias", "modules_to_save")
 """What the file of an adapter says that training begins with; its other options say how it is trained."""
 WRITTEN = ("prompt_column", "completion_column", "messages_column", "prompt_template", "as_chat", "packing", "loss_on")

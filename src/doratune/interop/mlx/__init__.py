@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from doratune.checkpoint import LISTED, attach_filled, config_of, layers_to_save, tensors_to_save
 from doratune.config import AdapterConfig
 from doratune.contents import PREFIX, Contents, read_contents
-from doratune.distributed import is_first, is_spread
+from doratune.distributed import writes
 from doratune.errors import AdapterError
 from doratune.files import MLX_WEIGHTS, write_adapter
 from doratune.hub import adapter_folder
@@ -54,7 +54,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     if problems := grouped(findings):
         raise AdapterError.of(f"adapter {name!r} cannot be mlx-lm's", problems, at_most=LISTED)
     tensors = tensors_to_save(root, name)
-    if is_spread(root) and not is_first():
+    if not writes(root):
         return
     rank = max(1, *(layer.adapters[name].rank for layer in layers.values()))
     scale = max(layer.adapters[name].scale for layer in layers.values()) or 1.0  # 0 is that of magnitudes alone

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from doratune.config import Method
-from doratune.errors import AdapterError
+from doratune.errors import AdapterError, shown
 from doratune.files import CONFIG, MLX_WEIGHTS, is_mlx, read_any_config, read_weights
-from doratune.peft_config import MOST_RANKS
-
-_repr = reprlib.Repr()
-_repr.maxstring = _repr.maxother = 100
+from doratune.peft_fields import MOST_RANKS
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,7 @@ class AdapterFiles:
         inner = {"dropout": 0.0, "keys": None, **parameters} if isinstance(parameters, dict) else {}
         outer = {"fine_tune_type": "lora", **raw, "lora_parameters": inner or parameters}
         problems = [
-            f"{field}: expected {expected}, found {_repr.repr(values.get(field))}"
+            f"{field}: expected {expected}, found {shown(values.get(field))}"
             for values, fields in ((outer, OUTER), (inner, INNER if inner else {}))
             for field, (fits, expected) in fields.items()
             if not fits(values.get(field))

@@ -46,6 +46,11 @@ class Pair:
         return self.other.rank is not None and self.base.rank is not None
 
     @property
+    def name(self) -> str:
+        """Its name in tables and plots."""
+        return f"{self.other.name} − {self.base.name}"
+
+    @property
     def key(self) -> str:
         """Its name in files."""
         return f"{self.other.key}_minus_{self.base.key}"

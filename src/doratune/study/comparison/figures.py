@@ -68,7 +68,7 @@ def differences(findings: Findings) -> Drawn:
                 axes.plot(ends, [below, below], color=colour, linewidth=1.1, solid_capstyle="butt", zorder=3)
                 axes.scatter([gap.typical.middle], [below], s=18, color="white", edgecolors=colour, zorder=5)
             tips[gid] = [Tip(sentences.about_gap(findings, gap))]
-        _rows(axes, [f"{gap.pair.other.name} − {gap.pair.base.name}" for gap in findings.gaps])
+        _rows(axes, [gap.pair.name for gap in findings.gaps])
         better = "right" if findings.sign > 0 else "left"
         axes.set_xlabel(f"difference in {findings.unit}; {better} of 0 the first of the two is better")
     return figure, tips

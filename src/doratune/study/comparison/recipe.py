@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from doratune.study.comparison.contestants import (
     problem_of,
     uneven,
 )
-from doratune.train.config import AdapterOptions, TrainConfig
+from doratune.train.config import TrainConfig
 from doratune.train.option_types import converted, describe, fits
 from doratune.train.recipe import entries, find_recipe, from_toml, read_toml
 from doratune.train.sources import path_of
@@ -109,9 +110,7 @@ class Comparison:
         """One run. The same seed means the same order of data, start of the head and, at one rank, of A."""
         adapter = self.train.adapter
         if one.rank is not None:
-            values = {f.name: getattr(adapter, f.name) for f in dataclasses.fields(AdapterOptions)}
-            values |= {"rank": one.rank, "alpha": adapter.alpha / adapter.rank * one.rank}
-            adapter = AdapterOptions(**values)
+            adapter = dataclasses.replace(adapter, rank=one.rank, alpha=adapter.alpha / adapter.rank * one.rank)
         return dataclasses.replace(
             self.train,
             method=one.method,
@@ -124,14 +123,15 @@ class Comparison:
 
     def identity(self) -> dict[str, Any]:
         """What makes results comparable: every option that changes one, and the content of local data."""
-        run = {key: _plain(value) for key, value in entries(self.train).items() if key not in NOT_COMPARED}
-        grid = {f"compare.{key}": _plain(value) for key, value in dataclasses.asdict(self.grid).items()}
+        run = {key: value for key, value in entries(self.train).items() if key not in NOT_COMPARED}
+        grid = {f"compare.{key}": value for key, value in dataclasses.asdict(self.grid).items()}
         del grid["compare.seeds"], grid["compare.confidence"]
         train = self.train
         names = dict.fromkeys((*train.data, *train.eval_data, *train.test_data))
         scale = train.adapter.alpha / train.adapter.rank if train.adapter.rank else 0.0
         contents = {f"content of {name}": fingerprint(path_of(name)) for name in names if path_of(name).exists()}
-        return {**run, "alpha / rank": scale, **grid, "compare.ranks": list(self.ranks), **contents}
+        every = {**run, "alpha / rank": scale, **grid, "compare.ranks": self.ranks, **contents}
+        return json.loads(json.dumps(every, default=str))  # as the study gives it back
 
 
 def load(name: str, seeds: int | None = None) -> Comparison:
@@ -213,12 +213,3 @@ def fingerprint(path: Path) -> str:
             if file.is_file():
                 digest.update(f"{file.relative_to(path)} {file.stat().st_size}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, Path):
-        return str(value)
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -77,7 +77,7 @@ def _cards(findings: Findings) -> list[tuple[str, str, str]]:
     unit = findings.unit
     cards = [
         (
-            f"{gap.pair.other.name} − {gap.pair.base.name}",
+            gap.pair.name,
             sentences.number(gap.difference.mean, unit, signed=True),
             f"{unit}; {sentences.interval(gap.difference, unit)}",
         )
@@ -99,7 +99,7 @@ def _differences(section: Section, findings: Findings) -> None:
     )
     section.add(*(Text(sentences.about_gap(findings, gap)) for gap in findings.gaps))
     section.add(Plot("differences", figure, caption, tips, wide=True))
-    digits = ".2f" if findings.unit == "points" else ".4f"
+    digits = sentences.digits(findings.unit)
     columns = [Column("difference"), *(Column(n, f"+{digits}") for n in ("mean", "low", "high"))]
     columns += [Column("could be seen", digits, "with a chance of 80 %")]
     columns += [Column(f"typical {n}".strip(), f"+{digits}") for n in ("", "low", "high")]
@@ -110,11 +110,11 @@ def _differences(section: Section, findings: Findings) -> None:
     ]
     rows = []
     for gap in findings.gaps:
-        d, name = gap.difference, f"{gap.pair.other.name} − {gap.pair.base.name}"
+        d = gap.difference
         level = f"{sentences.percent(gap.confidence)} for {gap.together} together"
         few = (None, None, None, None)
         typical = few if gap.typical is None else dataclasses.astuple(gap.typical)
-        rows.append([name, d.mean, d.low, d.high, d.detectable, *typical, d.count, level])
+        rows.append([gap.pair.name, d.mean, d.low, d.high, d.detectable, *typical, d.count, level])
     caption = (
         f"In {findings.unit}. Typical: what one run that collapses hardly moves (Hodges-Lehmann estimate, interval of "
         "Wilcoxon's signed-rank test); none for too few seeds."
@@ -128,7 +128,7 @@ def _scores(section: Section, findings: Findings) -> None:
     section.add(
         Plot("scores", figure, f"Each mark is a seed; the line is the mean's {level} interval.", tips, wide=True)
     )
-    digits = ".2f" if findings.unit == "points" else ".4f"
+    digits = sentences.digits(findings.unit)
     columns = [Column("method"), Column("learning rate", "g"), *(Column(n, digits) for n in ("mean", "low", "high"))]
     rows = []
     for one in findings.standings:
@@ -148,7 +148,7 @@ def _learning_rates(section: Section, findings: Findings) -> None:
     seeds = findings.comparison.grid.sweep_seeds
     section.add(*(Text(line) for line in sentences.about_learning_rates(findings)))
     section.add(Plot("learning-rates", figure, f"Mean of {seeds} seeds; the chosen rate is ringed.", tips))
-    digits = ".2f" if findings.unit == "points" else ".4f"
+    digits = sentences.digits(findings.unit)
     rows = [
         [
             one.contestant.name,

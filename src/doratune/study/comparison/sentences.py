@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from doratune.study.comparison.contestants import RANKED
 from doratune.study.comparison.findings import Findings, Gap, Standing
@@ -12,14 +12,19 @@ from doratune.study.comparison.signed_rank import Typical
 from doratune.study.comparison.statistics import POWER, MeanInterval
 
 
+def digits(unit: str) -> str:
+    """How scores and differences are formatted: points with two digits after the point, nats with four."""
+    return ".2f" if unit == "points" else ".4f"
+
+
 def number(value: float, unit: str, signed: bool = False) -> str:
-    """A score or difference: points with two digits after the point, nats with four."""
-    return format(value, ("+" if signed else "") + (".2f" if unit == "points" else ".4f")).replace("-", "−")
+    """A score or difference."""
+    return format(value, ("+" if signed else "") + digits(unit)).replace("-", "−")
 
 
-def percent(share: float, digits: int = 0) -> str:
+def percent(share: float, places: int = 0) -> str:
     """A share in percent; without digits after the point only if there are none."""
-    return f"{100 * share:.{digits}f}\u00a0%" if digits else f"{round(100 * share, 6):g}\u00a0%"
+    return f"{100 * share:.{places}f}\u00a0%" if places else f"{round(100 * share, 6):g}\u00a0%"
 
 
 def interval(found: MeanInterval | Typical, unit: str, signed: bool = True) -> str:
@@ -143,7 +148,7 @@ def about_ranks(findings: Findings) -> Iterator[str]:
 
 
 def about_cost(findings: Findings) -> Iterator[str]:
-    """Extra parameters, and time and memory of a step."""
+    """Extra parameters."""
     for one in findings.standings:
         if one.sizes.get("magnitude") and one.sizes.get("direction"):
             yield (
@@ -158,17 +163,16 @@ def lead(findings: Findings) -> str:
     shown = [gap for gap in findings.gaps if gap.pair.is_claim] or findings.gaps
     told = [verdict(findings, gap) for gap in shown]
     if len(told) > 3:
-        told = [_summary(findings)]
+        told = [_summary(findings, shown)]
     told = told or ["There are too few runs for a difference."]
     return " ".join(filter(None, [*told, about_edges(findings), about_replaced(findings)]))
 
 
-def _summary(findings: Findings) -> str:
-    claims = [gap for gap in findings.gaps if gap.pair.is_claim] or findings.gaps
-    found = [gap for gap in claims if gap.difference.is_found]
+def _summary(findings: Findings, gaps: Sequence[Gap]) -> str:
+    found = [gap for gap in gaps if gap.difference.is_found]
     better = sum(gap.difference.mean * findings.sign > 0 for gap in found)
-    what = f"{len(found)} of {len(claims)} differences were found, {better} of them for the better"
+    what = f"{len(found)} of {len(gaps)} differences were found, {better} of them for the better"
     if not found:
-        what = f"None of {len(claims)} differences was found"
-    largest = number(max(gap.difference.largest for gap in claims), findings.unit)
+        what = f"None of {len(gaps)} differences was found"
+    largest = number(max(gap.difference.largest for gap in gaps), findings.unit)
     return f"{what}; the largest that any interval leaves possible is {largest} {findings.unit}."

@@ -17,7 +17,7 @@ from doratune.train.positions import check_length, longest_of
 from doratune.train.sources import TABLES, Row
 from doratune.train.tasks.division import divided
 from doratune.train.tasks.prepared import Prepared
-from doratune.train.tokens import string
+from doratune.train.tokens import cut_texts, string
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,7 @@ def _prepared(
 
 def _encoded(examples: Sequence[Example], names: tuple[str, ...], tokenizer: Any, length: int, say: Say) -> Any:
     datasets = require("datasets")
-    encoded = tokenizer([example.text for example in examples], return_attention_mask=False, verbose=False)["input_ids"]
-    longer = sum(len(ids) > length for ids in encoded)
+    encoded, longer = cut_texts([example.text for example in examples], tokenizer, length)
     if longer:
-        encoded = tokenizer(
-            [example.text for example in examples], truncation=True, max_length=length, return_attention_mask=False
-        )["input_ids"]
         say(f"{longer} of {len(examples)} texts were cut to {length} tokens (max_length)")
     return datasets.Dataset.from_dict({"input_ids": encoded, "labels": [names.index(e.label) for e in examples]})

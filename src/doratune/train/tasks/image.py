@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,8 +44,7 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
     """
     processor = load_image_processor(config.model, config.image_size)
     size = processed_size(processor)
-    columns: dict[str, str] = {}
-    found = _gathered(config.data, config, config.split, "train", say, columns)
+    found, columns = _gathered(config.data, config, config.split, "train", say)
     if columns:
         say(f"columns: {described(columns, config)}")
     eval_data = config.eval_data
@@ -52,7 +52,7 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
         say("the archive brings its own images to measure on")
         eval_data = config.data
     own, own_test = (
-        _gathered(names, config, split, "test", say, {}) if names else None
+        _gathered(names, config, split, "test", say)[0] if names else None
         for names, split in ((eval_data, config.eval_split), (config.test_data, config.test_split))
     )
     names, found, others, test = divided(found, own, own_test, config, say)
@@ -92,8 +92,7 @@ def to_measure(
     Raises:
         AdapterError: listing every image that cannot be used, or classes that are not among the labels.
     """
-    columns: dict[str, str] = {}
-    found = _gathered(config.data, config, config.split, "test", say, columns)
+    found, columns = _gathered(config.data, config, config.split, "test", say)
     if columns:
         say(f"columns: {described(columns, config)}")
     refuse_unknown({one.label or "" for one in found}, labels, "data")
@@ -161,9 +160,11 @@ def processed_size(processor: Any) -> tuple[int, int]:
 
 
 def _gathered(
-    names: Sequence[str], config: TrainConfig, split: str, part: str, say: Say, columns: dict[str, str]
-) -> list[Picture]:
+    names: Sequence[str], config: TrainConfig, split: str, part: str, say: Say
+) -> tuple[list[Picture], dict[str, str]]:
+    """The images of all sources, and the columns they come from."""
     rows: list[Row] = []
+    columns: dict[str, str] = {}
     for name in names:
         found, own = pictures(name, config, split, part, say=say)
         rows += found
@@ -174,45 +175,35 @@ def _gathered(
     if not thorough:
         say(f"{len(rows)} images: the beginning of each is checked, the rest when it is opened")
     with ThreadPoolExecutor() as pool:  # decoding runs outside of Python's lock
-        checked = pool.map(CheckedRow(thorough), rows)
-        return gather(_counted(checked, len(rows), say), picture, config, say)
+        looked_at = pool.map(functools.partial(checked, thorough=thorough), rows)
+        return gather(_counted(looked_at, len(rows), say), picture, config, say), columns
 
 
-def _counted(checked: Iterator[Row], count: int, say: Say) -> Iterator[Row]:
+def _counted(rows: Iterator[Row], count: int, say: Say) -> Iterator[Row]:
     """Rows as they come; how far it is is said where there are many."""
-    for number, row in enumerate(checked, 1):
+    for number, row in enumerate(rows, 1):
         yield row
         if number % OPENED == 0:
             say(f"{number} of {count} images checked")
 
 
-class CheckedRow:
+def checked(row: Row, thorough: bool = True) -> Row:
     """A row, or what is wrong with its image: opened if thorough, else only looked at."""
-
-    def __init__(self, thorough: bool) -> None:
-        self.thorough = thorough
-
-    def __call__(self, row: Row) -> Row:
-        if row.problem:
-            return row
-        try:
-            self._look(row)
-        except (BadRow, AdapterError) as error:
-            return Row(row.where, problem=str(error))
+    if row.problem:
         return row
-
-    def _look(self, row: Row) -> None:
-        source = row.values["image"]
+    image, source = require("PIL.Image"), row.values["image"]
+    try:
         if isinstance(source, Path) and not source.is_file():
             raise BadRow(f"no such image {source}")
-        if self.thorough:
+        if thorough:
             Picture(row.where, source, None).open()
         elif isinstance(source, Path):
-            image = require("PIL.Image")
-            try:
-                image.open(source).close()
-            except (OSError, image.DecompressionBombError) as error:
-                raise BadRow(f"image cannot be read: {error}") from error
+            image.open(source).close()
+    except BadRow as error:
+        return Row(row.where, problem=str(error))
+    except (OSError, image.DecompressionBombError) as error:
+        return Row(row.where, problem=f"image cannot be read: {error}")
+    return row
 
 
 def _forward_options(config: TrainConfig, size: tuple[int, int]) -> dict[str, Any]:
@@ -223,7 +214,7 @@ def _forward_options(config: TrainConfig, size: tuple[int, int]) -> dict[str, An
     kind = image_classifier(own)
     if kind is None:
         raise AdapterError(f"model {config.model}: transformers has no image classifier for {type(own).__name__}")
-    patch = getattr(own, "patch_size", 1)
+    patch = own.patch_size
     if min(size) < (patch if isinstance(patch, int) else max(patch)):
         raise AdapterError(
             f"images of {size[0]} x {size[1]} pixels do not fill a patch of the model, which has {patch}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from doratune.errors import AdapterError
@@ -29,12 +30,7 @@ def prepare_stream(config: TrainConfig, reader: Reader, blocks: bool, say: Say) 
     """
     if blocks and not reader.documents:
         raise AdapterError("streaming does not pack prompts and chats; leave out packing")
-    gather(
-        (row for row, _ in zip(reader.rows(config.data, config.split), range(CHECKED), strict=False)),
-        reader.use,
-        config,
-        say,
-    )
+    gather(islice(reader.rows(config.data, config.split), CHECKED), reader.use, config, say)
     say(f"streaming: the first {CHECKED} rows are checked, the others when they are read")
     datasets = require("datasets")
     make = _block_maker(reader, config) if blocks else _example_maker(reader, config)

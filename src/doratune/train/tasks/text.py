@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,16 +36,13 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
     if config.streaming:
         train, held_out, test = prepare_stream(config, reader, blocks, say)
         return _prepared(config, reader, train, held_out, test, blocks)
-    examples, others, tested = (
+    examples = gather(reader.rows(config.data, config.split), reader.use, config, say)
+    others, tested = (
         gather(reader.rows(names, split), reader.use, config, say) if names else None
-        for names, split in (
-            (config.data, config.split),
-            (config.eval_data, config.eval_split),
-            (config.test_data, config.test_split),
-        )
+        for names, split in ((config.eval_data, config.eval_split), (config.test_data, config.test_split))
     )
     if blocks and reader.documents:
-        train, held_out, test, unused = _blocks(examples or [], others, tested, config)
+        train, held_out, test, unused = _blocks(examples, others, tested, config)
         told = f", {len(test)} to test on" if test else ""
         say(
             f"{len(train)} blocks of {config.max_length} tokens to train on, {len(held_out)} held out{told}; "
@@ -54,9 +51,9 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
         return _prepared(config, reader, train, held_out, test, blocks)
     reader.tell(say)
     if tested is None:
-        examples, tested = set_aside(examples or [], config.test_fraction)
+        examples, tested = set_aside(examples, config.test_fraction)
     if others is None:
-        examples, others = set_aside(examples or [], config.eval_fraction)
+        examples, others = set_aside(examples, config.eval_fraction)
     parts = {"to train on": examples, "held out": others, "to test on": tested}
     train, held_out, test = _fitted_rows(parts, blocks, config, say)
     if not len(train) or not len(held_out):
@@ -113,7 +110,7 @@ def refuse_encoders(model: str) -> None:
     """
     transformers, own = require("transformers"), load_config(model)
     advice = "name a decoder (Llama, Qwen, GPT-2, ...), or another task"
-    if getattr(own, "is_encoder_decoder", False):
+    if own.is_encoder_decoder:
         raise AdapterError(f"model {model}: a {own.model_type} has an encoder, which would be left out; {advice}")
     # Decoders that know the word is_decoder say that they are one, or have never been trained with masks.
     if getattr(own, "is_decoder", None) is False and type(own) in transformers.MODEL_FOR_MASKED_LM_MAPPING:
@@ -136,13 +133,14 @@ def fitted(examples: Sequence[Tokens], length: int, say: Say, what: str) -> list
     return kept
 
 
-def _fitted_rows(
-    parts: Mapping[str, Sequence[Tokens] | None], packed: bool, config: TrainConfig, say: Say
-) -> list[Any]:
+def _fitted_rows(parts: Mapping[str, Sequence[Tokens]], packed: bool, config: TrainConfig, say: Say) -> list[Any]:
     """Prompts or chats of each part, cut and packed; a part is called by what it is for."""
-    found = [_rows(fitted(part or [], config.max_length, say, what), config) for what, part in parts.items()]
+    found = [_rows(fitted(part, config.max_length, say, what)) for what, part in parts.items()]
     check_length(config, longest_of(found), say)
-    return [_pack(part, config.max_length) if packed and len(part) else part for part in found]
+    if not packed:
+        return found
+    pack = require("trl").pack_dataset  # whole examples, best fit first; no example sees another
+    return [pack(part, config.max_length, "bfd") if len(part) else part for part in found]
 
 
 def _blocks(
@@ -150,23 +148,22 @@ def _blocks(
 ) -> tuple[Any, Any, Any, int]:
     length = config.max_length
     train, unused = _joined(examples, length)
-    test = None
-    if tested is not None:
-        test, _ = _joined(tested, length)
-    elif config.test_fraction:
-        train_indices, test_indices = hold_out(len(train), config.test_fraction)
-        train, test = train.select(train_indices), train.select(test_indices)
-    if others is not None:
-        held_out, _ = _joined(others, length)
-    else:
-        train_indices, held_indices = hold_out(len(train), config.eval_fraction)
-        train, held_out = train.select(train_indices), train.select(held_indices)
+    train, test = _part(train, tested, config.test_fraction, length)
+    train, held_out = _part(train, others, config.eval_fraction, length)
     if not len(train) or not len(held_out):
         raise AdapterError(
             f"the text is too short: it fills {len(train)} blocks of {length} tokens to train on and "
             f"{len(held_out)} to measure on, at least one of each is needed; give more text or a smaller max_length"
         )
     return train, held_out, test, unused
+
+
+def _part(train: Any, own: list[Tokens] | None, fraction: float, length: int) -> tuple[Any, Any]:
+    """The blocks to train on, and those of another part: of its own texts, else a fraction of the former."""
+    if own is not None:
+        return train, _joined(own, length)[0]
+    kept, held = hold_out(len(train), fraction) if fraction else (range(len(train)), [])
+    return train.select(kept), train.select(held)
 
 
 def _joined(examples: list[Tokens], length: int) -> tuple[Any, int]:
@@ -176,7 +173,7 @@ def _joined(examples: list[Tokens], length: int) -> tuple[Any, int]:
     return _dataset({"input_ids": ids[:used]}, np.arange(0, used + 1, length)), len(ids) - used
 
 
-def _rows(examples: list[Tokens], config: TrainConfig) -> Any:
+def _rows(examples: list[Tokens]) -> Any:
     """One row an example."""
     ends = np.cumsum([0, *(len(example.ids) for example in examples)])
     parts = {"input_ids": [e.ids for e in examples], "labels": [e.labels for e in examples]}
@@ -193,20 +190,11 @@ def _dataset(columns: Mapping[str, np.ndarray[Any, Any]], ends: np.ndarray[Any, 
     return datasets.Dataset(arrow.table(lists))
 
 
-def _pack(examples: Any, length: int) -> Any:
-    """Whole examples, best fit first; no example sees another."""
-    return require("trl").pack_dataset(examples, length, "bfd")
-
-
 def _prepared(config: TrainConfig, reader: Reader, train: Any, held_out: Any, test: Any, blocks: bool) -> Prepared:
     tokenizer = reader.tokenizer
     packed = blocks and not reader.documents
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    collate: Callable[[list[Any]], dict[str, Any]]
-    if packed:
-        collate = Packed(pad)
-    else:
-        collate = collate_blocks if blocks else Padded(pad)
+    collate: Any = Packed(pad) if packed else collate_blocks if blocks else Padded(pad)
     return Prepared(
         train,
         held_out,
