@@ -121,14 +121,14 @@ def test_a_weight_that_only_its_forward_knows_is_made_once(monkeypatch):
     assert found[0].direction == pytest.approx(found[1].direction)
 
 
-@pytest.mark.parametrize("tile", [32, 72])
+@pytest.mark.parametrize("tile", [128, 448])
 def test_slices_and_tiles_may_end_in_different_rows(tile, monkeypatch):
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    base = bitsandbytes.nn.Linear4bit(16, 24, bias=False, compute_dtype=torch.float32).to("cpu")
+    base = bitsandbytes.nn.Linear4bit(64, 24, bias=False, compute_dtype=torch.float32).to("cpu")
     model = moved(dt.AdapterConfig(rank=2, targets=["0"]), nn.Sequential(base))
     expected = adapter_change(model)["0"]
     monkeypatch.setattr("doratune.study.matrix.TILE", tile)
-    monkeypatch.setitem(row_norm.TILE_BYTES, "cpu", 4 * 16 * 5)
+    monkeypatch.setitem(row_norm.TILE_BYTES, "cpu", 4 * 64 * 5)
     assert len(list(one_layer(model).weight_rows().tiles())) > 2
     found = adapter_change(model)["0"]
     assert found.magnitude == pytest.approx(expected.magnitude)

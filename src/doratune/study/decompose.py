@@ -183,7 +183,7 @@ def _of_rows(weight: WeightRows) -> Matrix:
 
 
 class _Walk:
-    """Rows of W, slice after slice: tiles that are made for the occasion are made once from the first row to the last."""
+    """Rows of W, slice after slice: tiles that are made for the occasion are made once, from first row to last."""
 
     def __init__(self, weight: WeightRows) -> None:
         self.weight = weight
