@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 import doratune as dt
 from doratune.layers.linear import FEW_TOKENS
 from helpers import error, move, one_layer
-from helpers_cases import Host, OwnForward, found_gradients, linear_case, setup, upstream
+from helpers_cases import Host, OwnForward, copy_hook, found_gradients, linear_case, setup, upstream
 
 
 def host(base, **options):
@@ -232,6 +232,36 @@ def test_compiled_code_that_overwrites_an_output_has_the_true_gradients(layer, n
     for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
         model.zero_grad()
         run(x).sin().sum().backward()
+        found.append({name: p.grad.clone() for name, p in dt.trainable_parameters(model).items()})
+    torch._dynamo.reset()
+    for name, gradient in found[0].items():
+        assert error(found[1][name], gradient) < 1e-5, name
+
+
+class OverwritingInput(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, add=torch.Tensor.add_):
+        h = x.tanh()
+        y = self.layer(h)
+        return y.sum() + add(h, 1).sin().sum()
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_compiled_code_that_overwrites_an_input_has_the_true_gradients(method, hooked):
+    """In eager mode torch refuses it."""
+    model = OverwritingInput(nn.Linear(6, 8))
+    if hooked:
+        model.layer.register_forward_hook(copy_hook)
+    move(dt.attach(model, dt.AdapterConfig(rank=2, targets=["layer"], method=method)))
+    x, found = torch.randn(5, 6), []
+    torch._dynamo.reset()
+    for run in (lambda x: model(x, torch.add), torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        run(x).backward()
         found.append({name: p.grad.clone() for name, p in dt.trainable_parameters(model).items()})
     torch._dynamo.reset()
     for name, gradient in found[0].items():

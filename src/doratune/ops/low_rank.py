@@ -77,6 +77,12 @@ def _seen(rows: Tensor, dropped: Tensor | None) -> Tensor:
     return rows if dropped is None else rows.masked_fill(as_rows(dropped), 0)
 
 
+def _as_it_is_now(x: Tensor) -> Tensor:
+    """x for the backward pass. Eager autograd notices if x is overwritten in place; compiled code would use what is there
+    then, so it gets a copy, which the compiler leaves out where nothing overwrites x."""
+    return x.clone() if torch.compiler.is_compiling() else x
+
+
 class _LowRankUpdate(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -85,7 +91,7 @@ class _LowRankUpdate(torch.autograd.Function):
         ctx.scale, ctx.dtypes = scale, (A.dtype, B.dtype)
         A, B = A.to(base_output.dtype), B.to(base_output.dtype)
         u, h = _update(base_output, x, A, B, scale, dropped)
-        ctx.save_for_backward(x, h, A, B, dropped)
+        ctx.save_for_backward(_as_it_is_now(x), h, A, B, dropped)
         return u
 
     @staticmethod
@@ -111,7 +117,7 @@ class _DenseLowRank(torch.autograd.Function):
         ctx.scale, ctx.dtypes = scale, (A.dtype, B.dtype)
         A, B = A.to(x.dtype), B.to(x.dtype)
         u, h = _dense(x, W, bias, A, B, scale, dropped)
-        ctx.save_for_backward(x, h, W, A, B, dropped)
+        ctx.save_for_backward(_as_it_is_now(x), h, W, A, B, dropped)
         return u
 
     @staticmethod
