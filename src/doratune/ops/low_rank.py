@@ -78,8 +78,10 @@ def _seen(rows: Tensor, dropped: Tensor | None) -> Tensor:
 
 
 def _as_it_is_now(x: Tensor) -> Tensor:
-    """x for the backward pass. Eager autograd notices if x is overwritten in place; compiled code would use what is there
-    then, so it gets a copy, which the compiler leaves out where nothing overwrites x."""
+    """x for the backward pass. If it is overwritten in place later, eager autograd refuses to go on.
+
+    Compiled code would use what is there then, so it gets a copy, which the compiler leaves out where it can.
+    """
     return x.clone() if torch.compiler.is_compiling() else x
 
 
