@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import doratune as dt
+from distributed import worker
 from distributed.common import (
     ACCUMULATED,
     CONFIG,
@@ -27,13 +28,11 @@ from distributed.common import (
     steps,
     trainer,
 )
-from distributed.launch import ENVIRONMENT, TORCHRUN, by_torchrun, forked
+from distributed.launch import ENVIRONMENT, TORCHRUN, forked, run_forked
 from doratune.cli import main
 from doratune.inference.evaluation import evaluate
 from doratune.train.launch import refuse_unserved, refuse_unsynchronised
 from train.tiny import save_model, save_rows, write_text
-
-WORKER = Path(__file__).with_name("worker.py")
 
 
 def losses(run):
@@ -55,10 +54,7 @@ def one(tmp_path_factory):
 def two(one):
     """What two processes found, by part."""
     folder, _ = one
-    run = subprocess.run(
-        [*TORCHRUN, str(WORKER), str(folder)], env=ENVIRONMENT, capture_output=True, text=True, timeout=500
-    )
-    assert run.returncode == 0, run.stderr[-5000:]
+    run_forked(worker.run, folder, folder)
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
@@ -259,14 +255,14 @@ def test_a_killed_worker_ends_the_run_and_leaves_a_checkpoint_to_go_on_from(tmp_
     assert json.loads((tmp_path / "run" / "results.json").read_text())["processes"] == 1
 
 
-@pytest.mark.parametrize(("launched", "more"), [(forked, []), (by_torchrun, ["--fsdp"])], ids=["ddp", "fsdp"])
-def test_a_run_of_two_processes_comes_to_its_end(tmp_path, launched, more):
+@pytest.mark.parametrize("more", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
+def test_a_run_of_two_processes_comes_to_its_end(tmp_path, more):
     from peft import PeftModel
 
     save_model(tmp_path / "model")
     write_text(tmp_path / "text.txt")
     held_out = str(write_text(tmp_path / "held-out.txt", 82))
-    printed = launched(command(tmp_path, "--steps", "4", "--eval-data", held_out, *more), tmp_path)
+    printed = forked(command(tmp_path, "--steps", "4", "--eval-data", held_out, *more), tmp_path)
     assert printed.count("held-out loss") == 1, "one table, of the first process"
     found = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (found["processes"], found["steps"]) == (2, 4)

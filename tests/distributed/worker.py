@@ -1,16 +1,13 @@
-"""Run by torchrun in two processes: each part writes what it found to a JSON file; nothing is judged here."""
+"""Run in two processes: each part writes what it found to a JSON file; nothing is judged here."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 import json
-import sys
+import warnings
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import transformers
@@ -39,8 +36,8 @@ from doratune.layers.sharded import assign, whole
 from doratune.targets import adapted_layers
 from helpers import error, move
 
-FOLDER = Path(sys.argv[1])
-MODEL = FOLDER / "model"
+FOLDER = MODEL = Path()
+"""Where everything is written, and the model; ``run`` sets them."""
 
 
 def kinds(model: nn.Module) -> list[bool]:
@@ -262,9 +259,11 @@ def experts() -> dict[str, Any]:
     return {"parts": kinds(spread), "losses": steps(spread, 5), "expected": steps(plain, 5)}
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    gc.freeze()  # as tests/conftest.py does
+def run(folder: Path) -> None:
+    """All parts, one after the other."""
+    global FOLDER, MODEL
+    FOLDER, MODEL = folder, folder / "model"
+    warnings.simplefilter("default")  # torch's and accelerate's are not judged here
     distributed.init_process_group("gloo")
     parts = (ddp, torchao, stream, fsdp, accumulated, half_precision, resumed, tensor_parallel, meta_start, experts)
     for part in (*parts, accelerated, refused):
