@@ -27,9 +27,9 @@ TOKENS = torch.randint(0, 256, (4 * STEPS, 16), generator=torch.Generator().manu
 IDS = TOKENS[:4]
 
 
-def load(folder: Path, spread: Any = None, dtype: torch.dtype = torch.float32) -> Any:
+def load(folder: Path, spread: Any = None, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
     """The model of a folder, whole or in parts."""
-    more = {} if spread is None else {"distributed_config": spread}
+    more |= {} if spread is None else {"distributed_config": spread}
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **more)
 
 

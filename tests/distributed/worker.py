@@ -159,8 +159,12 @@ def refused() -> dict[str, str]:
     return found
 
 
+ONE = {"num_hidden_layers": 1}
+"""Enough of the model for everything that one step shows."""
+
+
 def parallel_by_torch() -> nn.Module:
-    model, mesh = load(MODEL), distributed.init_device_mesh("cpu", (2,))
+    model, mesh = load(MODEL, **ONE), distributed.init_device_mesh("cpu", (2,))
     for layer in model.model.layers:
         columns = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
         plan = {name: ColwiseParallel() for name in columns}
@@ -175,8 +179,9 @@ def tensor_parallel() -> dict[str, Any]:
     cases = {"hf": CONFIG, "torch": CONFIG, "exact": dt.AdapterConfig(rank=4, norm_gradient="exact"),
              "lora": dt.AdapterConfig(rank=4, method="lora"), "magnitude": dt.AdapterConfig(rank=0)}  # fmt: skip
     for name, config in cases.items():
-        one = attached(load(MODEL), config)
-        other = attached(parallel_by_torch() if name == "torch" else load(MODEL, DistributedConfig(tp_size=2)), config)
+        one = attached(load(MODEL, **ONE), config)
+        spread = parallel_by_torch() if name == "torch" else load(MODEL, DistributedConfig(tp_size=2), **ONE)
+        other = attached(spread, config)
         pairs = list(zip(dt.trainable_parameters(one).values(), dt.trainable_parameters(other).values(), strict=True))
         found = {"start": max(error(whole(q), p) for p, q in pairs if p.any())}
         move(one)
