@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 import doratune as dt
-from distributed import worker
 from distributed.common import (
     ACCUMULATED,
     CONFIG,
@@ -28,11 +27,13 @@ from distributed.common import (
     steps,
     trainer,
 )
-from distributed.launch import ENVIRONMENT, TORCHRUN, forked, run_forked
+from distributed.launch import ENVIRONMENT, TORCHRUN, forked
 from doratune.cli import main
 from doratune.inference.evaluation import evaluate
 from doratune.train.launch import refuse_unserved, refuse_unsynchronised
 from train.tiny import save_model, save_rows, write_text
+
+WORKER = Path(__file__).with_name("worker.py")
 
 
 def losses(run):
@@ -54,7 +55,10 @@ def one(tmp_path_factory):
 def two(one):
     """What two processes found, by part."""
     folder, _ = one
-    run_forked(worker.run, folder, folder)
+    run = subprocess.run(
+        [*TORCHRUN, str(WORKER), str(folder)], env=ENVIRONMENT, capture_output=True, text=True, timeout=500
+    )
+    assert run.returncode == 0, run.stderr[-5000:]
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 

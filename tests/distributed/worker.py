@@ -1,13 +1,16 @@
-"""Run in two processes: each part writes what it found to a JSON file; nothing is judged here."""
+"""Run by torchrun in two processes: each part writes what it found to a JSON file; nothing is judged here."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import json
-import warnings
+import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import transformers
@@ -36,8 +39,8 @@ from doratune.layers.sharded import assign, whole
 from doratune.targets import adapted_layers
 from helpers import error, move
 
-FOLDER = MODEL = Path()
-"""Where everything is written, and the model; ``run`` sets them."""
+FOLDER = Path(sys.argv[1])
+MODEL = FOLDER / "model"
 
 
 def kinds(model: nn.Module) -> list[bool]:
@@ -264,11 +267,9 @@ def experts() -> dict[str, Any]:
     return {"parts": kinds(spread), "losses": steps(spread, 5), "expected": steps(plain, 5)}
 
 
-def run(folder: Path) -> None:
-    """All parts, one after the other."""
-    global FOLDER, MODEL
-    FOLDER, MODEL = folder, folder / "model"
-    warnings.simplefilter("default")  # torch's and accelerate's are not judged here
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    gc.freeze()  # as tests/conftest.py does
     distributed.init_process_group("gloo")
     parts = (ddp, torchao, stream, fsdp, accumulated, half_precision, resumed, tensor_parallel, meta_start, experts)
     for part in (*parts, accelerated, refused):
