@@ -1,6 +1,7 @@
 import copy
 import sys
 
+import bitsandbytes
 import pytest
 import torch
 from torch import nn
@@ -123,7 +124,6 @@ def test_a_weight_that_only_its_forward_knows_is_made_once(monkeypatch):
 
 @pytest.mark.parametrize("tile", [128, 448])
 def test_slices_and_tiles_may_end_in_different_rows(tile, monkeypatch):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
     base = bitsandbytes.nn.Linear4bit(64, 24, bias=False, compute_dtype=torch.float32).to("cpu")
     model = moved(dt.AdapterConfig(rank=2, targets=["0"]), nn.Sequential(base))
     expected = adapter_change(model)["0"]

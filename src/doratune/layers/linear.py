@@ -155,7 +155,8 @@ def _evaluate(
     if rows.shape[0] > FEW_TOKENS:
         scaled = _swap_bias(u, inner, outer) if g is None else scale_rows(u, g, inner, outer)
         with without_autocast(x.device):
-            h, add = rows.to(u.dtype) @ ready.A.to(u.dtype), Tensor.addmm if scaled is u else Tensor.addmm_
+            h = rows.to(u.dtype) @ ready.A.to(u.dtype)
+            add = Tensor.addmm if scaled is u else Tensor.addmm_  # u may be the base's own tensor
             return add(as_rows(scaled), h, ready.B.to(u.dtype)).view(u.shape)
     y = rows.to(ready.A.dtype) @ ready.A @ ready.B
     if inner is not outer or (inner is not None and g is not None):
