@@ -23,6 +23,8 @@ SWEEPS = {
 }
 NAMED = {"rank": 64, "tokens": 2048, "width": 4096}
 """A point of its own, the size of a 7B model's projections."""
+STARTING = {"rank": 16, "tokens": 16, "width": 64}
+"""A layer so small that only starting its operations takes time, as on a GPU that is faster than Python."""
 
 
 @dataclass
@@ -54,6 +56,7 @@ class Layer(Benchmark):
             for value in sorted(values):
                 groups.setdefault(tuple({**CENTRE, name: value}.values()), (name,))
         groups[tuple(NAMED.values())] = ("large",)
+        groups[tuple(STARTING.values())] = ("starting",)
         shapes = {values: dict(zip(CENTRE, values, strict=True)) for values in groups}
         return [Point(_title(shapes[values]), shapes[values], shown) for values, shown in groups.items()]
 
