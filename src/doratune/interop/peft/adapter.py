@@ -17,6 +17,8 @@ VARIANTS = {"DoraLinearVariant", "DoraEmbeddingVariant", "DoraConv1dVariant", "D
 PLAIN_FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 CALL_OPTIONS = {"adapter_names", "alora_offsets"}
 """Arguments of a PEFT layer's forward that are PEFT's own; all others go to the base layer."""
+DEFAULTS = AdapterConfig()
+"""Made once, as every forward asks whether a layer with such an adapter is served."""
 
 
 class PeftAdapter(NamedTuple):
@@ -99,7 +101,7 @@ def _base_refusal(layer: Any, base: nn.Module, kind: Kind | None) -> str | None:
             return f"{type(base).__name__} has a forward of its own, PEFT takes the norm of its weight as it is"
         if layer.fan_in_fan_out != is_transformers_conv1d(base):
             return f"fan_in_fan_out={layer.fan_in_fan_out} does not fit a {type(base).__name__}"
-    return kind.refusal(base) or kind.file_refusal(base, AdapterConfig())
+    return kind.refusal(base) or kind.file_refusal(base, DEFAULTS)
 
 
 def _parts_refusal(products: list[Any], magnitude: Any, parameters: tuple[Tensor, ...]) -> str | None:
