@@ -237,6 +237,21 @@ def test_the_guard_recomputes_what_was_overwritten(afterwards, hooks):
     assert bool(called) == (afterwards != "none")
 
 
+@pytest.mark.parametrize("both", [False, True])
+def test_an_input_may_be_overwritten_unless_it_is_needed(both):
+    u, _, _, _, g, b = tensors((9, 7), out=7)
+    x = u.clone()
+    y = scale_rows(u, g.requires_grad_(), None, b, guard=OutputGuard(lambda kept: kept, x), keep="output")
+    x.zero_()
+    if both:
+        y.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation and so has its input"):
+            y.sum().backward()
+    else:
+        y.sum().backward()
+        assert error(g.grad, u.double().sum(0)) < 1e-5
+
+
 class _GradientsOverWhatWasSaved(torch.autograd.Function):
     """``silu(a) b`` as Liger computes it: the gradients are written over a and b, and no version tells of it."""
 
@@ -459,7 +474,7 @@ def test_cuda_finds_the_statistics_where_it_looks(wanted):
     dy, kept, g = torch.randn(5, 7), torch.randn(5, 7), torch.rand(7)
     bias = torch.randn(7)
     with Watch() as watch:
-        compose._scaled_backward(dy, kept, g, bias, -1, wanted)
+        compose.scaled_backward(dy, kept, g, bias, -1, wanted)
     mean, deviation = watch.seen
     assert torch.equal(mean, bias)
     assert torch.equal(deviation, torch.ones(7))

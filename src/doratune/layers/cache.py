@@ -236,13 +236,12 @@ class ScaleCache:
             A, B = A.detach(), B.detach()  # forward-mode derivatives take no notice of no_grad
         with torch.set_grad_enabled(exact):
             squared = row_norm.squared_row_norm(base, rows.tiles, A, B, scale)
-        if dense_norm:
-            # Near cancellation the factored value loses digits, its gradient formula does not.
-            exactly = contextlib.nullcontext() if torch.compiler.is_compiling() else full_precision()
-            with torch.no_grad(), exactly:
-                value = row_norm.dense_squared_norm(rows.tiles, A, B, scale)
-            squared = value.detach() + (squared - squared.detach()) if squared.requires_grad else value
-        with torch.set_grad_enabled(exact):
+            if dense_norm:
+                # Near cancellation the factored value loses digits, its gradient formula does not.
+                exactly = contextlib.nullcontext() if torch.compiler.is_compiling() else full_precision()
+                with torch.no_grad(), exactly:
+                    value = row_norm.dense_squared_norm(rows.tiles, A, B, scale)
+                squared = value.detach() + (squared - squared.detach()) if squared.requires_grad else value
             squared = rows.collected(squared)
         if reuse and _can_stamp(*made_from):
             self._norm = _Memory(made_from, scale, squared)

@@ -14,6 +14,7 @@ from doratune.config import AdapterConfig
 from doratune.layers.cache import ScaleCache
 from doratune.layers.holder import shallow_copy
 from doratune.layers.weights import WeightRows
+from doratune.ops.once import by_hand
 
 
 def outputs_are_overwritten() -> bool:
@@ -58,6 +59,11 @@ class Options(NamedTuple):
         return self.cache.row_scale(
             rows, A, B, m, scale, self.norm_gradient, self.dense_norm, self.reuse_scale, self.reuse_norm
         )
+
+    def in_one_node(self) -> bool:
+        """Whether ``ops/dense.py`` serves: not for an exact norm, nor in compiled code, which has no nodes to save."""
+        usual = self.norm_gradient == "detached" and self.cache.frozen is None
+        return usual and by_hand() and not torch.compiler.is_compiling()
 
     def guards_output(self, g: Tensor) -> bool:
         """Whether y is kept for g's gradient and may be overwritten before the backward pass.

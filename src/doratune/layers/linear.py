@@ -21,6 +21,7 @@ from doratune.layers.weights import (
 )
 from doratune.ops.autocast import autocast_of_now, is_autocast, without_autocast
 from doratune.ops.compose import OutputGuard, scale_rows
+from doratune.ops.dense import scaled_dense
 from doratune.ops.dropout import dropped_elements
 from doratune.ops.hardware import multiplies
 from doratune.ops.low_rank import as_rows, dense_low_rank, low_rank_update
@@ -123,9 +124,13 @@ def forward(
     if options.reuse_scale and A is not None and B is not None and not torch.compiler.is_compiling():
         return _evaluate(base, x, A, B, magnitude, scale, options, inner, outer)
     dense = slow_reason(base) is None and _multiplies(base, x)
-    if dense and magnitude is not None and options.keep() != "output":
-        inner = None  # added last: it would drown z
     change = None if A is None or B is None else LowRankChange.of(x, A, B, scale, options)
+    if dense and magnitude is not None:
+        if options.keep() != "output":
+            inner = None  # added last: it would drown z
+        elif change is not None and options.in_one_node():
+            g = options.row_scale(options.rows or linear_rows(base), A, B, magnitude.detach(), scale)
+            return scaled_dense(_autocast(x), _weight(base), inner, outer, magnitude, g, *change)
     u = _dense(base, _autocast(x), inner, change) if dense else _over_output(base(x), x, change)
     if magnitude is None:
         return _swap_bias(u, inner, outer)
@@ -190,11 +195,16 @@ def _multiplies(base: nn.Module, x: Tensor) -> bool:
 
 def _dense(base: nn.Module, x: Tensor, bias: Tensor | None, change: LowRankChange | None) -> Tensor:
     """``W x + b + s B A x`` from W itself."""
-    weight: Tensor = base.weight  # type: ignore[assignment]
-    W = weight.T if is_transformers_conv1d(base) else weight
+    W = _weight(base)
     if change is None:
         return F.linear(x, W, bias)
     return dense_low_rank(x, W, bias, *change)
+
+
+def _weight(base: nn.Module) -> Tensor:
+    """W of a dense base, ``[out, in]``."""
+    weight: Tensor = base.weight  # type: ignore[assignment]
+    return weight.T if is_transformers_conv1d(base) else weight
 
 
 def _over_output(base_output: Tensor, x: Tensor, change: LowRankChange | None) -> Tensor:

@@ -9,7 +9,7 @@ it anyway and ``z = (y - b) / g``. If somebody overwrites y in place, an ``Outpu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,36 +22,56 @@ Recompute = Callable[..., Tensor]
 """Computes ``z = W x + s B A x`` again from the tensors that the guard kept."""
 
 
+class Watch:
+    """Tells whether a tensor was overwritten in place since, without keeping its memory, which checkpointing frees."""
+
+    def __init__(self, t: Tensor) -> None:
+        self.counter = t.detach()
+        self.counter.data = t.new_empty(0)  # it still counts t's versions
+        self.version = t._version
+
+    def overwritten(self) -> bool:
+        """Whether t, a view or an alias of it has been written to."""
+        return self.counter._version != self.version
+
+
 class OutputGuard:
     """Computes z again in the backward pass if y was overwritten in place meanwhile."""
 
     def __init__(self, recompute: Recompute, *inputs: Tensor) -> None:
         self.recompute = recompute
         self.inputs = inputs
-        self.version = 0
-        """Version of y at the end of the forward pass."""
-        self.dy: Tensor | None = None
-        """Left here by the scale's backward pass if y was overwritten, so that it could not compute dg."""
+        self.output: Watch | None = None
+        self.watched: list[Watch] = []
+
+    def watch(self, y: Tensor) -> None:
+        """Begin to watch y and the inputs, at the end of the forward pass."""
+        self.output = Watch(y)
+        self.watched = [Watch(t) for t in self.inputs]
+        self.inputs = ()
+
+    def overwritten(self, y: Tensor, dy: Tensor) -> bool:
+        """Whether y is not what it was."""
+        assert self.output is not None
+        return self.output.overwritten() or is_alias(y, dy)
+
+    def again(self, inputs: Sequence[Tensor]) -> Tensor:
+        """z, from inputs that must be as they were."""
+        if any(watch.overwritten() for watch in self.watched):
+            raise RuntimeError(
+                "the output of an adapted layer has been modified by an inplace operation and so has its input, from "
+                "which the output would be computed again; leave one of them as it is"
+            )
+        return self.recompute(*inputs)
 
 
-class _Guard(torch.autograd.Function):
-    """The identity on g, whose backward pass computes dg if the scale's could not."""
+def is_alias(kept: Tensor, dy: Tensor) -> bool:
+    """Whether a gradient was written over what is kept.
 
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, dim: int, guard: OutputGuard, *inputs: Tensor) -> Tensor:
-        ctx.dim, ctx.guard = dim, guard
-        ctx.save_for_backward(*inputs)
-        return g.view_as(g)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dg: Tensor) -> tuple[Tensor | None, ...]:
-        dy, ctx.guard.dy = ctx.guard.dy, None
-        if dy is not None:
-            z = ctx.guard.recompute(*ctx.saved_tensors).to(dy.dtype)
-            _, dg, _ = _scaled_backward(dy, z, dg, None, ctx.dim, (False, True, False))
-        # Not len(ctx.saved_tensors): under checkpointing they can be read only once.
-        return dg, *[None] * (len(ctx.needs_input_grad) - 1)
+    Other libraries' kernels (Liger's) do so with what they saved, by raw pointers, which leaves the version as it was.
+    """
+    alias: bool = torch._C._is_alias_of(kept, dy)  # type: ignore[attr-defined]
+    return alias
 
 
 class _ScaleRows(torch.autograd.Function):
@@ -69,15 +89,13 @@ class _ScaleRows(torch.autograd.Function):
         in_place: bool,
     ) -> Tensor:
         inner = outer if same_bias else inner
-        kept = eight_bits(u, inner, dim) if keep == "8-bit" else (u,)
+        kept: tuple[Tensor, ...] = eight_bits(u, inner, dim) if keep == "8-bit" else (u,)
         if in_place:
             ctx.mark_dirty(u)
-            _scale_in_place(u, g, inner, outer, dim)
+            scale_in_place(u, g, inner, outer, dim)
             y = u
         else:
             y = reshaped(_scaled(u, g, inner, outer, dim), u.shape)
-        # Only the large tensor goes through autograd's saved tensors: reading those raises once somebody has
-        # overwritten y, and du, which needs nothing but g, has to be computed all the same.
         ctx.g, ctx.inner, ctx.outer, ctx.dim = g, inner, outer, dim
         ctx.keep, ctx.guard, ctx.same_bias = keep, guard, same_bias
         if ctx.needs_input_grad[1]:
@@ -85,9 +103,11 @@ class _ScaleRows(torch.autograd.Function):
                 # A tensor of its own, or the compiler would take what later overwrites y in place for what was kept.
                 # It finds out by itself that both are the same, and computes and keeps one.
                 kept = (reshaped(_scaled(u, g, inner, outer, dim), u.shape),)
+            elif keep == "output" and guard is not None:
+                # ``data`` has versions of its own: reading them must not fail because somebody has overwritten y.
+                kept = (y.data, *(t.data for t in guard.inputs))
             elif keep == "output":
-                # As no output: torch 2.8 keeps those under checkpointing, too. Versions are shared with y.
-                kept = (y.detach(),)
+                kept = (y.detach(),)  # as no output: torch 2.8 keeps those under checkpointing, too
             ctx.save_for_backward(*kept)
         return y
 
@@ -96,14 +116,11 @@ class _ScaleRows(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs_u, needs_g, needs_inner, needs_outer = ctx.needs_input_grad[:4]
         g = ctx.g
-        kept = _kept_tensor(ctx, dy) if needs_g else None
-        bias = {"output": ctx.outer, "input": ctx.inner, "8-bit": None}[ctx.keep]
-        wanted = (needs_u, kept is not None, needs_inner or needs_outer)
-        # Without a kept tensor dy is handed over in its place; the kernel does not read it, as dg is not asked for.
-        du, dg, total = _scaled_backward(dy, dy if kept is None else kept, g, bias, ctx.dim, wanted)
-        if needs_g and kept is None:
-            ctx.guard.dy, dg = dy, torch.zeros_like(g)
-        elif needs_g and ctx.keep == "output":
+        # Where nothing is kept dy is handed over in its place; the kernel does not read it, as dg is not asked for.
+        kept, bias, is_output = _kept(ctx, dy) if needs_g else (dy, None, False)
+        wanted = (needs_u, needs_g, needs_inner or needs_outer)
+        du, dg, total = scaled_backward(dy, kept, g, bias, ctx.dim, wanted)
+        if is_output:
             dg = dg / torch.where(g == 0, 1.0, g)
         d_inner = (-g * total).to(ctx.inner.dtype) if needs_inner else None
         d_outer = ((1 - g) * total if ctx.same_bias else total).to(ctx.outer.dtype) if needs_outer else None
@@ -125,24 +142,17 @@ def eight_bits(u: Tensor, inner: Tensor | None, dim: int) -> tuple[Tensor, Tenso
     return (u / step).round_().to(torch.int8), step
 
 
-def _kept_tensor(ctx: Any, dy: Tensor) -> Tensor | None:
-    """The tensor kept for dg; None if it was overwritten since."""
+def _kept(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, bool]:
+    """What was kept for dg, the bias in it, and whether it is y, which g has multiplied."""
     if ctx.keep == "8-bit":
         levels, step = ctx.saved_tensors
-        return levels.to(dy.dtype) * step
-    if ctx.guard is None:
-        return ctx.saved_tensors[0]
-    try:
-        (kept,) = ctx.saved_tensors
-    except RuntimeError:
-        return None
-    # Other libraries' kernels (Liger's) may write gradients over what they saved, by raw pointers, which leaves the
-    # version as it was.
-    if torch._C._is_alias_of(kept, dy):  # type: ignore[attr-defined]
-        return None
-    # Autograd checks versions by itself, but not under saved-tensor hooks (checkpointing, offloading). A copy made by
-    # such a hook starts with version 0 and passes.
-    return kept if kept._version <= ctx.guard.version else None
+        return levels.to(dy.dtype) * step, None, False
+    kept, *inputs = ctx.saved_tensors
+    if ctx.keep == "input":
+        return kept, ctx.inner, False
+    if ctx.guard is not None and ctx.guard.overwritten(kept, dy):
+        return ctx.guard.again(inputs).to(dy.dtype), None, False
+    return kept, ctx.outer, True
 
 
 # Scale, subtract, add, and the sums of the backward pass are what batch normalisation in evaluation does, with 0 and 1
@@ -167,7 +177,7 @@ def _scaled(u: Tensor, g: Tensor, inner: Tensor | None, outer: Tensor | None, di
     return y
 
 
-def _scale_in_place(u: Tensor, g: Tensor, inner: Tensor | None, outer: Tensor | None, dim: int) -> None:
+def scale_in_place(u: Tensor, g: Tensor, inner: Tensor | None, outer: Tensor | None, dim: int) -> None:
     """``_scaled``, written over u: no fresh memory for another output."""
     if u.numel() == 0:
         return
@@ -182,7 +192,7 @@ def _scale_in_place(u: Tensor, g: Tensor, inner: Tensor | None, outer: Tensor | 
     )
 
 
-def _scaled_backward(
+def scaled_backward(
     dy: Tensor, kept: Tensor, g: Tensor, bias: Tensor | None, dim: int, wanted: tuple[bool, bool, bool]
 ) -> tuple[Any, Any, Any]:
     """``g dy``, ``sum(dy * (kept - bias))`` and ``sum(dy)``, the sums over everything but the features in float32."""
@@ -250,14 +260,11 @@ def scale_rows(
     """
     if not by_hand():
         return _scaled(u, g, inner, outer, dim).view(u.shape)
-    if guard is not None:
-        g = _Guard.apply(g, dim, guard, *guard.inputs)
-        guard.inputs = ()
     # torch.compile does not accept the same tensor as two arguments.
     same_bias = inner is outer and inner is not None
     # The compiler reuses memory by itself; autograd lets no leaf be overwritten.
     in_place = fresh and keep != "input" and not torch.compiler.is_compiling() and u.grad_fn is not None
     y: Tensor = _ScaleRows.apply(u, g, None if same_bias else inner, outer, dim, keep, guard, same_bias, in_place)
     if guard is not None:
-        guard.version = y._version
+        guard.watch(y)
     return y

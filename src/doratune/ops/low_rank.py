@@ -48,7 +48,7 @@ def dense_low_rank(
         return _DenseLowRank.apply(x, W, bias, A, B, scale, dropped)
     if transformed():  # nothing may be written in place
         return low_rank_update(F.linear(x, W, bias), x, A, B, scale, dropped)
-    return _dense(x, W, bias, A.to(x.dtype), B.to(x.dtype), scale, dropped)[0]
+    return dense_update(x, W, bias, A.to(x.dtype), B.to(x.dtype), scale, dropped)[0]
 
 
 def _update(
@@ -60,7 +60,7 @@ def _update(
     return reshaped(u, base_output.shape), h
 
 
-def _dense(
+def dense_update(
     x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropped: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """u and ``h = A x``; A and B are in x's dtype."""
@@ -100,7 +100,9 @@ class _LowRankUpdate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, du: Tensor) -> tuple[Tensor | None, ...]:
         x, h, A, B, dropped = ctx.saved_tensors
-        dx, dA, dB = _gradients(ctx.needs_input_grad[1:4], as_rows(du), x, h, A, B, ctx.scale, dropped, ctx.dtypes)
+        dx, dA, dB = low_rank_gradients(
+            ctx.needs_input_grad[1:4], as_rows(du), x, h, A, B, ctx.scale, dropped, ctx.dtypes
+        )
         return (du if ctx.needs_input_grad[0] else None), dx, dA, dB, None, None
 
 
@@ -118,7 +120,7 @@ class _DenseLowRank(torch.autograd.Function):
     ) -> Tensor:
         ctx.scale, ctx.dtypes = scale, (A.dtype, B.dtype)
         A, B = A.to(x.dtype), B.to(x.dtype)
-        u, h = _dense(x, W, bias, A, B, scale, dropped)
+        u, h = dense_update(x, W, bias, A, B, scale, dropped)
         ctx.save_for_backward(_as_it_is_now(x), h, W, A, B, dropped)
         return u
 
@@ -129,11 +131,13 @@ class _DenseLowRank(torch.autograd.Function):
         needs = ctx.needs_input_grad
         rows = as_rows(du)
         dx_base = rows @ W.to(du.dtype) if needs[0] else None
-        dx, dA, dB = _gradients((needs[0], *needs[3:5]), rows, x, h, A, B, ctx.scale, dropped, ctx.dtypes, dx_base)
+        dx, dA, dB = low_rank_gradients(
+            (needs[0], *needs[3:5]), rows, x, h, A, B, ctx.scale, dropped, ctx.dtypes, dx_base
+        )
         return dx, None, None, dA, dB, None, None
 
 
-def _gradients(
+def low_rank_gradients(
     needs: tuple[bool, ...],
     du: Tensor,
     x: Tensor,

@@ -30,8 +30,12 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *gradients: Tensor) -> Any:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            gradients = tuple(gradient.detach().requires_grad_() for gradient in gradients)
+        if torch.compiler.is_compiling():
+            return marked(ctx, *gradients)
+        if not torch.is_grad_enabled():
+            return backward(ctx, *gradients)
+        # create_graph=True
+        gradients = tuple(gradient.detach().requires_grad_() for gradient in gradients)
         return marked(ctx, *gradients)
 
     return wrapper

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from doratune.ops.hardware import sums_stay_wide
@@ -147,5 +146,5 @@ def row_scale(magnitude: Tensor, squared_norm: Tensor, base_squared: Tensor | No
         squared_norm: ``n^2``, float32 ``[out]``; a row that rounding left below 0 is taken for 0, and n for 1.
         base_squared: ``|W|^2``, float32 ``[out]``, NaN like 0; None where all rows of W are known to be above 0.
     """
-    g = magnitude.float() / F.threshold(squared_norm, 0.0, 1.0).sqrt()
+    g = magnitude.float() / torch.threshold(squared_norm, 0.0, 1.0).sqrt()
     return g if base_squared is None else torch.where((base_squared > 0) | (magnitude != 0), g, 1.0)
