@@ -2,14 +2,11 @@
 
 import dataclasses
 import gc
-import os
-import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 
 import optuna
+import psutil
 import pytest
 import torch
 
@@ -19,9 +16,8 @@ from doratune.study.comparison import process, recipe, storage
 from doratune.study.comparison.findings import find
 from doratune.study.comparison.run import run_all
 from doratune.study.comparison.trials import size
+from study.comparison.workers import opened, work
 from train.tiny import save_model, write_text
-
-HEARTBEAT, GRACE = 1, 4
 
 
 @pytest.fixture(scope="module")
@@ -41,36 +37,19 @@ def write(folder, name, compare, **values):
     return str(path)
 
 
-def opened(folder, of):
-    return storage.open_study(storage.database(folder / "study.db"), "compare", of, HEARTBEAT, GRACE)
-
-
-WORK = f"""
-import sys
-from pathlib import Path
-from doratune.study.comparison import recipe, storage
-from doratune.study.comparison.run import run_all
-name, folder = sys.argv[1], Path(sys.argv[2])
-if __name__ == "__main__":
-    of = recipe.load(name)
-    url = storage.database(folder / "study.db")
-    run_all(of, lambda: storage.open_study(url, "compare", of, {HEARTBEAT}, {GRACE}), folder)
-"""
-
-
 def test_two_workers_one_of_them_killed(folder, tmp_path):
     name = write(folder, "kill", 'methods = ["lora r", "dora r"]\nlearning_rates = [1e-3]\nseeds = 2')
-    script = tmp_path / "work.py"
-    script.write_text(WORK)
     of = recipe.load(name)
     study = opened(tmp_path, of)
-    command = [sys.executable, str(script), name, str(tmp_path)]
-    victim, other = (subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2))
-    mine = _run_of(study, victim)
-    os.kill(victim.pid, signal.SIGKILL)
-    victim.communicate(timeout=300)  # for ever, if what it was training lived on
-    _, said = other.communicate(timeout=240)
-    assert other.returncode == 0, said
+    before = set(psutil.Process().children(recursive=True))
+    victim, other = (process._context().Process(target=work, args=(name, tmp_path)) for _ in range(2))
+    victim.start(), other.start()
+    mine = _run_of(study, victim, tmp_path)
+    begun = set(psutil.Process(victim.pid).parent().children(recursive=True)) - before
+    assert len(begun) >= 3, "two workers, and what the victim is training"
+    victim.kill()
+    other.join(240)
+    assert other.exitcode == 0
     states = optuna.trial.TrialState
     found = study.get_trials()
     assert found[mine].state == states.FAIL, "what the killed worker was doing"
@@ -79,14 +58,15 @@ def test_two_workers_one_of_them_killed(folder, tmp_path):
     assert len(found) == 5, "one run was lost, and nothing else"
     assert storage.trial_of(found[mine].params) in over
     assert all(len(one.scores) == 2 for one in find(of, storage.outcomes(study)).standings)
+    assert psutil.wait_procs(begun, timeout=60)[1] == [], "what the killed worker was training lives on"
 
 
-def _run_of(study, worker):
+def _run_of(study, worker, folder):
     """Number of a run that this worker is in the middle of."""
     until = time.monotonic() + 120
     while time.monotonic() < until:
         for one in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
-            if f" {worker.pid}." in one.user_attrs.get("worker", ""):
+            if f" {worker.pid}." in one.user_attrs.get("worker", "") and [*folder.glob(f"runs/*/{one.number}-*")]:
                 return one.number
         time.sleep(0.05)
     raise AssertionError("the worker has begun nothing")
