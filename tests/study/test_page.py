@@ -30,6 +30,12 @@ def example():
     return page
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The page on disk, to be looked at."""
+    return example().write(tmp_path_factory.mktemp("page"), {})
+
+
 def test_files_and_their_numbers(tmp_path):
     folder = tmp_path / "report"
     assert example().write(folder, {"r": [1.0, float("nan")], "t": (float("inf"), 2)}) == folder / "report.html"
@@ -101,8 +107,8 @@ READ = "[...document.querySelectorAll('figure svg text')].map(e => e.getBounding
 
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_in_a_browser(tmp_path, opened, width, theme):  # noqa: F811
-    found = opened(example().write(tmp_path, {}), width, theme)
+def test_in_a_browser(written, opened, width, theme):  # noqa: F811
+    found = opened(written, width, theme)
     page = found.page
     for plot in page.locator("figure svg").all():
         box = plot.bounding_box()
@@ -124,8 +130,8 @@ def test_in_a_browser(tmp_path, opened, width, theme):  # noqa: F811
     assert len(found.requests) == 1, "the page asks for something else than itself"
 
 
-def test_sorting_and_searching(tmp_path, opened):  # noqa: F811
-    found = opened(example().write(tmp_path, {}))
+def test_sorting_and_searching(written, opened):  # noqa: F811
+    found = opened(written)
     assert found.column("values", 0) == ["b 10", "b 9", "<a>", "c"]
     found.sort("values", 1)
     assert found.column("values", 1) == ["2.00", "0.50", "−10.00", "–"]
@@ -142,8 +148,8 @@ def test_sorting_and_searching(tmp_path, opened):  # noqa: F811
     assert found.complaints == []
 
 
-def test_a_mark_tells_what_it_is_and_lights_its_group(tmp_path, opened):  # noqa: F811
-    found = opened(example().write(tmp_path, {}))
+def test_a_mark_tells_what_it_is_and_lights_its_group(written, opened):  # noqa: F811
+    found = opened(written)
     marks = found.page.locator('[data-plot="plot-0"] [data-group="layer-1"]')
     marks.first.hover()
     tip = found.page.locator("#tip")

@@ -159,11 +159,20 @@ def test_the_page_and_its_files(tmp_path):
     assert page.stat().st_size < 3e6
 
 
+RANKS = {"text-classification": {}, "text-generation": {"methods": ("lora r", "dora r"), "ranks": (2, 4, 8)}}
+
+
+@pytest.fixture(scope="module", params=RANKS)
+def written(request, tmp_path_factory):
+    """A report of a task, and the options of its ranks."""
+    ranks = RANKS[request.param]
+    return write_report(findings(0.05, request.param, **ranks), tmp_path_factory.mktemp("report") / "report"), ranks
+
+
 @pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("task", ["text-classification", "text-generation"])
-def test_in_a_browser(tmp_path, opened, width, task):  # noqa: F811
-    ranks = {"methods": ("lora r", "dora r"), "ranks": (2, 4, 8)} if task == "text-generation" else {}
-    found = opened(write_report(findings(0.05, task, **ranks), tmp_path / "report"), width)
+def test_in_a_browser(written, opened, width):  # noqa: F811
+    report, ranks = written
+    found = opened(report, width)
     shown = found.page.locator("figure svg")
     assert shown.count() == (4 if ranks else 3)
     assert found.page.evaluate("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
