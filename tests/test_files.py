@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import pickle
-import subprocess
-import sys
+import resource
+import signal
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from doratune import AdapterError, files
+from doratune import AdapterError
 from doratune.files import (
     CONFIG,
     PICKLED,
@@ -146,46 +150,38 @@ def test_options_and_weights_are_never_of_two_adapters(tmp_path, monkeypatch):
     assert seen == ["incomplete"] * 3 + [(2, 0.0)]
 
 
-SCRIPT = """
-import resource, signal, sys, pathlib, torch
-from doratune import AdapterError, files
-folder = pathlib.Path(sys.argv[1])
-if sys.argv[2] == "kill":
-    files.os.fsync = lambda handle: files.os.kill(files.os.getpid(), 9)
-else:
+def write_apart(prepare: Callable[[], None], folder: Path) -> None:
+    """Write an adapter in a process of its own, which begins with ``prepare()``."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork"), initializer=prepare) as pool:
+        pool.submit(write_large, folder).result()
+
+
+def write_large(folder: Path) -> None:
+    write_adapter(folder, {"a": torch.zeros(40_000)}, {"r": 2, "x": "y" * 1000}, {})
+
+
+def fill_the_disk() -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
-try:
-    files.write_adapter(folder, {"a": torch.zeros(40_000)}, {"r": 2, "x": "y" * 1000}, {})
-except AdapterError as error:
-    print(error)
-"""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
 
-def run(folder: Path, how: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[1])}
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT, str(folder), how],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+def die_syncing() -> None:
+    os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_disk_that_fills_up_while_the_weights_are_written(tmp_path):
     write_adapter(tmp_path, *OLD)
     before = contents(tmp_path)
-    result = run(tmp_path, "20000")
-    assert "cannot write" in result.stdout, result.stderr
+    with pytest.raises(AdapterError, match="cannot write"):
+        write_apart(fill_the_disk, tmp_path)
     assert contents(tmp_path) == before
     assert listing(tmp_path) == [CONFIG, WEIGHTS]
 
 
 def test_a_process_killed_while_writing_leaves_the_older_adapter_whole(tmp_path):
     write_adapter(tmp_path, *OLD)
-    result = run(tmp_path, "kill")
-    assert result.returncode == -9
+    with pytest.raises(BrokenProcessPool, match="terminated abruptly"):
+        write_apart(die_syncing, tmp_path)
     assert read_config(tmp_path) == {"r": 1}
     assert torch.equal(read_weights(tmp_path)[0]["a"], torch.ones(3))
     # Nobody could tidy up; what is left is hidden and is never read.
