@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests fork, which a process with OpenMP's threads does not survive
@@ -32,11 +33,17 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:.*should not be instantiated:DeprecationWarning")
 
 
-@pytest.fixture(autouse=True, scope="module")
+_imported = 0
+
+
+@pytest.fixture(autouse=True)
 def _imports_are_not_collected():
     """A training run ends with gc.collect(), which need not visit every object of torch's and transformers' modules."""
-    gc.collect()
-    gc.freeze()
+    global _imported
+    if len(sys.modules) != _imported:
+        gc.collect()
+        gc.freeze()
+        _imported = len(sys.modules)
 
 
 @pytest.fixture(autouse=True)
