@@ -23,7 +23,7 @@ from train.tiny import save_image_folder, save_model, save_vision_model, write_t
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory):
     folder = tmp_path_factory.mktemp("assets")
-    return save_model(folder / "model"), write_text(folder / "text.txt")
+    return save_model(folder / "model", layers=1), write_text(folder / "text.txt")
 
 
 def config(assets, output, **values):

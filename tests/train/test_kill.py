@@ -21,7 +21,7 @@ from train.tiny import save_model, write_text
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    save_model(folder / "model")
+    save_model(folder / "model", layers=1)
     write_text(folder / "text.txt")
     train(config(folder, folder / "run"), Console(quiet=True))
     return folder
@@ -135,7 +135,7 @@ def test_killed_and_resumed(whole, tmp_path, moment, monkeypatch):
 def test_killed_at_six_random_moments_of_one_run(tmp_path):
     """Each time the run goes on from where it was killed; where it has ended meanwhile, another begins."""
     options = {"steps": 12, "keep": 1, "save_every": 1, "eval_every": 4}
-    save_model(tmp_path / "model")
+    save_model(tmp_path / "model", layers=1)
     write_text(tmp_path / "text.txt")
     start = time.monotonic()
     train(config(tmp_path, tmp_path / "whole", **options), Console(quiet=True))

@@ -15,7 +15,7 @@ from train.tiny import save_model, write_text
 def began(tmp_path_factory):
     """Options of runs that were stopped at their first step of two, by method."""
     folder = tmp_path_factory.mktemp("began")
-    model, text = save_model(folder / "model"), write_text(folder / "text.txt")
+    model, text = save_model(folder / "model", layers=1), write_text(folder / "text.txt")
     adapter = AdapterOptions(rank=4, alpha=8, targets=("q_proj", "up_proj"), rank_pattern={"up_proj": 2})
     found = {}
     for method in ("dora", "magnitude", "full"):

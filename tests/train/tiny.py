@@ -37,7 +37,7 @@ def sentencepiece_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-def llama(seed: int = 0, vocabulary: int = 257) -> Any:
+def llama(seed: int = 0, vocabulary: int = 257, layers: int = 2) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -45,7 +45,7 @@ def llama(seed: int = 0, vocabulary: int = 257) -> Any:
         vocab_size=vocabulary,
         hidden_size=16,
         intermediate_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=128,
         bos_token_id=None,
@@ -56,8 +56,8 @@ def llama(seed: int = 0, vocabulary: int = 257) -> Any:
     return LlamaForCausalLM(config)
 
 
-def save_model(folder: Path) -> Path:
-    llama().save_pretrained(folder)
+def save_model(folder: Path, layers: int = 2) -> Path:
+    llama(layers=layers).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 
@@ -76,7 +76,7 @@ def words(count: int, seed: int = 0) -> str:
     return " ".join(choose.choice(["once", "upon", "a", "time", "king", "wolf", "forest"]) for _ in range(count))
 
 
-def write_text(path: Path, count: int = 400) -> Path:
+def write_text(path: Path, count: int = 150) -> Path:
     path.write_text(words(count), encoding="utf-8")
     return path
 

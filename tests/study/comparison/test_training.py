@@ -23,7 +23,7 @@ from train.tiny import save_model, write_text
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("task")
-    save_model(made / "model")
+    save_model(made / "model", layers=1)
     write_text(made / "text.txt")
     return made
 
