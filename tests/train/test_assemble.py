@@ -32,7 +32,7 @@ def test_compile(tmp_path, monkeypatch):
 
     original = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *a, **k: original(*a, **{**k, "backend": backend}))
-    folder = save_model(tmp_path / "model")
+    folder = save_model(tmp_path / "model", layers=1)
     ids = torch.arange(16).view(2, 8)
     plain = made(folder)(input_ids=ids, labels=ids).loss
     model = made(folder, compile=True)
