@@ -15,7 +15,7 @@ from doratune.errors import DivergedError
 from doratune.study.comparison import process, recipe, storage
 from doratune.study.comparison.findings import find
 from doratune.study.comparison.run import run_all
-from doratune.study.comparison.trials import size
+from doratune.study.comparison.trials import grid, size
 from study.comparison.workers import opened, work
 from train.tiny import save_model, write_text
 
@@ -23,8 +23,8 @@ from train.tiny import save_model, write_text
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("task")
-    save_model(made / "model", layers=1)
-    write_text(made / "text.txt")
+    save_model(made / "model")
+    write_text(made / "text.txt", 400)
     return made
 
 
@@ -41,6 +41,7 @@ def test_two_workers_one_of_them_killed(folder, tmp_path):
     name = write(folder, "kill", 'methods = ["lora r", "dora r"]\nlearning_rates = [1e-3]\nseeds = 2')
     of = recipe.load(name)
     study = opened(tmp_path, of)
+    storage.add(study, of, grid(of, []))  # or both might, at the same moment
     before = set(psutil.Process().children(recursive=True))
     victim, other = (process._context().Process(target=work, args=(name, tmp_path)) for _ in range(2))
     victim.start(), other.start()
