@@ -19,7 +19,7 @@ from doratune.train.tasks import task_of
 from train.tiny import llama
 
 CONFIG = dt.AdapterConfig(rank=4)
-STEPS = 8
+STEPS = 20
 STREAMED = 6
 ACCUMULATED = {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}
 """Half as many sequences at a time, and forwards that are computed again."""

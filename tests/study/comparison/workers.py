@@ -1,5 +1,6 @@
 """Workers in processes of their own, on one study."""
 
+import sys
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ def opened(folder: Path, of: Any) -> Any:
 
 def work(name: str, folder: Path) -> None:
     """What ``doratune compare`` does with a recipe."""
-    forkserver._forkserver.ensure_running = lambda: None  # Python would start another beside the one that forked this
+    if sys.version_info < (3, 14):  # Python would start another server beside the one that forked this process
+        forkserver._forkserver.ensure_running = lambda: None
     of = recipe.load(name)
     run_all(of, lambda: opened(folder, of), folder)
