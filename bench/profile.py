@@ -16,13 +16,13 @@ from bench.options import Benchmark, Report, Watch
 from bench.results import Point
 from bench.step import model_trial
 from bench.trial import Trial
-from doratune.ops import compose, low_rank, row_norm
+from doratune.ops import compose, dense, low_rank, row_norm
 
 PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "norm": ((row_norm, "squared_row_norm"), (row_norm, "row_scale")),
-    "outputs, forward": ((compose, "_scale_in_place"),),
-    "outputs, backward": ((compose, "_scaled_backward"),),
-    "A and B, backward": ((low_rank, "_gradients"),),
+    "outputs, forward": ((compose, "scale_in_place"), (dense, "scale_in_place")),
+    "outputs, backward": ((compose, "scaled_backward"), (dense, "scaled_backward")),
+    "A and B, backward": ((low_rank, "low_rank_gradients"), (dense, "low_rank_gradients")),
 }
 """What is told apart, and the functions that do it."""
 STEPS = 5
