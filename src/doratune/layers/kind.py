@@ -61,7 +61,7 @@ class Options(NamedTuple):
         )
 
     def in_one_node(self) -> bool:
-        """Whether ``ops/dense.py`` serves: not for an exact norm, nor in compiled code, which has no nodes to save."""
+        """Whether ``ops/dense.py`` serves: not for an exact norm or a frozen g, nor where a compiler sees the whole."""
         usual = self.norm_gradient == "detached" and self.cache.frozen is None
         return usual and by_hand() and not torch.compiler.is_compiling()
 
