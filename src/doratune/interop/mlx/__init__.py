@@ -48,10 +48,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     reasons = [(path, reason) for path in layers if (reason := tree.misfit(path, method))]
     reasons += [(path, "its bias is trained, too") for path, layer in layers.items() if name in layer.adapter_bias]
     reasons += [(path, "it is trained whole") for path, saved in saved_modules(root).items() if name in saved.copies]
-    findings: dict[str, list[str]] = {}
-    for path, reason in reasons:
-        findings.setdefault(reason, []).append(path)
-    if problems := grouped(findings):
+    if problems := grouped(reasons):
         raise AdapterError.of(f"adapter {name!r} cannot be mlx-lm's", problems, at_most=LISTED)
     tensors = tensors_to_save(root, name)
     if not writes(root):
