@@ -51,13 +51,13 @@ class MetricsFile(TrainerCallback):
         if self.writes:
             write_whole(self.path, "".join(json.dumps(record) + "\n" for record in records))
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         """Append a line.
 
         Raises:
             DivergedError: if the loss is not finite, or far above that before training: no later step can mend that.
         """
-        values = {key: value for key, value in (logs or {}).items() if key not in _LEFT_OUT}
+        values = {key: value for key, value in logs.items() if key not in _LEFT_OUT}
         if "train_loss" in values:
             return
         loss = values.get("loss", values.get("eval_loss", 0.0))
@@ -126,12 +126,12 @@ class Progress(TrainerCallback):
         speed_told = f"{speed:,.{0 if speed >= 100 else 1}f} {self.unit}/s"
         return "  ".join([*parts, speed_told, f"{memory:.1f} GiB"])
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        self.held_out = _held_out(logs or {}) or self.held_out
-        self.measuring += (logs or {}).get("eval_runtime", 0.0)
-        if "loss" not in (logs or {}):
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        self.held_out = _held_out(logs) or self.held_out
+        self.measuring += logs.get("eval_runtime", 0.0)
+        if "loss" not in logs:
             return
-        self.loss = f"{(logs or {})['loss']:.3f}"
+        self.loss = f"{logs['loss']:.3f}"
         if not self.console.is_terminal and state.global_step >= self.next_line:
             self.next_line = state.global_step + max(1, state.max_steps // 10)
             self.console.print(self._told(args, state), soft_wrap=True)
