@@ -90,17 +90,16 @@ def run(options: Compare) -> int:
     return 0
 
 
-def _of_runs(comparison: Comparison, output: Path) -> Iterator[str]:
-    """What can be found wrong with the runs before any is started."""
+def _of_runs(comparison: Comparison, output: Path) -> list[str]:
+    """What can be found wrong with the runs before any is started; most of it is the same for all."""
     from doratune.study.comparison.run import RUNS
     from doratune.train.run import problems
 
-    said = set()
-    for one in comparison.contestants:
-        for problem in problems(comparison.config(one, comparison.grid.rates(one)[0], 0, output / RUNS / one.key)):
-            if problem not in said:  # most are the same for all
-                said.add(problem)
-                yield problem
+    runs = (
+        comparison.config(one, comparison.grid.rates(one)[0], 0, output / RUNS / one.key)
+        for one in comparison.contestants
+    )
+    return list(dict.fromkeys(problem for config in runs for problem in problems(config)))
 
 
 class _Progress:
