@@ -15,7 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from doratune.cli.common import check, say
+from doratune.cli.common import at_least, check, say
 from doratune.errors import Interrupted
 from doratune.study.page import folder_problem, without_nan
 from doratune.train.quiet import quiet_libraries
@@ -52,8 +52,7 @@ class Compare:
 
     def problems(self) -> Iterator[str]:
         """Options that cannot work."""
-        if self.workers < 1:
-            yield f"workers must be at least 1; found {self.workers}"
+        yield from at_least(self, workers=1)
         problem = folder_problem(self.output / "report")
         if problem:
             yield problem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -17,11 +18,11 @@ def collate_blocks(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids.clone()}
 
 
+@dataclass(frozen=True)
 class Padded:
     """A batch of examples, filled up at the end to the length of the longest."""
 
-    def __init__(self, pad: int) -> None:
-        self.pad = pad
+    pad: int
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         return {
@@ -31,11 +32,11 @@ class Padded:
         }
 
 
+@dataclass(frozen=True)
 class Packed:
     """A batch of packed examples: positions start anew with each, which tells attention to keep them apart."""
 
-    def __init__(self, pad: int) -> None:
-        self.pad = pad
+    pad: int
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         ids = _filled((row["input_ids"] for row in rows), self.pad)
