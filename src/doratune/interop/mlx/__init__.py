@@ -44,8 +44,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     root = unwrap(model)
     layers = layers_to_save(root, name)
     tree = Tree.of(root)
-    method = next(iter(layers.values())).adapters[name].config.method
-    reasons = [(path, reason) for path in layers if (reason := tree.misfit(path, method))]
+    config = next(iter(layers.values())).adapters[name].config
+    reasons = [(path, reason) for path in layers if (reason := tree.misfit(path, config.method))]
     reasons += [(path, "its bias is trained, too") for path, layer in layers.items() if name in layer.adapter_bias]
     reasons += [(path, "it is trained whole") for path, saved in saved_modules(root).items() if name in saved.copies]
     if problems := grouped(reasons):
@@ -63,10 +63,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
             if tensor is not None:
                 stored[f"{tree.theirs(path)}.{part}"] = tensor
     keys, count = tree.keys_of(layers)
-    dropout = next(iter(layers.values())).adapters[name].config.dropout
     options = {
-        "fine_tune_type": method,
-        "lora_parameters": {"dropout": dropout, "keys": keys, "rank": rank, "scale": scale},
+        "fine_tune_type": config.method,
+        "lora_parameters": {"dropout": config.dropout, "keys": keys, "rank": rank, "scale": scale},
         "model": getattr(root, "name_or_path", None) or None,
         "num_layers": count,
     }
