@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 import doratune as dt
+from bench.peak import peak_bytes
 from doratune.study.estimate import estimate
-from doratune.study.footprint import peak_bytes
 
 SMALL = LlamaConfig(
     vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8

@@ -15,10 +15,10 @@ import doratune as dt
 from bench.bases import OneLayer, linear_paths, llama
 from bench.contestants import BUILDERS, DORA, LORA, Contestant, Setting, share
 from bench.options import Benchmark, Report, Watch
+from bench.peak import peak_bytes
 from bench.results import Point
 from bench.tasks import ModelTask
 from bench.trial import Entry, moved_adapters, report
-from doratune.study.footprint import peak_bytes
 from doratune.study.race import Lane, race
 
 NAMES = (LORA, DORA, "PEFT LoRA float32", "PEFT DoRA float32")

@@ -7,11 +7,12 @@ from typing import ClassVar
 
 from bench.contestants import Contestant
 from bench.options import Benchmark, Report, Watch
+from bench.peak import peak_bytes
 from bench.results import Point
 from bench.step import model_trial
 from bench.trial import Trial
 from doratune.ops.hardware import multiplies
-from doratune.study.footprint import peak_bytes, saved_bytes
+from doratune.study.footprint import saved_bytes
 
 
 @dataclass

@@ -5,11 +5,12 @@ import gc
 import bitsandbytes
 import pytest
 import torch
+from bench.peak import peak_bytes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import doratune as dt
-from doratune.study.footprint import peak_bytes, saved_bytes
+from doratune.study.footprint import saved_bytes
 from helpers import move
 
 MEBIBYTE = 2**20

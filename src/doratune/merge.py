@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -170,13 +171,7 @@ def merge(model: nn.Module, verify: bool = False) -> nn.Module:
     layers = {path: layer for path, layer in adapted_layers(root).items() if layer.active is not None}
     problems = [f"{path}: {problem}" for path, layer in layers.items() if (problem := _problem(layer, name))]
     if verify and not problems:
-        for check in verify_merge(root):
-            log.info("merge %s: difference %.2e, tolerance %.2e", check.path, check.difference, check.tolerance)
-            if not check.holds:
-                problems.append(
-                    f"{check.path}: merged and unmerged outputs differ by {check.difference:.2e}, "
-                    f"rounding explains {check.tolerance:.2e}"
-                )
+        problems += _differences(root)
     if problems:
         raise AdapterError.of("merge", problems)
     shared = shared_parameters(root)
@@ -216,6 +211,17 @@ def merge(model: nn.Module, verify: bool = False) -> nn.Module:
     if untied:
         tie_nothing(root)
     return model
+
+
+def _differences(root: nn.Module) -> Iterator[str]:
+    """Layers whose outputs merging would change by more than rounding explains; all are logged."""
+    for check in verify_merge(root):
+        log.info("merge %s: difference %.2e, tolerance %.2e", check.path, check.difference, check.tolerance)
+        if not check.holds:
+            yield (
+                f"{check.path}: merged and unmerged outputs differ by {check.difference:.2e}, "
+                f"rounding explains {check.tolerance:.2e}"
+            )
 
 
 def _problem(layer: AdaptedLayer, name: str) -> str | None:

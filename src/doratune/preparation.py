@@ -13,14 +13,14 @@ from doratune.layers import quantised, running_statistics
 from doratune.layers.attention import NoNestedTensors
 from doratune.layers.holder import plain, plain_parameters
 from doratune.layers.input_gradients import InputsRequireGrad, hooks_of
-from doratune.targets import holders, plain_path, walk
+from doratune.targets import own_parameters, plain_path, walk
 
 _RECORD = "_doratune_trained_before"
 
 
 def freeze(root: nn.Module) -> None:
     """Freeze everything but adapters, and note once what was trained before, for ``detach``."""
-    own = {id(p) for h in holders(root) for n in h.adapter_names() for p in h.adapter_parameters(n)}
+    own = own_parameters(root)
     if _RECORD not in root.__dict__:
         # Names: parameters may be replaced meanwhile, by loading or moving the model.
         root.__dict__[_RECORD] = {plain_path(n) for n, p in plain_parameters(root) if p.requires_grad}

@@ -13,7 +13,7 @@ from doratune.layers.bypass import held_aside, reader
 from doratune.layers.kind import outputs_are_overwritten
 from doratune.layers.quantised import unpacked_sizes
 from doratune.model import active_adapter, adapter_names, trainable_parameters
-from doratune.targets import adapted_layers, plain_modules, refusal, saved_modules, unwrap
+from doratune.targets import adapted_layers, own_parameters, plain_modules, refusal, saved_modules, unwrap
 
 
 @dataclass(frozen=True)
@@ -93,28 +93,16 @@ def summary(model: nn.Module) -> Summary:
     root = unwrap(model)
     active = active_adapter(root)
     result = Summary(adapter_names(root), active)
-    own: set[int] = set()
     for path, layer in adapted_layers(root).items():
-        for name in layer.adapter_names():
-            own.update(id(p) for p in layer.adapter_parameters(name))
         if layer.active is None:
             continue
-        adapter = layer.adapters[layer.active]
-        sizes = {
-            part: group[layer.active].numel() if layer.active in group else 0
-            for part, group in (("A", layer.lora_A), ("B", layer.lora_B), ("m", layer.magnitude))
-        }
-        result.layers.append(
-            LayerSummary(
-                path, layer.kind.name, adapter.config.method, adapter.rank, sizes["A"] + sizes["B"], sizes["m"]
-            )
-        )
+        adapter, groups = layer.adapters[layer.active], (layer.lora_A, layer.lora_B, layer.magnitude)
+        A, B, m = (group[layer.active].numel() if layer.active in group else 0 for group in groups)
+        result.layers.append(LayerSummary(path, layer.kind.name, adapter.config.method, adapter.rank, A + B, m))
     for path, saved in saved_modules(root).items():
-        for name in saved.adapter_names():
-            own.update(id(p) for p in saved.adapter_parameters(name))
         if saved.active is not None:
             result.saved[path] = sum(p.numel() for p in saved.adapter_parameters(saved.active))
-    unpacked = unpacked_sizes(root)
+    own, unpacked = own_parameters(root), unpacked_sizes(root)
     result.base = sum(unpacked.get(id(p), p.numel()) for p in root.parameters() if id(p) not in own)
     result.trained = sum(p.numel() for p in trainable_parameters(root).values())
     result.left_alone = _left_alone(root, {layer.path for layer in result.layers} | set(result.saved))

@@ -142,6 +142,11 @@ def holders(model: nn.Module) -> list[AdapterHolder]:
     return [module for _, module in walk(model) if isinstance(module, AdapterHolder)]
 
 
+def own_parameters(model: nn.Module) -> set[int]:
+    """Ids of the parameters that belong to adapters."""
+    return {id(p) for h in holders(model) for name in h.adapter_names() for p in h.adapter_parameters(name)}
+
+
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """The model's adapted layers by path."""
     return {path: module for path, module in walk(model) if isinstance(module, AdaptedLayer)}

@@ -7,6 +7,7 @@ import weakref
 import bitsandbytes as bnb
 import pytest
 import torch
+from bench.peak import peak_bytes
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -21,7 +22,7 @@ from torchao.quantization.granularity import PerGroup
 import doratune as dt
 from doratune.layers import quantised
 from doratune.ops import reference, row_norm
-from doratune.study.footprint import peak_bytes, saved_bytes
+from doratune.study.footprint import saved_bytes
 from doratune.targets import adapted_layers
 from helpers import error, tiny_llama
 

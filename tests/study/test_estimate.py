@@ -2,11 +2,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bench.peak import peak_bytes
 from transformers import AutoModelForCausalLM, DeepseekV3Config, GPT2Config, LlamaConfig, MixtralConfig
 
 import doratune as dt
 from doratune.study.estimate import estimate
-from doratune.study.footprint import peak_bytes
 from doratune.study.tape import Tape
 from helpers import enable_checkpointing
 

@@ -33,9 +33,10 @@ from doratune.cli import (
     train,
 )
 from doratune.errors import AdapterError, Interrupted
+from doratune.train.config import TrainConfig
 
 RUNNERS: dict[type, Any] = {
-    train.TrainConfig: train.run,
+    TrainConfig: train.run,
     generate.Generate: generate.run,
     predict.Predict: predict.run,
     evaluate.Evaluate: evaluate.run,
@@ -58,7 +59,7 @@ class Program:
     """
 
     command: (
-        Annotated[train.TrainConfig, tyro.conf.subcommand("train")]
+        Annotated[TrainConfig, tyro.conf.subcommand("train")]
         | Annotated[generate.Generate, tyro.conf.subcommand("generate")]
         | Annotated[predict.Predict, tyro.conf.subcommand("predict")]
         | Annotated[evaluate.Evaluate, tyro.conf.subcommand("evaluate")]
@@ -110,7 +111,7 @@ def _run(arguments: list[str]) -> int:
     except AdapterError as error:  # a recipe that cannot be read
         return _fail(error)
     try:
-        more = (train.flags_among(arguments),) if isinstance(program.command, train.TrainConfig) else ()
+        more = (train.flags_among(arguments),) if isinstance(program.command, TrainConfig) else ()
         code: int = RUNNERS[type(program.command)](program.command, *more)
         return code
     except AdapterError as error:

@@ -21,6 +21,7 @@ from doratune.extras import require
 from doratune.hub import adapter_folder, base_folder
 from doratune.study.analysis import Analysis, Spectra, analyze
 from doratune.study.correlation import CONFIDENCE
+from doratune.study.names import some
 from doratune.study.page import folder_problem, without_nan
 from doratune.study.runs import labels_of
 
@@ -137,5 +138,4 @@ def _left_out(analysis: Analysis) -> Iterator[str]:
     """What was not compared, by reason."""
     for run in analysis.runs:
         for reason, names in run.reasons.items():
-            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-            yield f"{run.label}: not compared, {reason}: {', '.join(names[:NAMED])}{more}"
+            yield f"{run.label}: not compared, {reason}: {some(names, NAMED)}"

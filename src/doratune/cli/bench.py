@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from doratune.cli.common import check
+from doratune.cli.common import at_least, check
 from doratune.config import AdapterConfig
 from doratune.files import read_config, reading_adapter
 from doratune.hub import adapter_folder
@@ -57,9 +57,7 @@ class Bench:
 
     def problems(self) -> Iterator[str]:
         """Options that cannot work."""
-        for name, least in (("tokens", 2), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                yield f"{name} must be at least {least}; found {getattr(self, name)}"
+        yield from at_least(self, tokens=2, batch_size=1)
         if not self.seconds > 0:
             yield f"seconds must be above 0; found {self.seconds}"
         if self.rank < 1:

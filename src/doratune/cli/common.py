@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from rich.console import Console
 
@@ -14,6 +14,14 @@ def check(problems: Iterable[str]) -> None:
     found = list(problems)
     if found:
         raise AdapterError.of("these options cannot work", found)
+
+
+def at_least(options: object, **least: int) -> Iterator[str]:
+    """Numbers among the options that are too small."""
+    for name, smallest in least.items():
+        value = getattr(options, name)
+        if value < smallest:
+            yield f"{name} must be at least {smallest}; found {value}"
 
 
 def say(console: Console, line: str) -> None:

@@ -15,7 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from doratune.cli.common import check, say
+from doratune.cli.common import at_least, check, say
 from doratune.errors import Interrupted
 from doratune.study.page import folder_problem, without_nan
 from doratune.train.quiet import quiet_libraries
@@ -52,8 +52,7 @@ class Compare:
 
     def problems(self) -> Iterator[str]:
         """Options that cannot work."""
-        if self.workers < 1:
-            yield f"workers must be at least 1; found {self.workers}"
+        yield from at_least(self, workers=1)
         problem = folder_problem(self.output / "report")
         if problem:
             yield problem
@@ -90,17 +89,16 @@ def run(options: Compare) -> int:
     return 0
 
 
-def _of_runs(comparison: Comparison, output: Path) -> Iterator[str]:
-    """What can be found wrong with the runs before any is started."""
+def _of_runs(comparison: Comparison, output: Path) -> list[str]:
+    """What can be found wrong with the runs before any is started; most of it is the same for all."""
     from doratune.study.comparison.run import RUNS
     from doratune.train.run import problems
 
-    said = set()
-    for one in comparison.contestants:
-        for problem in problems(comparison.config(one, comparison.grid.rates(one)[0], 0, output / RUNS / one.key)):
-            if problem not in said:  # most are the same for all
-                said.add(problem)
-                yield problem
+    runs = (
+        comparison.config(one, comparison.grid.rates(one)[0], 0, output / RUNS / one.key)
+        for one in comparison.contestants
+    )
+    return list(dict.fromkeys(problem for config in runs for problem in problems(config)))
 
 
 class _Progress:

@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from doratune.cli.common import check, say
+from doratune.cli.common import at_least, check, say
 from doratune.config import AdapterConfig, Method
 from doratune.train.choices import Quantize
 from doratune.train.models import check_context, load_config
@@ -64,14 +64,7 @@ class EstimateOptions:
 
     def problems(self) -> Iterator[str]:
         """Options that cannot work."""
-        for name, least in (
-            ("tokens", 2),
-            ("batch_size", 1),
-            ("devices", 1),
-            ("rank", 0 if self.method == "dora" else 1),
-        ):
-            if getattr(self, name) < least:
-                yield f"{name} must be at least {least}; found {getattr(self, name)}"
+        yield from at_least(self, tokens=2, batch_size=1, devices=1, rank=0 if self.method == "dora" else 1)
         if self.fsdp and self.quantize:
             yield f"fsdp does not spread quantised weights ({self.quantize}); leave out one of the two"
         if self.fsdp and self.devices == 1:

@@ -62,7 +62,6 @@ def _moved(adapter: Path, base: str) -> tuple[dict[str, Decomposition], dict[str
 
 def _as_json(report: FileReport, moved: dict[str, Decomposition]) -> dict[str, Any]:
     whole = asdict(report)
-    whole["config"] = {key: list(v) if isinstance(v, tuple) else v for key, v in whole["config"].items()}
     for layer in whole["layers"]:
         change = moved.get(layer["path"])
         layer["change"] = asdict(change) if change else None

@@ -19,8 +19,6 @@ from doratune.train.quiet import quiet_libraries
 from doratune.train.recipe import explain, find_recipe, load_recipe
 from doratune.train.without_effect import without_effect
 
-__all__ = ["TrainConfig", "flags_among", "from_recipe", "run"]
-
 
 @dataclass
 class _RecipeFlag:

@@ -51,7 +51,7 @@ class Score:
 
 
 def _some(names: Collection[str]) -> str:
-    return ", ".join([*list(names)[:5], *["..."][: len(names) > 5]])
+    return ", ".join(list(names)[:5]) + (", ..." if len(names) > 5 else "")
 
 
 class CsvFile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -169,5 +170,5 @@ def folder_name(folder: Path, taken: Collection[str] = ()) -> str:
     if path.parent.name == "snapshots":  # the hub's cache: models--user--name/snapshots/revision
         own = path.parent.parent.name.rpartition("--")[2]
     name = re.sub(r"[^\w-]", "_", own) or "adapter"
-    names = [name, *(f"{name}-{number}" for number in range(2, len(taken) + 4))]
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     return next(n for n in names if n not in taken and n != BASE)

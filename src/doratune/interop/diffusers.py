@@ -123,18 +123,18 @@ def _sorted(
 ) -> dict[str, dict[str, dict[str, tuple[str, Tensor]]]]:
     """The tensors by prefix, layer's path and PEFT's part, each with its key; the others go to ``problems``."""
     layers: dict[str, dict[str, dict[str, tuple[str, Tensor]]]] = {prefix: {} for prefix in models}
-    findings: dict[str, list[str]] = {}
+    findings: list[tuple[str, str]] = []
     for key, tensor in tensors.items():
         prefix = next((p for p in models if not p or key.startswith(f"{p}.")), None)
         match = None if prefix is None else KEY.fullmatch(key[len(prefix) :].lstrip("."))
         if prefix is None:
-            findings.setdefault(_why_no_model(key, models), []).append(key)
+            findings.append((key, _why_no_model(key, models)))
         elif models[prefix] is None:
             continue
         elif match is None:
-            findings.setdefault(f"unknown key; expected it to end in one of {', '.join(PARTS)}", []).append(key)
+            findings.append((key, f"unknown key; expected it to end in one of {', '.join(PARTS)}"))
         elif PARTS[match["part"]] in layers[prefix].setdefault(match["path"], {}):
-            findings.setdefault("the file holds this tensor twice, under two keys", []).append(key)
+            findings.append((key, "the file holds this tensor twice, under two keys"))
         else:
             layers[prefix][match["path"]][PARTS[match["part"]]] = key, tensor
     problems += grouped(findings)
@@ -238,5 +238,5 @@ def _to_file(prefix: str, adapter: Adapter, problems: list[str]) -> dict[str, Te
         else:
             tensors[f"{match['path']}.{written.get(match['part'], match['part'])}"] = tensor
     reason = "is of a trained bias, a module trained whole or an embedding, which diffusers does not read"
-    problems += grouped({reason: without_place} if without_place else {})
+    problems += grouped((key, reason) for key in without_place)
     return tensors

@@ -108,13 +108,13 @@ def load_adapter(
 def _sorted(models: Models, tensors: dict[str, Tensor], problems: list[str]) -> dict[str, dict[str, dict[str, Tensor]]]:
     """The file's tensors by prefix, layer's name (with its prefix) and part; what has no place goes to ``problems``."""
     layers: dict[str, dict[str, dict[str, Tensor]]] = {prefix: {} for prefix in models}
-    findings: dict[str, list[str]] = {}
+    findings: list[tuple[str, str]] = []
     foreign: set[str] = set()
     for key, tensor in tensors.items():
         layer, _, part = key.partition(".")
         prefix = next((p for p in sorted(models, key=len, reverse=True) if layer.startswith(f"{p}_")), None)
         if prefix is None:
-            findings.setdefault(_why_no_model(key, models), []).append(key)
+            findings.append((key, _why_no_model(key, models)))
         elif models[prefix] is None:
             continue
         elif part in (DOWN, UP, ALPHA, SCALE):
@@ -122,7 +122,7 @@ def _sorted(models: Models, tensors: dict[str, Tensor], problems: list[str]) -> 
         else:
             method = next((method for start, method in FOREIGN.items() if re.match(start, part)), None)
             unknown = f"unknown; expected {DOWN}, {UP}, {ALPHA} or {SCALE}"
-            findings.setdefault(f"{method} is not supported; LoRA and DoRA are" if method else unknown, []).append(key)
+            findings.append((key, f"{method} is not supported; LoRA and DoRA are" if method else unknown))
             foreign.add(layer)
     problems += grouped(findings)
     for prefix, found in layers.items():
@@ -149,7 +149,7 @@ def _part(prefix: str, model: nn.Module, layers: dict[str, dict[str, Tensor]], p
     scales: dict[str, tuple[int, float]] = {}
     tensors: dict[str, Tensor] = {}
     names: dict[str, str] = {}
-    findings: dict[str, list[str]] = {}
+    findings: list[tuple[str, str]] = []
     for layer, parts in layers.items():
         found = paths.get(layer.removeprefix(f"{prefix}_"), [])
         reason = None
@@ -163,7 +163,7 @@ def _part(prefix: str, model: nn.Module, layers: dict[str, dict[str, Tensor]], p
             reason = "has no dora_scale, which other layers have; an adapter is DoRA in all its layers or in none"
         reason = reason or _unreadable(modules[found[0]], parts)
         if reason is not None:
-            findings.setdefault(reason, []).append(layer)
+            findings.append((layer, reason))
             continue
         path = found[0]
         names[path] = layer
@@ -271,17 +271,17 @@ def save_adapter(models: nn.Module | Models, file: str | os.PathLike[str], name:
 def _to_file(prefix: str, adapter: Adapter, name: str, problems: list[str]) -> dict[str, Tensor]:
     """One model's tensors under the file's keys; what has no place goes to ``problems``."""
     tensors: dict[str, Tensor] = {}
-    findings: dict[str, list[str]] = {}
+    findings: list[tuple[str, str]] = []
     paths, former = _paths(adapter.model), _former(adapter.model, plain_modules(adapter.model))
     left = dict(adapter.tensors)
     for path, layer in adapter.layers.items():
         A, B, m = (left.pop(f"{PREFIX}{path}.{part}", None) for part in layer.kind.file_names)
         flat = former.get(path, path).replace(".", "_")
         if layer.kind.name in WITHOUT_PLACE:
-            findings.setdefault(f"is {WITHOUT_PLACE[layer.kind.name]}", []).append(path)
+            findings.append((path, f"is {WITHOUT_PLACE[layer.kind.name]}"))
         elif paths[flat] != [path]:
             others = ", ".join(other for other in paths[flat] if other != path)
-            findings.setdefault(f"its name there, {flat}, is that of {others}, too", []).append(path)
+            findings.append((path, f"its name there, {flat}, is that of {others}, too"))
         else:
             assert A is not None
             assert B is not None
@@ -291,7 +291,6 @@ def _to_file(prefix: str, adapter: Adapter, name: str, problems: list[str]) -> d
             tensors[f"{prefix}_{flat}.{UP}"] = B
             if m is not None:
                 tensors[f"{prefix}_{flat}.{SCALE}"] = m.reshape(-1, *[1] * (A.ndim - 1))
-    for key in left:
-        findings.setdefault("is a trained bias or of a module trained whole", []).append(key.removeprefix(PREFIX))
+    findings += ((key.removeprefix(PREFIX), "is a trained bias or of a module trained whole") for key in left)
     problems += [f"{prefix}: {problem}, for which this format has no place" for problem in grouped(findings)]
     return tensors

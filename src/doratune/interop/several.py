@@ -78,13 +78,15 @@ def read_one_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return read_file(file)
 
 
-def grouped(findings: Mapping[str, list[str]]) -> list[str]:
-    """One line for each reason, with the first of the keys that it holds for and how many more there are."""
-    lines = []
-    for reason, keys in findings.items():
-        more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
-        lines.append(f"{keys[0]}{more}: {reason}")
-    return lines
+def grouped(findings: Iterable[tuple[str, str]]) -> list[str]:
+    """Of keys, each with a reason, one line a reason: the first of the keys that it holds for, and how many more."""
+    by_reason: dict[str, list[str]] = {}
+    for key, reason in findings:
+        by_reason.setdefault(reason, []).append(key)
+    return [
+        keys[0] + (f" (and {len(keys) - 1} more)" if keys[1:] else "") + f": {reason}"
+        for reason, keys in by_reason.items()
+    ]
 
 
 def rank_by_shape(A: Tensor | None, B: Tensor | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -131,19 +132,7 @@ def _look_at(report: FileReport, options: PeftOptions, path: str, parts: dict[st
         report.broken.append(f"{path}: there is a magnitude, but use_dora is not set")
     if m is not None and m.numel() != B.shape[0]:
         report.broken.append(f"{path}: {m.numel()} magnitudes for {B.shape[0]} rows of B")
-    for name, tensor in (("A", A), ("B", B), ("m", m)):
-        if tensor is not None and tensor.isfinite().all() and float(tensor.abs().max()) > HUGE:
-            report.suspicious.append(f"{path}: {name} has values up to {float(tensor.abs().max()):.3g}")
-    if not A.any():
-        report.suspicious.append(f"{path}: A is 0, so the direction does not change and cannot be trained further")
-    elif not B.any():
-        report.suspicious.append(f"{path}: B is 0, as before training: the direction does not change")
-    if m is not None and bool((m < 0).any()):
-        report.suspicious.append(
-            f"{path}: {int((m < 0).sum())} magnitudes are negative: their rows point the other way"
-        )
-    if m is not None and bool((m == 0).any()):
-        report.suspicious.append(f"{path}: {int((m == 0).sum())} magnitudes are 0: their rows give 0")
+    report.suspicious += (f"{path}: {line}" for line in _rarely_meant(A, B, m))
     report.layers.append(
         StoredLayer(
             path,
@@ -155,3 +144,18 @@ def _look_at(report: FileReport, options: PeftOptions, path: str, parts: dict[st
             None if m is None else float(m.max()),
         )
     )
+
+
+def _rarely_meant(A: Tensor, B: Tensor, m: Tensor | None) -> Iterator[str]:
+    """Values that are allowed, but look wrong."""
+    for name, tensor in (("A", A), ("B", B), ("m", m)):
+        if tensor is not None and tensor.isfinite().all() and float(tensor.abs().max()) > HUGE:
+            yield f"{name} has values up to {float(tensor.abs().max()):.3g}"
+    if not A.any():
+        yield "A is 0, so the direction does not change and cannot be trained further"
+    elif not B.any():
+        yield "B is 0, as before training: the direction does not change"
+    if m is not None and (negative := int((m < 0).sum())):
+        yield f"{negative} magnitudes are negative: their rows point the other way"
+    if m is not None and (zero := int((m == 0).sum())):
+        yield f"{zero} magnitudes are 0: their rows give 0"

@@ -157,7 +157,7 @@ def _spectra(page: Page, runs: Sequence[Run]) -> None:
             continue
         shown += [
             Heading(run.label),
-            plots.spectra(run, f"spectra-{number}", "Singular values of the change"),
+            plots.spectra(run, f"spectra-{number}"),
             plots.over_depth(run, f"depth-rank-{number}", "Effective rank of the change", "effective_rank", log=False),
             plots.over_depth(run, f"depth-intruders-{number}", "Intruder dimensions", "intruders", log=False),
         ]

@@ -172,7 +172,7 @@ def over_depth(run: Run, name: str, title: str, quantity: str, log: bool) -> Plo
     return Plot(name, figure, caption, tips)
 
 
-def spectra(run: Run, name: str, title: str) -> Plot:
+def spectra(run: Run, name: str) -> Plot:
     """Singular values of each change, a line for each weight, as shares of its largest."""
     tips: dict[str, list[Tip]] = {}
     kinds: dict[str, str] = {}
@@ -199,7 +199,7 @@ def spectra(run: Run, name: str, title: str) -> Plot:
         axes.set_ylim(LEAST, 1.4)
         axes.set_xlabel("singular value")
         axes.set_ylabel("share of the largest")
-        axes.set_title(title)
+        axes.set_title("Singular values of the change")
         legend_outside(figure, axes, columns=3)
     return Plot(name, figure, "", tips)
 

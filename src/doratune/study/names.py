@@ -57,10 +57,10 @@ def natural(path: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
 
 
-def some(names: Iterable[str]) -> str:
-    """The first three names and how many more there are, for a message."""
+def some(names: Iterable[str], most: int = 3) -> str:
+    """The first names and how many more there are, for a message."""
     every = list(names)
-    return ", ".join(every[:3]) + (f" and {len(every) - 3} more" if len(every) > 3 else "") or "none"
+    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "") or "none"
 
 
 def module_names(source: Path, paths: Iterable[str]) -> dict[str, str]:

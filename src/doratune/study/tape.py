@@ -37,7 +37,7 @@ class Tape(TorchDispatchMode):
             return True  # "are all tokens of one text?" is what transformers asks of its data
         grouped = func is torch.ops.aten._grouped_mm.default
         out = _grouped(*args, **(kwargs or {})) if grouped else func(*args, **(kwargs or {}))
-        self.operations += _operations(func, args, out)
+        self.operations += _operations(func, args)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._look(tensor)
@@ -63,7 +63,7 @@ def _grouped(a: Tensor, b: Tensor, offs: Tensor, **_: Any) -> Tensor:
     return a.new_empty(shape)
 
 
-def _operations(func: Any, args: Any, out: Any) -> int:
+def _operations(func: Any, args: Any) -> int:
     name = func.name().partition("::")[2].partition(".")[0]
     if name in (*_PRODUCTS, _EXPERTS):
         tensors = [a for a in args if isinstance(a, Tensor)]

@@ -14,20 +14,22 @@ from rich import progress
 from rich.console import Console
 from transformers import TrainerCallback
 
-from doratune.errors import DivergedError
+from doratune.distributed import is_first
+from doratune.errors import AdapterError, DivergedError
 from doratune.files import write_whole
 from doratune.train.config import TrainConfig
-from doratune.train.output import METRICS
+from doratune.train.output import CHECKPOINTS, METRICS, RECIPE
 from doratune.train.processes import is_first_asked
+from doratune.train.recipe import save_recipe
 from doratune.train.results import peak_memory, read_metrics
-from doratune.train.resuming import since_best
+from doratune.train.resuming import past, since_best
 from doratune.train.tasks.prepared import Prepared
 
-_UNITS = (
+_LEFT_OUT = (
     *("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"),
     "eval_model_preparation_time",
 )
-"""Of the Trainer's messages: reported in results.json in our own way, or of no use."""
+"""Of what the Trainer logs: reported in results.json in our own way, or of no use."""
 EXPLODED = 10.0
 """A loss this far above that before training has left everything behind that can be learnt back."""
 
@@ -49,13 +51,13 @@ class MetricsFile(TrainerCallback):
         if self.writes:
             write_whole(self.path, "".join(json.dumps(record) + "\n" for record in records))
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         """Append a line.
 
         Raises:
             DivergedError: if the loss is not finite, or far above that before training: no later step can mend that.
         """
-        values = {key: value for key, value in (logs or {}).items() if key not in _UNITS}
+        values = {key: value for key, value in logs.items() if key not in _LEFT_OUT}
         if "train_loss" in values:
             return
         loss = values.get("loss", values.get("eval_loss", 0.0))
@@ -124,12 +126,12 @@ class Progress(TrainerCallback):
         speed_told = f"{speed:,.{0 if speed >= 100 else 1}f} {self.unit}/s"
         return "  ".join([*parts, speed_told, f"{memory:.1f} GiB"])
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        self.held_out = _held_out(logs or {}) or self.held_out
-        self.measuring += (logs or {}).get("eval_runtime", 0.0)
-        if "loss" not in (logs or {}):
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        self.held_out = _held_out(logs) or self.held_out
+        self.measuring += logs.get("eval_runtime", 0.0)
+        if "loss" not in logs:
             return
-        self.loss = f"{(logs or {})['loss']:.3f}"
+        self.loss = f"{logs['loss']:.3f}"
         if not self.console.is_terminal and state.global_step >= self.next_line:
             self.next_line = state.global_step + max(1, state.max_steps // 10)
             self.console.print(self._told(args, state), soft_wrap=True)
@@ -182,14 +184,30 @@ class Patience(TrainerCallback):
             control.should_training_stop = True
 
 
-class OnceBegun(TrainerCallback):
-    """Does something when training begins, a resumed run's checkpoint restored."""
+class Resumed(TrainerCallback):
+    """Keeps the options of a resumed run, once it is known that it goes on, and looks for the best step so far."""
 
-    def __init__(self, what: Callable[[], object]) -> None:
-        self.what = what
+    def __init__(self, config: TrainConfig, console: Console) -> None:
+        self.config, self.console = config, console
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.what()
+        """Look at what the checkpoint has restored.
+
+        Raises:
+            AdapterError: if the epochs asked for, which only now are a number of steps, are over.
+        """
+        if state.global_step > state.max_steps:
+            raise AdapterError(f"nothing is left to train: {past(state.global_step, state.max_steps)}")
+        best, output = state.best_global_step, self.config.output
+        lost = bool(best) and not (output / CHECKPOINTS / f"checkpoint-{best}").is_dir()
+        if lost and self.config.keep_best:
+            gone = f"step {best}, the best so far, has no checkpoint any more: the best from here on is kept"
+            self.console.out(gone, highlight=False)
+        if lost or not self.config.keep_best:
+            # The Trainer would report it as kept, or delete the last checkpoint in its favour.
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        if is_first():
+            save_recipe(output / RECIPE, self.config)
 
 
 class AfterBatch(TrainerCallback):

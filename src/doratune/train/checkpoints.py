@@ -24,7 +24,7 @@ from doratune.errors import AdapterError
 from doratune.files import write_whole
 from doratune.model import active_adapter
 from doratune.targets import adapted_layers, saved_modules, unwrap
-from doratune.weight_files import opened
+from doratune.weight_files import header
 
 log = logging.getLogger("doratune")
 
@@ -95,21 +95,24 @@ def problem_of(folder: str | os.PathLike[str]) -> str | None:
 
 @functools.cache
 def _damage(folder: Path, written: int) -> str | None:
-    """Which file has the right size but cannot be read, as after a power cut; torch's files hold checksums."""
-    for file in sorted(folder.iterdir()):
-        try:
-            if file.suffix == ".json":
-                json.loads(file.read_bytes())
-            elif file.suffix == ".safetensors":
-                with opened(file):
-                    pass
-            elif file.suffix in (".bin", ".pt", ".pth"):
-                with zipfile.ZipFile(file) as archive:
-                    if archive.testzip():
-                        raise zipfile.BadZipFile
-        except (OSError, ValueError, zipfile.BadZipFile):
-            return f"is damaged, {file.name} cannot be read"
-    return None
+    """Which file has the right size but cannot be read, as after a power cut."""
+    broken = next((file.name for file in sorted(folder.iterdir()) if not _is_readable(file)), None)
+    return broken and f"is damaged, {broken} cannot be read"
+
+
+def _is_readable(file: Path) -> bool:
+    """Whether a file is whole, as far as its kind tells; torch's files hold checksums."""
+    try:
+        if file.suffix == ".json":
+            json.loads(file.read_bytes())
+        elif file.suffix == ".safetensors":
+            header(file)
+        elif file.suffix in (".bin", ".pt", ".pth"):
+            with zipfile.ZipFile(file) as archive:
+                return archive.testzip() is None
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
+    return True
 
 
 def remove_incomplete(folder: str | os.PathLike[str]) -> list[Path]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
-from doratune.config import ALL_LINEAR, AdapterConfig, Method
+from doratune.config import AdapterConfig, Method
 from doratune.errors import AdapterError
 from doratune.train import checks
 from doratune.train.choices import (
@@ -290,9 +290,8 @@ def comparable(value: Any) -> Any:
     return sorted(value) if isinstance(value, list | tuple) else value
 
 
-def _names_or_expression(value: object) -> object:
-    """One word that is more than a name is a regular expression, as in AdapterConfig; all else are names."""
-    words = [value] if isinstance(value, str) else list(value)  # type: ignore[call-overload]
-    if len(words) != 1 or words[0] == ALL_LINEAR:
-        return value if isinstance(value, str) else (words[0] if words == [ALL_LINEAR] else tuple(words))
-    return tuple(words) if re.fullmatch(r"\w+(\.\w+)*", words[0]) else words[0]
+def _names_or_expression(value: str | Sequence[str]) -> str | tuple[str, ...]:
+    """A single word that is no name is "all-linear" or a regular expression, as in AdapterConfig."""
+    words = (value,) if isinstance(value, str) else tuple(value)
+    is_names = len(words) != 1 or re.fullmatch(r"\w+(\.\w+)*", words[0])
+    return words if is_names else words[0]

@@ -67,9 +67,5 @@ def _points(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], 
 
 def _smooth(values: Sequence[float]) -> list[float]:
     """Running mean, without the pull to 0 at the start."""
-    out, mean, weight = [], 0.0, 0.0
-    for value in values:
-        mean = SMOOTHING * mean + (1 - SMOOTHING) * value
-        weight = SMOOTHING * weight + (1 - SMOOTHING)
-        out.append(mean / weight)
-    return out
+    smoothed: list[float] = require("pandas").Series(values, dtype=float).ewm(alpha=1 - SMOOTHING).mean().tolist()
+    return smoothed

@@ -35,13 +35,11 @@ def with_faster_b(model: nn.Module, groups: list[dict[str, Any]], ratio: float) 
     split: list[dict[str, Any]] = []
     for group in groups:
         own = [p for p in group["params"] if id(p) in faster]
-        if not own:
-            split.append(group)
-            continue
         others = [p for p in group["params"] if id(p) not in faster]
         if others:
             split.append({**group, "params": others})
-        split.append({**group, "name": "B", "params": own, "lr": group["lr"] * ratio})
+        if own:
+            split.append({**group, "name": "B", "params": own, "lr": group["lr"] * ratio})
     return split
 
 

@@ -186,7 +186,7 @@ def _fit(
     config: TrainConfig, trainer: Any, prepared: Prepared, console: Console, before: dict[str, float]
 ) -> tuple[float, float]:
     """Run the loop; seconds, and units a second, of this process."""
-    from doratune.train.callbacks import OnceBegun, Progress
+    from doratune.train.callbacks import Progress, Resumed
     from doratune.train.interruption import Interruption
 
     progress = Progress(console, prepared.unit, prepared.examples, before)
@@ -194,7 +194,7 @@ def _fit(
     trainer.add_callback(progress)
     trainer.add_callback(interruption)
     if config.resume:
-        trainer.add_callback(OnceBegun(lambda: _resumed(config, trainer.state, console)))
+        trainer.add_callback(Resumed(config, console))
     began = time.perf_counter()
     last, _ = find_last(config.output / CHECKPOINTS)
     try:
@@ -210,25 +210,6 @@ def _fit(
         progress.close()
         interruption.close()
     return time.perf_counter() - began, speed
-
-
-def _resumed(config: TrainConfig, state: Any, console: Console) -> None:
-    """Keep the options of a resumed run, once it is known that it goes on, and look for the best step so far.
-
-    Raises:
-        AdapterError: if the epochs asked for, which only now are a number of steps, are over.
-    """
-    if state.global_step > state.max_steps:
-        raise AdapterError(f"nothing is left to train: {resuming.past(state.global_step, state.max_steps)}")
-    best = state.best_global_step
-    lost = bool(best) and not (config.output / CHECKPOINTS / f"checkpoint-{best}").is_dir()
-    if lost and config.keep_best:
-        gone = f"step {best}, the best so far, has no checkpoint any more: the best from here on is kept"
-        console.out(gone, highlight=False)
-    if lost or not config.keep_best:  # the Trainer would report it as kept, or delete the last checkpoint in its favour
-        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-    if is_first():
-        recipe.save_recipe(config.output / RECIPE, config)
 
 
 def _measured(trainer: Any, step: int) -> dict[str, float]:

@@ -123,15 +123,15 @@ def _without(config: TrainConfig) -> str:
     return f" (to go on without it, and measure what is before at the checkpoint: --start-from {last})" if last else ""
 
 
-def decided(config: TrainConfig) -> tuple[str, ...]:
-    """Options of the adapter that are those of the file.
+def decided(config: TrainConfig) -> dict[str, Any]:
+    """Options of the adapter that are those of the file, and what they are there.
 
     Raises:
         AdapterError: if the folder holds no adapter that can be used.
     """
     if config.start_from is None or not config.is_adapter:
-        return ()
-    return tuple(Start.read(config.start_from).decided)
+        return {}
+    return Start.read(config.start_from).decided
 
 
 def overruled(config: TrainConfig) -> list[str]:
@@ -158,10 +158,8 @@ def resolved(config: TrainConfig) -> TrainConfig:
     Raises:
         AdapterError: if the folder holds no adapter that can be used.
     """
-    if config.start_from is None or not config.is_adapter:
-        return config
-    own = Start.read(config.start_from).decided
-    return dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, **own))
+    own = decided(config)
+    return dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, **own)) if own else config
 
 
 def described(config: TrainConfig) -> Iterator[str]:

@@ -44,14 +44,11 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
     root = unwrap(model)
     layers = layers_to_save(root, name)
     tree = Tree.of(root)
-    method = next(iter(layers.values())).adapters[name].config.method
-    reasons = [(path, reason) for path in layers if (reason := tree.misfit(path, method))]
+    config = next(iter(layers.values())).adapters[name].config
+    reasons = [(path, reason) for path in layers if (reason := tree.misfit(path, config.method))]
     reasons += [(path, "its bias is trained, too") for path, layer in layers.items() if name in layer.adapter_bias]
     reasons += [(path, "it is trained whole") for path, saved in saved_modules(root).items() if name in saved.copies]
-    findings: dict[str, list[str]] = {}
-    for path, reason in reasons:
-        findings.setdefault(reason, []).append(path)
-    if problems := grouped(findings):
+    if problems := grouped(reasons):
         raise AdapterError.of(f"adapter {name!r} cannot be mlx-lm's", problems, at_most=LISTED)
     tensors = tensors_to_save(root, name)
     if not writes(root):
@@ -66,10 +63,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
             if tensor is not None:
                 stored[f"{tree.theirs(path)}.{part}"] = tensor
     keys, count = tree.keys_of(layers)
-    dropout = next(iter(layers.values())).adapters[name].config.dropout
     options = {
-        "fine_tune_type": method,
-        "lora_parameters": {"dropout": dropout, "keys": keys, "rank": rank, "scale": scale},
+        "fine_tune_type": config.method,
+        "lora_parameters": {"dropout": config.dropout, "keys": keys, "rank": rank, "scale": scale},
         "model": getattr(root, "name_or_path", None) or None,
         "num_layers": count,
     }

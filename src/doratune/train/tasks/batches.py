@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate
+
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from doratune.train.tokens import IGNORED
 
@@ -13,44 +18,36 @@ def collate_blocks(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids.clone()}
 
 
+@dataclass(frozen=True)
 class Padded:
     """A batch of examples, filled up at the end to the length of the longest."""
 
-    def __init__(self, pad: int) -> None:
-        self.pad = pad
+    pad: int
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        length = max(len(row["input_ids"]) for row in rows)
-        filled = {
-            "input_ids": [_fill(row["input_ids"], length, self.pad) for row in rows],
-            "labels": [_fill(row["labels"], length, IGNORED) for row in rows],
-            "attention_mask": [_fill([1] * len(row["input_ids"]), length, 0) for row in rows],
+        return {
+            "input_ids": _filled((row["input_ids"] for row in rows), self.pad),
+            "labels": _filled((row["labels"] for row in rows), IGNORED),
+            "attention_mask": _filled(([1] * len(row["input_ids"]) for row in rows), 0),
         }
-        return {name: torch.tensor(values) for name, values in filled.items()}
 
 
+@dataclass(frozen=True)
 class Packed:
     """A batch of packed examples: positions start anew with each, which tells attention to keep them apart."""
 
-    def __init__(self, pad: int) -> None:
-        self.pad = pad
+    pad: int
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        length = max(len(row["input_ids"]) for row in rows)
-        ids, labels, positions = [], [], []
-        for row in rows:
-            own = list(row["labels"])
-            sizes = [*row["seq_lengths"], length - len(own)]
-            start = 0
-            for size in row["seq_lengths"]:
-                own[start] = IGNORED  # or else the example before it would have to predict it
-                start += size
-            ids.append(_fill(row["input_ids"], length, self.pad))
-            labels.append(_fill(own, length, IGNORED))
+        ids = _filled((row["input_ids"] for row in rows), self.pad)
+        labels = _filled((row["labels"] for row in rows), IGNORED)
+        positions = []
+        for row, own in zip(rows, labels, strict=True):
+            sizes = [*row["seq_lengths"], len(own) - sum(row["seq_lengths"])]  # the last is what was filled up
+            own[list(accumulate(row["seq_lengths"][:-1], initial=0))] = IGNORED  # or the one before would predict it
             positions.append([position for size in sizes for position in range(size)])
-        found = {"input_ids": ids, "labels": labels, "position_ids": positions}
-        return {name: torch.tensor(values) for name, values in found.items()}
+        return {"input_ids": ids, "labels": labels, "position_ids": torch.tensor(positions)}
 
 
-def _fill(values: list[int], length: int, value: int) -> list[int]:
-    return [*values, *[value] * (length - len(values))]
+def _filled(rows: Iterable[list[int]], value: int) -> torch.Tensor:
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)

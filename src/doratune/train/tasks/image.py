@@ -65,7 +65,7 @@ def prepare(config: TrainConfig, say: Say) -> Prepared:
     return Prepared(
         Images(found, names, processor, config.augment, config.seed),
         Images(others, names, processor),
-        collate=_Collate(forward, choose_dtype(config.dtype, not config.is_adapter)),
+        collate=functools.partial(_collate, forward, choose_dtype(config.dtype, not config.is_adapter)),
         processor=processor,
         unit="images",
         example="images",
@@ -99,7 +99,7 @@ def to_measure(
     return Prepared(
         None,
         Images(found, labels, processor),
-        collate=_Collate(forward, choose_dtype(config.dtype, not config.is_adapter)),
+        collate=functools.partial(_collate, forward, choose_dtype(config.dtype, not config.is_adapter)),
         processor=processor,
         unit="images",
         example="images",
@@ -142,15 +142,10 @@ class Images(Dataset[dict[str, Any]]):
         return {"pixel_values": pixels, "labels": self.classes[index]}
 
 
-class _Collate:
+def _collate(forward: Mapping[str, Any], dtype: torch.dtype, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """A batch, in the base's dtype: some models, such as Swin, do not cast what they are given."""
-
-    def __init__(self, forward: Mapping[str, Any], dtype: torch.dtype) -> None:
-        self.forward, self.dtype = forward, dtype
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        pixels = torch.stack([row["pixel_values"] for row in rows]).to(self.dtype)
-        return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows]), **self.forward}
+    pixels = torch.stack([row["pixel_values"] for row in rows]).to(dtype)
+    return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows]), **forward}
 
 
 def processed_size(processor: Any) -> tuple[int, int]:
