@@ -213,6 +213,16 @@ def two_adapters():
     return model
 
 
+def test_names_come_in_the_order_of_attaching_whatever_their_layers():
+    model = tiny()
+    for name, targets in {"first": ["down"], "second": ["q_proj", "down"], "third": ["embed"]}.items():
+        dt.attach(model, dt.AdapterConfig(rank=2, targets=targets), name)
+    assert dt.adapter_names(model) == ["first", "second", "third"]
+    dt.delete_adapter(model, "first")
+    dt.attach(model, LORA, "first")
+    assert dt.adapter_names(model) == dt.adapter_names(copy.deepcopy(model)) == ["second", "third", "first"]
+
+
 def test_one_adapter_is_active_and_the_order_does_not_matter():
     x = ids()
     alone = {}

@@ -52,6 +52,7 @@ def attach(model: nn.Module, config: AdapterConfig, name: str = "default", *, tr
     refuse_unattachable(model, selection.layers, config, trainable)
     gathered = is_fully_sharded(root)
     adapted, saved = adapted_layers(root), saved_modules(root)
+    place = 1 + max((place for holder in holders(root) for place in holder.places.values()), default=0)
     hosts = _new_hosts(root, selection)
     new: list[AdapterHolder] = []
     # Everything that can fail happens before the model is touched.
@@ -66,8 +67,10 @@ def attach(model: nn.Module, config: AdapterConfig, name: str = "default", *, tr
     try:
         for path in selection.layers:
             adapted[path].add(name, config, trainable)
+            adapted[path].places[name] = place
         for path, parameters in selection.saved.items():
             saved[path].add(name, parameters, trainable)
+            saved[path].places[name] = place
     except BaseException:
         for holder in (*adapted.values(), *saved.values()):
             holder.remove(name)
@@ -127,7 +130,8 @@ def _replace(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
 
 def adapter_names(model: nn.Module) -> list[str]:
     """Names of the model's adapters, in the order they were attached."""
-    return list(dict.fromkeys(name for holder in holders(model) for name in holder.adapter_names()))
+    places = {name: place for holder in holders(model) for name, place in holder.places.items()}
+    return sorted(places, key=places.__getitem__)
 
 
 def active_adapter(model: nn.Module) -> str | None:

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import doratune as dt
 from doratune.layers.cache import ScaleCache, _Stamp
@@ -462,3 +463,51 @@ def test_a_remembered_norm_sees_steps_that_leave_no_trace(part):
         assert error(s.run(), s.reference().y) < 1e-5
         s.run().square().sum().backward()
         s.parameters()[part].data.mul_(1.5)
+
+
+def _checkpointed(s, x, reentrant):
+    if not reentrant:
+        return checkpoint(s.run, x, use_reentrant=False)
+    one = torch.ones((), requires_grad=True)  # gradients pass through inputs only
+    return checkpoint(lambda x, one: one * s.run(x), x, one, use_reentrant=True)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_checkpointing_computes_the_norm_once(case, reentrant, monkeypatch):
+    s = setup(case)
+    calls = _norms(monkeypatch)
+    x = s.x.clone().requires_grad_(case.differentiable)
+    for step in range(1, 3):
+        y = _checkpointed(s, x, reentrant)
+        expected = s.reference()
+        y.backward(torch.ones_like(y))
+        wanted = expected.gradients(torch.ones_like(y))
+        for part, p in s.parameters().items():
+            assert error(p.grad, wanted[part]) < 1e-5, part
+        assert len(calls) == step
+        torch.optim.SGD(s.model.parameters(), lr=0.01).step()
+        s.model.zero_grad()
+
+
+def test_parameters_that_move_before_the_second_forward_are_seen():
+    s = setup(KINDS[0])
+    y = _checkpointed(s, s.x, reentrant=True)
+    with torch.no_grad():
+        s.parameters()["A"].mul_(1.5)
+    expected = s.reference()
+    y.backward(torch.ones_like(y))
+    for part, grad in expected.gradients(torch.ones_like(y)).items():
+        if part in s.parameters():
+            assert error(s.parameters()[part].grad, grad) < 1e-5
+
+
+def test_an_exact_norm_has_a_graph_in_every_forward(monkeypatch):
+    s = setup(KINDS[0], norm_gradient="exact")
+    calls = _norms(monkeypatch)
+    y = _checkpointed(s, s.x, reentrant=False)
+    y.backward(torch.ones_like(y))
+    assert len(calls) == 2
+    for part, grad in s.reference().gradients(torch.ones_like(y)).items():
+        if part in s.parameters():
+            assert error(s.parameters()[part].grad, grad) < 1e-5

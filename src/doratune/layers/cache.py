@@ -228,8 +228,12 @@ class ScaleCache:
         reuse: bool,
     ) -> Tensor:
         made_from = [rows.stored, A, B]
-        reuse = reuse and norm_gradient == "detached" and not torch.compiler.is_compiling()
-        if reuse and not _begins_a_step(A, B) and (n2 := _remembered(self._norm, scale, made_from)) is not None:
+        may_hold = norm_gradient == "detached" and not torch.compiler.is_compiling()
+        if (
+            may_hold
+            and (_is_in_backward() or (reuse and not _begins_a_step(A, B)))
+            and (n2 := _remembered(self._norm, scale, made_from)) is not None
+        ):
             return n2
         exact = torch.is_grad_enabled() and norm_gradient == "exact"
         if transformed() and norm_gradient != "exact":
@@ -243,8 +247,7 @@ class ScaleCache:
                     value = row_norm.dense_squared_norm(rows.tiles, A, B, scale)
                 squared = value.detach() + (squared - squared.detach()) if squared.requires_grad else value
             squared = rows.collected(squared)
-        if reuse and _can_stamp(*made_from):
-            self._norm = _Memory(made_from, scale, squared)
+        self._norm = _Memory(made_from, scale, squared) if may_hold and _can_stamp(*made_from) else None
         return squared
 
     def evaluation(
@@ -269,6 +272,11 @@ class ScaleCache:
         if _can_stamp(*made_from):
             self._evaluation = _Memory(made_from, scale, ready)
         return ready
+
+
+def _is_in_backward() -> bool:
+    """Whether checkpointing computes a forward again: nothing has moved the parameters since that forward."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _begins_a_step(*parameters: Tensor) -> bool:

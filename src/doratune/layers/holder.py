@@ -54,6 +54,8 @@ class AdapterHolder(StandIn):
         self.path = path
         self.active: str | None = None
         self.enabled = True
+        self.places: dict[str, int] = {}
+        """Where each adapter stands among all of the model's, in the order they were attached."""
         self.waiting: set[str] = set()
         """Adapters attached while the base had no data (meta device), to get their start values once it has."""
         self.load_prefix = ""
@@ -75,6 +77,7 @@ class AdapterHolder(StandIn):
     def remove(self, name: str) -> None:
         """Forget one adapter; whoever keeps more of it drops that first."""
         self.waiting.discard(name)
+        self.places.pop(name, None)
         if self.active == name:
             self.activate(None)
 

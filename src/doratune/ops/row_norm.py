@@ -24,7 +24,7 @@ from doratune.ops.once import by_hand, once_differentiable
 from doratune.ops.stacked import count_of, each, own_factor
 
 TILE_BYTES = {"cpu": 16 * 1024 * 1024}
-LARGE_TILE_BYTES = 48 * 1024 * 1024
+LARGE_TILE_BYTES = 40 * 1024 * 1024
 """Size of a transient float32 tile of W, by type of device. On GPUs starting an operation costs more: larger tiles."""
 
 Tiles = Callable[[], Iterable[tuple[slice, Tensor]]]
@@ -48,7 +48,7 @@ def base_squared_norm(tiles: Tiles) -> Tensor:
     sums = []
     for _, tile in tiles():
         for rows in row_tiles(tile.shape, tile.device):
-            sums.append(tile[rows].float().square().sum(1))
+            sums.append(tile[rows].to(torch.float32, copy=True).square_().sum(1))
     return torch.cat(sums)
 
 
@@ -56,16 +56,31 @@ SMALL = 512 * 512
 """Up to this many elements a float32 copy of a 16-bit tile costs less than starting more products."""
 
 
-def _product(tile: Tensor, A: Tensor) -> Tensor:
-    """``tile A^T`` in float32, also of batches. A 16-bit tile (large) stays as it is, A goes through in two parts."""
-    if tile.dtype not in (torch.float16, torch.bfloat16):
-        return (tile @ A.to(tile.dtype).mT).float()
-    if tile.numel() <= SMALL:
-        return tile.float() @ A.mT
-    rank, batch = A.shape[-2], tile.ndim == 3
-    parts = A.new_empty((*A.shape[:-2], 2 * rank, A.shape[-1]), dtype=tile.dtype)
+def _tiled_product(A: Tensor, tiles: Tiles) -> Tensor:
+    products, parts = [], None
+    for _, tile in tiles():
+        if tile.dtype not in (torch.float16, torch.bfloat16):
+            products.append((tile @ A.to(tile.dtype).mT).float())
+        elif tile.numel() <= SMALL:
+            products.append(tile.float() @ A.mT)
+        else:
+            parts = _in_two_parts(A, tile.dtype) if parts is None else parts
+            products.append(_product(tile, parts))
+    return products[0] if len(products) == 1 else torch.cat(products)
+
+
+def _in_two_parts(A: Tensor, dtype: torch.dtype) -> Tensor:
+    """A rounded to 16 bits, ``[r, in]``, and below it what rounding took, so that a 16-bit W (large) stays as it is."""
+    rank = A.shape[-2]
+    parts = A.new_empty((*A.shape[:-2], 2 * rank, A.shape[-1]), dtype=dtype)
     high, low = parts.split(rank, -2)
     low.copy_(A - high.copy_(A))
+    return parts
+
+
+def _product(tile: Tensor, parts: Tensor) -> Tensor:
+    """``tile A^T`` in float32 for an A in two parts, all of 16 bits, also of batches."""
+    rank, batch = parts.shape[-2] // 2, tile.ndim == 3
     if sums_stay_wide(tile.device):
         both = (torch.bmm if batch else torch.mm)(tile, parts.mT, out_dtype=torch.float32)
         return both[..., :rank] + both[..., rank:]
@@ -73,13 +88,8 @@ def _product(tile: Tensor, A: Tensor) -> Tensor:
     rounded = both[..., :rank]
     U = rounded.float() + both[..., rank:]
     # What rounding to 16 bits took from the product: the product computed again, less its rounded value.
-    U += (torch.baddbmm if batch else torch.addmm)(rounded, tile, high.mT, beta=-1)
+    U += (torch.baddbmm if batch else torch.addmm)(rounded, tile, parts[..., :rank, :].mT, beta=-1)
     return U
-
-
-def _tiled_product(A: Tensor, tiles: Tiles) -> Tensor:
-    parts = [_product(tile, A) for _, tile in tiles()]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _TiledProduct(torch.autograd.Function):
@@ -132,9 +142,9 @@ def dense_squared_norm(tiles: Tiles, A: Tensor, B: Tensor, scale: float) -> Tens
     A, B = A.float(), B.float()
     sums = []
     for outer, tile in tiles():
-        update, factor = B[outer], own_factor(A, B, outer)
+        update, factor = B[outer], scale * own_factor(A, B, outer)
         for rows in row_tiles(tile.shape, tile.device):
-            sums.append(torch.addmm(tile[rows].float(), update[rows], factor, alpha=scale).square().sum(1))
+            sums.append((update[rows] @ factor).add_(tile[rows]).square_().sum(1))
     return torch.cat(sums)
 
 
