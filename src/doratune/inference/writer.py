@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,12 +50,15 @@ class Writer:
         model: a causal language model, with adapters attached or without.
         tokenizer: its tokenizer.
         merged: what the model is called, if an adapter is in its weights; None: it is the base.
+        called: what its adapters are called here, in the order they were attached; empty: as they were attached.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, merged: str | None = None) -> None:
+    def __init__(self, model: Any, tokenizer: Any, merged: str | None = None, called: Iterable[str] = ()) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.adapters = adapter_names(model)
+        attached = adapter_names(model)
+        self._attached = dict(zip(called or attached, attached, strict=True))
+        self.adapters = list(self._attached)
         self.merged = merged
         give_padding(tokenizer)
 
@@ -87,11 +90,12 @@ class Writer:
             _refuse_new_head(model, sources.base)
         refuse_encoders(sources.base)
         model = to_device(model)
-        for name, folder in sources.adapters.items():
-            load_adapter(model, folder, name)
+        for number, folder in enumerate(sources.adapters.values()):
+            load_adapter(model, folder, str(number))  # folders have names that no adapter can have, such as "train"
         if merged:
             merge(model)
-        return cls(model, tokenizer, next(iter(sources.adapters)) if merged else None)
+            return cls(model, tokenizer, next(iter(sources.adapters)))
+        return cls(model, tokenizer, called=sources.adapters)
 
     def check(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Find out whether prompts can be continued, before time is spent on any.
@@ -125,9 +129,11 @@ class Writer:
         if adapter is None:
             with disabled(self.model):
                 yield
-        else:
-            set_adapter(self.model, adapter)
+        elif adapter in self._attached:
+            set_adapter(self.model, self._attached[adapter])
             yield
+        else:
+            raise AdapterError(f"the model has no adapter {adapter!r}; it has {', '.join(self.adapters) or 'none'}")
 
     def write(
         self, prompts: Sequence[Prompt], sampling: Sampling, adapter: str | None = None, streamer: Any = None
