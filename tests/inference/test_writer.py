@@ -2,6 +2,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import doratune as dt
 from doratune.inference.prompts import Prompt, chat
@@ -158,6 +159,18 @@ def test_a_model_whose_files_hold_no_head(sources, tmp_path):
     inner.save_pretrained(tmp_path / "inner")
     with pytest.raises(dt.AdapterError, match=r"\(lm_head\)"):
         Writer.load(Sources(str(tmp_path / "inner"), {}))
+
+
+def test_a_head_may_have_another_name_in_files(sources, tmp_path):
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    GPTNeoXForCausalLM(GPTNeoXConfig(**shape, vocab_size=llama().config.vocab_size)).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    keys = load_file(tmp_path / "model.safetensors")
+    assert "embed_out.weight" in keys
+    assert "lm_head.weight" not in keys
+    assert Writer.load(Sources(str(tmp_path), {})).write([Prompt("once")], SHORT)[0].tokens
 
 
 def test_a_model_with_an_encoder_is_refused_as_in_training(tmp_path):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +19,9 @@ from doratune.inference.sources import BASE, Sources, loading_base, tokenizer_so
 from doratune.merge import merge
 from doratune.model import adapter_names, disabled, set_adapter
 from doratune.train.device import explaining_memory, to_device
-from doratune.train.models import context_length, give_padding, load_model, load_tokenizer
+from doratune.train.models import context_length, give_padding, load_tokenizer, load_writing
 from doratune.train.tasks.text import refuse_encoders
 from doratune.train.tokens import opening, plain, written
-from doratune.weight_files import header, weight_files
 
 LISTED = 20
 """Prompts that do not fit which are listed one by one."""
@@ -83,11 +81,11 @@ class Writer:
         with loading_base(sources.base, sources.named):
             tokenizer = load_tokenizer(tokenizer_source(sources.adapters.values(), sources.base))
             weights, options = loading.options()
-            model = load_model(sources.base, weights, options=options)
+            model, new = load_writing(sources.base, weights, options)
         if not hasattr(model, "generate"):
             raise AdapterError(f"model {sources.base} is a {type(model).__name__}, which does not write text")
         if not sources.adapters:  # an adapter may bring a head
-            _refuse_new_head(model, sources.base)
+            _refuse_new_head(model, sources.base, new)
         refuse_encoders(sources.base)
         model = to_device(model)
         for number, folder in enumerate(sources.adapters.values()):
@@ -202,21 +200,16 @@ def label(adapter: str | None) -> str:
     return adapter or BASE
 
 
-def _refuse_new_head(model: Any, base: str) -> None:
+def _refuse_new_head(model: Any, base: str, new: Collection[str]) -> None:
     """A head that the model's files do not hold was made up, and what it writes is noise.
 
     Raises:
-        AdapterError: if nothing of the head is in the folder; one tied to the input embedding need not be.
+        AdapterError: if nothing of the head is in the files; one tied to the input embedding need not be.
     """
     inner = f"{model.base_model_prefix}."
     own = [name for name, _ in model.named_parameters() if not name.startswith(inner)]  # tied ones come once, inside
-    head = sorted({name.rpartition(".")[0] for name in own})
-    try:
-        files = weight_files(Path(base).expanduser())
-    except AdapterError:  # on the hub, or pickled
-        return
-    keys = [key for file in files for key in header(file)]
-    if head and not any(path in key for path in head for key in keys):
+    if own and set(own) <= set(new):
+        head = sorted({name.rpartition(".")[0] for name in own})
         raise AdapterError(
             f"model {base} holds no weights of the head that writes ({', '.join(head)}), which would be random: is it "
             "an encoder, or the inner part of a language model? Name a model with its language-model head"
