@@ -1,10 +1,13 @@
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import doratune as dt
 from doratune.inference.prompts import Prompt, chat
 from doratune.inference.sampling import Sampling
-from doratune.inference.sources import Sources
+from doratune.inference.sources import Sources, find_sources
 from doratune.inference.writer import Writer, label
 from inference.small import save_moved, save_writer
 from train.tiny import llama, save_encoder, sentencepiece_tokenizer, tokenizer
@@ -58,6 +61,19 @@ def test_a_batch_writes_what_single_prompts_do(writer):
 def test_no_more_is_written_than_the_context_holds(writer):
     long = Prompt("x" * 120)  # of 128 tokens
     assert writer.write([long, Prompt("x")], Sampling(max_tokens=10**6), "one")[0].tokens <= 8
+
+
+def test_adapters_have_the_names_of_their_folders_whatever_these_are(sources, writer, tmp_path):
+    places = {"one": "runs/train/adapter", "two": "Märchen"}
+    for name, place in places.items():
+        shutil.copytree(sources.adapters[name], tmp_path / place)
+    found = Writer.load(find_sources([str(tmp_path / place) for place in places.values()]))
+    assert found.adapters == ["train", "Märchen"]
+    for known, name in zip(places, found.adapters, strict=True):
+        wrote, expected = (by.write([Prompt("once")], SHORT, n)[0] for by, n in ((found, name), (writer, known)))
+        assert (wrote.text, wrote.adapter) == (expected.text, name)
+    with pytest.raises(dt.AdapterError, match="no adapter 'one'; it has train, Märchen"):
+        found.write([Prompt("once")], SHORT, "one")
 
 
 def test_merged_writes_the_same(sources):
@@ -143,6 +159,18 @@ def test_a_model_whose_files_hold_no_head(sources, tmp_path):
     inner.save_pretrained(tmp_path / "inner")
     with pytest.raises(dt.AdapterError, match=r"\(lm_head\)"):
         Writer.load(Sources(str(tmp_path / "inner"), {}))
+
+
+def test_a_head_may_have_another_name_in_files(sources, tmp_path):
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    GPTNeoXForCausalLM(GPTNeoXConfig(**shape, vocab_size=llama().config.vocab_size)).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    keys = load_file(tmp_path / "model.safetensors")
+    assert "embed_out.weight" in keys
+    assert "lm_head.weight" not in keys
+    assert Writer.load(Sources(str(tmp_path), {})).write([Prompt("once")], SHORT)[0].tokens
 
 
 def test_a_model_with_an_encoder_is_refused_as_in_training(tmp_path):

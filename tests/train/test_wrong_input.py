@@ -115,6 +115,7 @@ CASES = {
     "output is a file": ("lm", GOOD, ["--output", __file__], "is a file; name a folder"),
     "held-out file missing": ("lm", GOOD, ["--eval-data", "none.txt"], "eval_data none.txt: no such file"),
     "blocks longer than the text": ("lm", GOOD, ["--max-length", "100000"], "the text is too short"),
+    "blocks of one token": ("lm", GOOD, ["--max-length", "1"], "max_length is 1"),
     "reporter not installed": ("lm", GOOD, ["--report-to", "wandb"], "wandb is not installed"),
 }
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +19,9 @@ from doratune.inference.sources import BASE, Sources, loading_base, tokenizer_so
 from doratune.merge import merge
 from doratune.model import adapter_names, disabled, set_adapter
 from doratune.train.device import explaining_memory, to_device
-from doratune.train.models import context_length, give_padding, load_model, load_tokenizer
+from doratune.train.models import context_length, give_padding, load_tokenizer, load_writing
 from doratune.train.tasks.text import refuse_encoders
 from doratune.train.tokens import opening, plain, written
-from doratune.weight_files import header, weight_files
 
 LISTED = 20
 """Prompts that do not fit which are listed one by one."""
@@ -50,12 +48,15 @@ class Writer:
         model: a causal language model, with adapters attached or without.
         tokenizer: its tokenizer.
         merged: what the model is called, if an adapter is in its weights; None: it is the base.
+        called: what its adapters are called here, in the order they were attached; empty: as they were attached.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, merged: str | None = None) -> None:
+    def __init__(self, model: Any, tokenizer: Any, merged: str | None = None, called: Iterable[str] = ()) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.adapters = adapter_names(model)
+        attached = adapter_names(model)
+        self._attached = dict(zip(called or attached, attached, strict=True))
+        self.adapters = list(self._attached)
         self.merged = merged
         give_padding(tokenizer)
 
@@ -80,18 +81,19 @@ class Writer:
         with loading_base(sources.base, sources.named):
             tokenizer = load_tokenizer(tokenizer_source(sources.adapters.values(), sources.base))
             weights, options = loading.options()
-            model = load_model(sources.base, weights, options=options)
+            model, new = load_writing(sources.base, weights, options)
         if not hasattr(model, "generate"):
             raise AdapterError(f"model {sources.base} is a {type(model).__name__}, which does not write text")
         if not sources.adapters:  # an adapter may bring a head
-            _refuse_new_head(model, sources.base)
+            _refuse_new_head(model, sources.base, new)
         refuse_encoders(sources.base)
         model = to_device(model)
-        for name, folder in sources.adapters.items():
-            load_adapter(model, folder, name)
+        for number, folder in enumerate(sources.adapters.values()):
+            load_adapter(model, folder, str(number))  # folders have names that no adapter can have, such as "train"
         if merged:
             merge(model)
-        return cls(model, tokenizer, next(iter(sources.adapters)) if merged else None)
+            return cls(model, tokenizer, next(iter(sources.adapters)))
+        return cls(model, tokenizer, called=sources.adapters)
 
     def check(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Find out whether prompts can be continued, before time is spent on any.
@@ -125,9 +127,11 @@ class Writer:
         if adapter is None:
             with disabled(self.model):
                 yield
-        else:
-            set_adapter(self.model, adapter)
+        elif adapter in self._attached:
+            set_adapter(self.model, self._attached[adapter])
             yield
+        else:
+            raise AdapterError(f"the model has no adapter {adapter!r}; it has {', '.join(self.adapters) or 'none'}")
 
     def write(
         self, prompts: Sequence[Prompt], sampling: Sampling, adapter: str | None = None, streamer: Any = None
@@ -196,21 +200,16 @@ def label(adapter: str | None) -> str:
     return adapter or BASE
 
 
-def _refuse_new_head(model: Any, base: str) -> None:
+def _refuse_new_head(model: Any, base: str, new: Collection[str]) -> None:
     """A head that the model's files do not hold was made up, and what it writes is noise.
 
     Raises:
-        AdapterError: if nothing of the head is in the folder; one tied to the input embedding need not be.
+        AdapterError: if nothing of the head is in the files; one tied to the input embedding need not be.
     """
     inner = f"{model.base_model_prefix}."
     own = [name for name, _ in model.named_parameters() if not name.startswith(inner)]  # tied ones come once, inside
-    head = sorted({name.rpartition(".")[0] for name in own})
-    try:
-        files = weight_files(Path(base).expanduser())
-    except AdapterError:  # on the hub, or pickled
-        return
-    keys = [key for file in files for key in header(file)]
-    if head and not any(path in key for path in head for key in keys):
+    if own and set(own) <= set(new):
+        head = sorted({name.rpartition(".")[0] for name in own})
         raise AdapterError(
             f"model {base} holds no weights of the head that writes ({', '.join(head)}), which would be random: is it "
             "an encoder, or the inner part of a language model? Name a model with its language-model head"

@@ -62,6 +62,11 @@ def load_model(
     return _load(name, dtype, task, labels, options)[0]
 
 
+def load_writing(name: str, dtype: torch.dtype | str, options: Mapping[str, Any] | None = None) -> tuple[Any, set[str]]:
+    """Load a causal language model as ``load_model`` does, and name the weights that its files do not hold."""
+    return _load(name, dtype, "CAUSAL_LM", (), options)
+
+
 def load_classifier(
     name: str, dtype: torch.dtype | str, task: str, labels: Sequence[str], options: Mapping[str, Any] | None = None
 ) -> tuple[Any, list[str]]:

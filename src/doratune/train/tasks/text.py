@@ -93,6 +93,8 @@ def to_measure(config: TrainConfig, tokenizer: Any, say: Say) -> Prepared:
 def _reader(config: TrainConfig, tokenizer: Any, say: Say) -> tuple[Reader, bool]:
     """What reads the rows, and whether several of them are put into one block."""
     refuse_encoders(config.model)
+    if config.max_length == 1:
+        raise AdapterError("max_length is 1: in a text of one token there is none to predict; give 2 or more")
     reader = Reader(config, tokenizer, say)
     blocks = reader.documents if config.packing is None else config.packing
     if config.streaming or (blocks and reader.documents):
