@@ -1,4 +1,5 @@
-"""What a layer may remember between calls: ``|W|^2`` of its frozen weight; in evaluation ``g = m / n``, A and s B.
+"""What a layer may remember between calls: ``|W|^2`` of its frozen weight; n for checkpointing's second forward; in
+evaluation ``g = m / n``, A and s B.
 
 A stale scale is a wrong model, so everything remembered carries a stamp (object, version, memory, dtype) of the
 tensors it was made from, and ``clear`` is called by whatever could change them unseen.
@@ -198,7 +199,8 @@ class ScaleCache:
     ) -> Tensor:
         """``g = m / n``, float32 ``[out]``.
 
-        Between calls g is remembered with ``reuse`` (evaluation), n with ``reuse_norm`` (until A, B or W change).
+        Between calls g is remembered with ``reuse`` (evaluation), n with ``reuse_norm`` (until A, B or W change) and
+        always for a forward inside a backward pass, which is checkpointing's second one.
         """
         if self.frozen is not None:
             return self.frozen.to(rows.stored.device)  # nn.DataParallel's replicas are on other devices
@@ -275,7 +277,7 @@ class ScaleCache:
 
 
 def _is_in_backward() -> bool:
-    """Whether checkpointing computes a forward again: nothing has moved the parameters since that forward."""
+    """Whether this is checkpointing's second forward: since the first one nothing has moved the parameters unseen."""
     return torch._C._current_graph_task_id() != -1
 
 
