@@ -274,6 +274,12 @@ def test_a_folder_that_does_not_exist(tmp_path):
         read_weights(tmp_path)
 
 
+def test_a_whole_model_is_told_from_an_adapter(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(AdapterError, match=f"has no {CONFIG}; it is not an adapter's folder, but a whole model's$"):
+        read_config(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

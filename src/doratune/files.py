@@ -194,7 +194,8 @@ def read_any_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         if (folder / DIFFUSERS_WEIGHTS).is_file():
             raise AdapterError(f"{folder} holds {DIFFUSERS_WEIGHTS}, which dt.diffusers.load_adapter reads")
-        raise AdapterError(f"{folder} has no {CONFIG}; it is not an adapter's folder")
+        whole = ", but a whole model's" if (folder / "config.json").is_file() else ""
+        raise AdapterError(f"{folder} has no {CONFIG}; it is not an adapter's folder{whole}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -118,7 +118,7 @@ def test_layers_by_number_are_written_by_name(tmp_path):
 WRONG = {
     "nothing there": ("absent", {}, "does not exist; name a folder with adapter_config.json"),
     "a run": ("run", {}, r"is not an adapter's folder \(did you mean .*run/adapter\?\)"),
-    "a model": ("model", {}, "is not an adapter's folder"),
+    "a model": ("model", {}, "is not an adapter's folder, but a whole model's"),
     "options": ("broken", {}, r"start_from .*broken: r: expected .*\n.*start_from .*broken: lora_alpha: expected"),
     "no weights": ("options alone", {}, "has no adapter_model.safetensors"),
     "weights cut short": ("cut", {}, "may be truncated"),

@@ -83,7 +83,7 @@ def _about(config: TrainConfig) -> str:
 
 
 def _python(config: TrainConfig, result: TrainResult) -> str:
-    loader = LOADERS[config.task]
+    loader = result.loader or LOADERS[config.task]
     imported = f"from transformers import {loader}"
     if not config.is_adapter:
         return f'{imported}\n\nmodel = {loader}.from_pretrained("{HERE}")'

@@ -167,6 +167,13 @@ def image_classifier(config: Any) -> Any:
     return kinds[0] if isinstance(kinds, tuple) else kinds  # DeiT's others, distilled from a teacher, have no loss
 
 
+def loader_name(task: str, config: Any) -> str:
+    """transformers' class that loads such a model for a task of ``doratune train``, as users write it down."""
+    kinds = require("transformers").MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), None)
+    several = task == "image-classification" and isinstance(kinds, tuple)
+    return kinds[0].__name__ if several else LOADERS[task]  # of several the Auto class may take another than we
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds a tokenizer of any kind."""
     return any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)

@@ -60,6 +60,8 @@ class TrainResult:
     """After which the loss was lowest, where that is what was kept; all that is measured after training is of it."""
     peft: bool = True
     """Whether PEFT reads the adapter; else it was written for doratune only."""
+    loader: str | None = None
+    """transformers' class that loads the base; None: the one for its task."""
     processes: int = 1
     """That trained together; memory is that of the first."""
     labels: tuple[str, ...] = ()
@@ -152,7 +154,7 @@ class TrainResult:
         other = {"text-generation": "more.jsonl", "text-classification": "more.csv", "image-classification": "images/"}
         lines = ["# use it, measure it on other data", self.command_to_use(folder)]
         lines.append(f"doratune evaluate {folder} --data {other[self.task]}")
-        loader = LOADERS[self.task]
+        loader = self.loader or LOADERS[self.task]
         imported, written = f"from transformers import {loader}", _in_python(self.adapter)
         if self.method in ("full", "head"):
             loading = [imported, f"model = {loader}.from_pretrained({written})"]

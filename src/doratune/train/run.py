@@ -23,7 +23,7 @@ from doratune.train.config import TrainConfig
 from doratune.train.curves import draw_curves
 from doratune.train.failures import explained
 from doratune.train.model_names import model_problem
-from doratune.train.models import choose_dtype
+from doratune.train.models import choose_dtype, loader_name
 from doratune.train.noted import information
 from doratune.train.output import CHECKPOINTS, CURVES, METRICS, RECIPE
 from doratune.train.processes import is_first_asked
@@ -103,6 +103,7 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
             steps=trainer.state.global_step,
             best_step=best,
             peft=not (config.is_adapter and inexpressible(model, "default")),
+            loader=loader_name(config.task, model.config),
             seed=config.seed,
             processes=processes(),
             loss_before=before["eval_loss"],

@@ -1,4 +1,5 @@
 import shutil
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -309,6 +310,10 @@ def test_of_several_classifiers_the_one_with_a_loss_is_taken(tmp_path):
         config(tmp_path, tmp_path, "deit", save_image_folder(tmp_path / "images", 8), steps=1), Console(quiet=True)
     )
     assert type(load_base(result.adapter)).__name__ == "DeiTForImageClassification"
+    commands = result.next_steps()  # the Auto class would take the one that was distilled, as the base's config says
+    assert "DeiTForImageClassification.from_pretrained(" in commands
+    exec(commands[commands.index("import doratune") : commands.index("# or in PEFT")], {})
+    assert "DeiTForImageClassification.from_pretrained(" in (Path(result.adapter) / "README.md").read_text()
 
 
 def test_models_of_images_that_are_not_served_are_not_said_to_take_none(tmp_path):
