@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from doratune.errors import AdapterError, first_line
 from doratune.extras import require
@@ -31,7 +32,7 @@ RECIPE, RESULT, PROBLEM, KILLED = "recipe", "result", "problem", "killed"
 
 def database(file: Path) -> str:
     """URL of an SQLite file."""
-    return f"sqlite:///{file.absolute()}"
+    return f"sqlite:///{quote(str(file.absolute()))}"  # a "?" or "%" of a folder's name is not the URL's
 
 
 def open_study(url: str, name: str, comparison: Comparison, heartbeat: int = HEARTBEAT, grace: int = GRACE) -> Any:
