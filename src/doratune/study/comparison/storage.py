@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from doratune.errors import AdapterError, first_line
 from doratune.extras import require
@@ -32,7 +31,8 @@ RECIPE, RESULT, PROBLEM, KILLED = "recipe", "result", "problem", "killed"
 
 def database(file: Path) -> str:
     """URL of an SQLite file."""
-    return f"sqlite:///{quote(str(file.absolute()))}"  # a "?" or "%" of a folder's name is not the URL's
+    path = str(file.absolute()).replace("%", "%25").replace("?", "%3F")  # which a URL would read as its own
+    return f"sqlite:///{path}"
 
 
 def open_study(url: str, name: str, comparison: Comparison, heartbeat: int = HEARTBEAT, grace: int = GRACE) -> Any:
