@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import threading
 
 import pytest
@@ -166,6 +167,17 @@ def test_an_adapter_and_its_merged_checkpoint_are_the_same(on_disk, name):
     for kind, c in adapter.correlations().items():
         assert merged.correlations()[kind].value == (None if c.value is None else pytest.approx(c.value, abs=1e-3))
     assert (adapter.method, merged.method) == ("lora" if name == "lora" else "dora", "full")
+
+
+def test_the_copy_of_an_adapted_embedding_in_pefts_file_is_said_to_be_one(on_disk, tmp_path):
+    shutil.copytree(on_disk / "embedding", tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "adapter_model.safetensors"
+    copy = {"base_model.model.model.embed_tokens.base_layer.weight": llama().model.embed_tokens.weight.detach()}
+    save_file(load_file(file) | copy, file)
+    [run] = analyze(on_disk / "base", {"x": tmp_path}).runs
+    assert "model.embed_tokens" in {point.path for point in run.points}
+    assert run.left_out["model.embed_tokens.base_layer.weight"].startswith("a copy of the base's weight")
+    assert run.troubling == set()
 
 
 def test_files_and_models_in_memory_are_the_same(on_disk):

@@ -19,7 +19,7 @@ from doratune.study.names import align, layer_of, module_names, natural, short_k
 from doratune.study.runs import Snapshot, snapshots
 from doratune.study.spectrum import EXACT, LARGEST, BaseSpectrum
 from doratune.study.stored import StoredWeights, Weights
-from doratune.study.stored_adapter import StoredAdapter
+from doratune.study.stored_adapter import COPY, StoredAdapter
 
 Spectra = Literal["last", "all", "none"]
 Watch = Callable[[str, float], None]
@@ -94,7 +94,7 @@ class Run:
     @property
     def troubling(self) -> set[str]:
         """Reasons for which weights were left out that one would have wanted to compare."""
-        harmless = (UNCHANGED, "tied", "a vector", "trained whole, but a vector", "a bare")
+        harmless = (UNCHANGED, "tied", "a vector", "trained whole, but a vector", "a bare", COPY)
         return {reason for reason in self.left_out.values() if not reason.startswith(harmless)}
 
     @property

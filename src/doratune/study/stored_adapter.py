@@ -19,6 +19,7 @@ from doratune.weight_files import header, read_metadata, read_tensor
 _A = ("lora_A.weight", "lora_embedding_A")
 _B = ("lora_B.weight", "lora_embedding_B")
 _M = "lora_magnitude_vector"
+COPY = "a copy of the base's weight, which PEFT writes beside an adapted embedding: it is compared with its A and B"
 
 
 class StoredAdapter:
@@ -54,7 +55,9 @@ class StoredAdapter:
             match = KEY.fullmatch(inner)
             if match and match["part"].startswith("lora"):
                 self._parts.setdefault(match["path"], {})[match["part"]] = key
-            elif inner.endswith(".weight") and len(shape) > 1 and not inner.endswith("base_layer.weight"):
+            elif inner.endswith("base_layer.weight"):
+                self.left_out[inner] = COPY
+            elif inner.endswith(".weight") and len(shape) > 1:
                 path = inner.removesuffix(".weight")
                 self._whole[path] = key
                 self.shapes[path] = flat(shape)

@@ -144,6 +144,11 @@ def test_costs():
     )
 
 
+@pytest.mark.parametrize(("seeds", "said"), [(1, "One seed; the chosen rate"), (2, "Mean of 2 seeds; the chosen rate")])
+def test_the_learning_rates_say_of_how_many_seeds_they_are(tmp_path, seeds, said):
+    assert said in write_report(findings(0.1, sweep_seeds=seeds), tmp_path / "report").read_text()
+
+
 def test_the_page_and_its_files(tmp_path):
     made = findings(0.1)
     page = write_report(made, tmp_path / "report")

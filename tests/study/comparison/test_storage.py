@@ -53,6 +53,14 @@ def test_a_run_whose_worker_was_killed_before_its_first_sign_of_life_is_lost(tmp
     assert states[alive.number] == optuna.trial.TrialState.RUNNING
 
 
+def test_the_study_lies_in_the_named_folder_whatever_its_name(tmp_path):
+    for name in ("what?", "100%20", "a#b", "méin study"):
+        folder = tmp_path / name
+        folder.mkdir()
+        storage.open_study(storage.database(folder / "study.db"), "compare", simulated.comparison())
+        assert (folder / "study.db").is_file()
+
+
 def test_few_runs_wait_at_a_time(tmp_path):
     # Optuna reads each run that is not over whenever the study is looked at: hundreds would cost more than training.
     of = simulated.comparison(methods=("lora 4", "dora 4"))

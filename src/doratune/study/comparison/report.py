@@ -146,8 +146,9 @@ def _scores(section: Section, findings: Findings) -> None:
 def _learning_rates(section: Section, findings: Findings) -> None:
     figure, tips = figures.learning_rates(findings)
     seeds = findings.comparison.grid.sweep_seeds
+    mean = "One seed" if seeds == 1 else f"Mean of {seeds} seeds"
     section.add(*(Text(line) for line in sentences.about_learning_rates(findings)))
-    section.add(Plot("learning-rates", figure, f"Mean of {seeds} seeds; the chosen rate is ringed.", tips))
+    section.add(Plot("learning-rates", figure, f"{mean}; the chosen rate is ringed.", tips))
     digits = sentences.digits(findings.unit)
     rows = [
         [

@@ -31,7 +31,8 @@ RECIPE, RESULT, PROBLEM, KILLED = "recipe", "result", "problem", "killed"
 
 def database(file: Path) -> str:
     """URL of an SQLite file."""
-    return f"sqlite:///{file.absolute()}"
+    path = str(file.absolute()).replace("%", "%25").replace("?", "%3F")  # which a URL would read as its own
+    return f"sqlite:///{path}"
 
 
 def open_study(url: str, name: str, comparison: Comparison, heartbeat: int = HEARTBEAT, grace: int = GRACE) -> Any:
