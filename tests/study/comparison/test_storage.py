@@ -6,7 +6,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import optuna
+import pytest
 
+import doratune as dt
 from doratune.study.comparison import storage
 from study.comparison import simulated
 
@@ -73,3 +75,21 @@ def test_few_runs_wait_at_a_time(tmp_path):
         there = study.get_trials()
         assert [one.params["seed"] for one in there] == list(range(storage.AHEAD + taken))
         study._storage.set_trial_state_values(there[taken]._trial_id, running)
+
+
+def test_a_recipe_that_failed_before_any_run_was_over_may_be_corrected(tmp_path):
+    url, states = storage.database(tmp_path / "study.db"), optuna.trial.TrialState
+    wrong = simulated.comparison(methods=("lora 4", "dora 4"))
+    right = simulated.comparison(methods=("lora 4", "full"))
+    study = storage.open_study(url, "compare", wrong)
+    storage.add(study, wrong, [storage.Trial("test", key, 1e-3, 0) for key in ("lora-4", "dora-4")])
+    failed, running = study.get_trials()
+    for state in (states.RUNNING, states.FAIL):
+        study._storage.set_trial_state_values(failed._trial_id, state)
+    study._storage.set_trial_state_values(running._trial_id, states.RUNNING)
+    with pytest.raises(dt.AdapterError, match="is of another recipe"):
+        storage.open_study(url, "compare", right)  # another worker is at it
+    study._storage.set_trial_state_values(running._trial_id, states.FAIL)
+    study = storage.open_study(url, "compare", right)
+    storage.add(study, right, [storage.Trial("test", key, 1e-3, 0) for key in ("lora-4", "full")])
+    assert [one.params["contestant"] for one in study.get_trials()] == ["lora-4", "full"]

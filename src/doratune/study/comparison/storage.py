@@ -64,12 +64,23 @@ def open_study(url: str, name: str, comparison: Comparison, heartbeat: int = HEA
     theirs = study.user_attrs.get(RECIPE)
     if theirs is None or _adds_rates(theirs, mine):
         study.set_user_attr(RECIPE, mine)
+    elif theirs != mine and _only_failed(study):
+        # All that was tried ended with a mistake in the recipe, such as a column that is not there; it was corrected.
+        optuna.delete_study(study_name=name, storage=storage)
+        return open_study(url, name, comparison, heartbeat, grace)
     elif theirs != mine:
         what = f"study {name!r} in {_without_password(url)} is of another recipe"
         raise AdapterError.of(
             f"{what}: name another --output or --study, or undo the change", _differences(theirs, mine)
         )
     return study
+
+
+def _only_failed(study: Any) -> bool:
+    """Whether runs have failed, none is over, and none is being done."""
+    states = require("optuna").trial.TrialState
+    found = {one.state for one in study.get_trials(deepcopy=False)}
+    return states.FAIL in found and states.RUNNING not in found and not outcomes(study)
 
 
 def _adds_rates(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
