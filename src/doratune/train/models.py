@@ -161,17 +161,22 @@ def _load(
     return model, {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
 
 
+def _image_classifiers(config: Any) -> tuple[Any, ...]:
+    """transformers' classes that classify images with a base of this kind."""
+    kinds = require("transformers").MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), ())
+    return kinds if isinstance(kinds, tuple) else (kinds,)
+
+
 def image_classifier(config: Any) -> Any:
-    """transformers' class that classifies images with a base of this kind; None: it has none."""
-    kinds = require("transformers").MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), None)
-    return kinds[0] if isinstance(kinds, tuple) else kinds  # DeiT's others, distilled from a teacher, have no loss
+    """The class that classifies images with a base of this kind; None: transformers has none."""
+    return next(iter(_image_classifiers(config)), None)  # DeiT's others, distilled from a teacher, have no loss
 
 
 def loader_name(task: str, config: Any) -> str:
     """transformers' class that loads such a model for a task of ``doratune train``, as users write it down."""
-    kinds = require("transformers").MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), None)
-    several = task == "image-classification" and isinstance(kinds, tuple)
-    return kinds[0].__name__ if several else LOADERS[task]  # of several the Auto class may take another than we
+    several = task == "image-classification" and len(_image_classifiers(config)) > 1
+    # Of several the Auto class may take another than we.
+    return str(image_classifier(config).__name__) if several else LOADERS[task]
 
 
 def has_tokenizer(folder: Path) -> bool:
