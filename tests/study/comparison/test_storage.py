@@ -6,6 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import optuna
+import psutil
 import pytest
 
 import doratune as dt
@@ -93,3 +94,9 @@ def test_a_recipe_that_failed_before_any_run_was_over_may_be_corrected(tmp_path)
     study = storage.open_study(url, "compare", right)
     storage.add(study, right, [storage.Trial("test", key, 1e-3, 0) for key in ("lora-4", "full")])
     assert [one.params["contestant"] for one in study.get_trials()] == ["lora-4", "full"]
+
+
+def test_no_connection_stays_open(tmp_path):
+    study = storage.open_study(storage.database(tmp_path / "study.db"), "compare", simulated.comparison())
+    assert study.get_trials() == []
+    assert [file.path for file in psutil.Process().open_files() if file.path.startswith(str(tmp_path))] == []

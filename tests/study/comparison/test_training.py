@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import time
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import resource_tracker
 
 import optuna
 import psutil
@@ -42,6 +43,7 @@ def test_two_workers_one_of_them_killed(folder, tmp_path):
     of = recipe.load(name)
     study = opened(tmp_path, of)
     storage.add(study, of, grid(of, []))  # or both might, at the same moment
+    resource_tracker.ensure_running()  # which a worker that is started anew would begin, and lives as long as the tests
     before = set(psutil.Process().children(recursive=True))
     victim, other = (process._context().Process(target=work, args=(name, tmp_path)) for _ in range(2))
     victim.start(), other.start()

@@ -99,7 +99,9 @@ def _adds_rates(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
 
 def _storage(optuna: Any, url: str, heartbeat: int, grace: int) -> Any:
     sqlite = url.startswith("sqlite")
-    options = {"connect_args": {"timeout": 60}} if sqlite else None
+    # A connection kept for the next question would be closed by nobody.
+    pool = require("sqlalchemy.pool", "study").NullPool
+    options = {"connect_args": {"timeout": 60}, "poolclass": pool} if sqlite else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of heartbeats
         storage = optuna.storages.RDBStorage(
