@@ -1,6 +1,7 @@
 """The study's storage, with nothing but made-up runs in it."""
 
 import contextlib
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import optuna
 import psutil
 import pytest
+import sqlalchemy
 
 import doratune as dt
 from doratune.study.comparison import storage
@@ -56,12 +58,16 @@ def test_a_run_whose_worker_was_killed_before_its_first_sign_of_life_is_lost(tmp
     assert states[alive.number] == optuna.trial.TrialState.RUNNING
 
 
-def test_the_study_lies_in_the_named_folder_whatever_its_name(tmp_path):
-    for name in ("what?", "100%20", "a#b", "méin study"):
-        folder = tmp_path / name
-        folder.mkdir()
-        storage.open_study(storage.database(folder / "study.db"), "compare", simulated.comparison())
-        assert (folder / "study.db").is_file()
+@pytest.mark.parametrize("name", ["what?", "100%20", "a#b", "méin study"])
+def test_the_study_lies_in_the_named_folder_whatever_its_name(tmp_path, name):
+    file = tmp_path / name / "study.db"
+    file.parent.mkdir()
+    if "?" in name and sqlalchemy.__version__.startswith("2.0"):  # that of Python 3.10
+        with pytest.raises(dt.AdapterError, match=re.escape(f"{file}: a study cannot lie in")):
+            storage.database(file)
+    else:
+        storage.open_study(storage.database(file), "compare", simulated.comparison())
+        assert file.is_file()
 
 
 def test_few_runs_wait_at_a_time(tmp_path):

@@ -30,9 +30,18 @@ RECIPE, RESULT, PROBLEM, KILLED = "recipe", "result", "problem", "killed"
 
 
 def database(file: Path) -> str:
-    """URL of an SQLite file."""
-    path = str(file.absolute()).replace("%", "%25").replace("?", "%3F")  # which a URL would read as its own
-    return f"sqlite:///{path}"
+    """URL of an SQLite file.
+
+    Raises:
+        AdapterError: if no URL names it: SQLAlchemy 2.0, which is Python 3.10's, knows no way to write a question mark.
+    """
+    make_url = require("sqlalchemy.engine", "study").make_url
+    path = str(file.absolute())
+    for written in (path, path.replace("%", "%25").replace("?", "%3F")):  # SQLAlchemy 2.1 decodes a URL, 2.0 does not
+        url = f"sqlite:///{written}"
+        if make_url(url).database == path:
+            return url
+    raise AdapterError(f"{path}: a study cannot lie in a folder with a ? in its name here; name another")
 
 
 def open_study(url: str, name: str, comparison: Comparison, heartbeat: int = HEARTBEAT, grace: int = GRACE) -> Any:
