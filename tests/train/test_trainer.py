@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 import doratune as dt
 from doratune.train import last_checkpoint
+from helpers import move
 from train.tiny import llama, tokenizer, words
 
 CONFIG = dt.AdapterConfig(rank=4, dropout=0.1)
@@ -216,7 +217,7 @@ def test_two_bases_one_mixin(tmp_path):
     assert trainer.train().global_step == 1
 
 
-def preferences(folder, kind, ref_model):
+def preferences(folder, kind, ref_model, dropout=0.0, **more):
     """TRL's DPO or KTO on a native model whose reference is the same model's base."""
     import trl
 
@@ -229,8 +230,8 @@ def preferences(folder, kind, ref_model):
     if kind == "KTO":
         columns = {"completion": columns["chosen"], "label": [True, False] * 16}
     pairs = datasets.Dataset.from_dict({"prompt": [f"{words(4, seed)} " for seed in range(32)], **columns})
-    args = settings(folder, getattr(trl, f"{kind}Config"), bf16=False, max_length=32, logging_steps=1)
-    model = dt.attach(llama(), dt.AdapterConfig(rank=4, alpha=8))
+    args = settings(folder, getattr(trl, f"{kind}Config"), bf16=False, max_length=32, logging_steps=1, **more)
+    model = dt.attach(llama(), dt.AdapterConfig(rank=4, alpha=8, dropout=dropout))
     reference = ref_model(model)
     return Preferring(model, reference, args, train_dataset=pairs, processing_class=tokenizer())
 
@@ -246,6 +247,17 @@ def test_the_base_is_the_reference_of_trls_trainers(tmp_path, kind):
     assert len(set(shared)) > 1
     for before, after in zip(llama().parameters(), trainers[0].ref_model.parameters(), strict=True):
         assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("disabled", [True, False])
+def test_trls_disable_dropout_holds_for_adapters(tmp_path, disabled, caplog):
+    options = {} if disabled else {"disable_dropout": False}  # TRL's default is True
+    trainer = preferences(tmp_path, "DPO", dt.base_model, dropout=0.5, **options)
+    move(trainer.model).train()
+    ids = torch.arange(12)[None]
+    first, second = (trainer.model(input_ids=ids).logits for _ in range(2))
+    assert torch.equal(first, second) is disabled
+    assert ("disable_dropout: the adapter's dropout of 0.5 is off" in caplog.text) is disabled
 
 
 def loaded_again(model):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,7 +15,9 @@ from doratune.distributed import is_fully_sharded
 from doratune.errors import AdapterError
 from doratune.layers import AdaptedLayer
 from doratune.model import active_adapter, trainable_parameters
-from doratune.targets import holders
+from doratune.targets import adapted_layers, holders
+
+log = logging.getLogger("doratune")
 
 
 def trainable_when_quantised(model: Any) -> Any:
@@ -56,6 +60,21 @@ def keeping_masters(model: Any) -> Iterator[None]:
     for parameter, data in masters:
         if parameter.dtype != data.dtype:
             parameter.data = data.to(parameter.device)
+
+
+def disable_dropout_with_trl(trainer: Any) -> None:
+    """Do to adapters, whose dropout is an option, what TRL's ``disable_dropout`` does to ``nn.Dropout``."""
+    if not getattr(trainer.args, "disable_dropout", False):
+        return
+    disabled = set()
+    for layer in adapted_layers(trainer.model).values():
+        for adapter in layer.adapters.values():
+            if adapter.config.dropout:
+                disabled.add(adapter.config.dropout)
+                adapter.config = dataclasses.replace(adapter.config, dropout=0.0)
+    if disabled:
+        found = " and ".join(map(str, sorted(disabled)))
+        log.warning("disable_dropout: the adapter's dropout of %s is off; disable_dropout=False keeps it", found)
 
 
 def refuse_bypassed_head(model: nn.Module) -> None:

@@ -32,6 +32,7 @@ from doratune.train.checkpoints import (
     unmark,
 )
 from doratune.train.guards import (
+    disable_dropout_with_trl,
     keeping_masters,
     refuse_bypassed_head,
     refuse_strangers,
@@ -82,6 +83,7 @@ class AdapterTrainerMixin(Trainer):
             super().__init__(trainable_when_quantised(model), *args, **kwargs)
         refuse_unserved(self)
         refuse_bypassed_head(self.model)
+        disable_dropout_with_trl(self)
 
     def call_model_init(self, trial: Any = None) -> Any:
         """The Trainer's own; a quantised model that it makes is declared trainable."""
