@@ -31,15 +31,15 @@ def test_a_stream_is_trained_on(tmp_path, model, kind):
     assert result.loss_after < result.loss_before
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
-def test_what_a_stream_holds_out_is_not_trained_on_whoever_reads_it(tmp_path, model, workers, monkeypatch):
+@pytest.mark.parametrize(("workers", "start"), [(0, None), (1, "spawn"), (2, None)])
+def test_what_a_stream_holds_out_is_not_trained_on_whoever_reads_it(tmp_path, model, workers, start, monkeypatch):
     monkeypatch.setattr(stream, "HELD_OUT", 8)
     options = rows(tmp_path, model, PAIRS[:10], steps=1, max_length=64)
     options.data = (*options.data, str(save_rows(tmp_path / "more.jsonl", PAIRS[10:])))
     found = prepare(options, lambda _: None)
     read = [tuple(ids) for ids in found.held_out["input_ids"]]
     assert len(read) == 8
-    loader = DataLoader(found.train, batch_size=None, num_workers=workers)
+    loader = DataLoader(found.train, batch_size=None, num_workers=workers, multiprocessing_context=start)
     read += [tuple(row["input_ids"]) for row in loader]
     assert len(read) == len(set(read)) == len(PAIRS)
 

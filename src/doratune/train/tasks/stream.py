@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -33,7 +34,8 @@ def prepare_stream(config: TrainConfig, reader: Reader, blocks: bool, say: Say) 
     gather(islice(reader.rows(config.data, config.split), CHECKED), reader.use, config, say)
     say(f"streaming: the first {CHECKED} rows are checked, the others when they are read")
     datasets = require("datasets")
-    make = _block_maker(reader, config) if blocks else _example_maker(reader, config)
+    # Not a function made here: a worker that is started anew, as on macOS, could not be given it.
+    make = functools.partial(_blocks if blocks else _examples, reader, config)
     # A list of names would be dealt out to workers, each of which would hold out rows of its own.
     names = {"names": tuple(config.data), "split": config.split}
     stream = datasets.IterableDataset.from_generator(make, gen_kwargs=names)
@@ -50,30 +52,21 @@ def prepare_stream(config: TrainConfig, reader: Reader, blocks: bool, say: Say) 
     return shuffled, datasets.Dataset.from_list(held_out), datasets.Dataset.from_list(test)
 
 
-Maker = Callable[[Sequence[str], str], Iterator[dict[str, list[int]]]]
+def _examples(reader: Reader, config: TrainConfig, names: Sequence[str], split: str) -> Iterator[dict[str, list[int]]]:
+    for example in _usable(reader, config, names, split):
+        cut = example.cut(config.max_length)
+        if cut.learns:
+            yield {"input_ids": cut.ids.tolist(), "labels": cut.labels.tolist()}
 
 
-def _example_maker(reader: Reader, config: TrainConfig) -> Maker:
-    def make(names: Sequence[str], split: str) -> Iterator[dict[str, list[int]]]:
-        for example in _usable(reader, config, names, split):
-            cut = example.cut(config.max_length)
-            if cut.learns:
-                yield {"input_ids": cut.ids.tolist(), "labels": cut.labels.tolist()}
-
-    return make
-
-
-def _block_maker(reader: Reader, config: TrainConfig) -> Maker:
-    def make(names: Sequence[str], split: str) -> Iterator[dict[str, list[int]]]:
-        left: array[int] = array("i")
-        for example in _usable(reader, config, names, split):
-            left += example.ids
-            used = len(left) // config.max_length * config.max_length
-            for start in range(0, used, config.max_length):
-                yield {"input_ids": left[start : start + config.max_length].tolist()}
-            left = left[used:]
-
-    return make
+def _blocks(reader: Reader, config: TrainConfig, names: Sequence[str], split: str) -> Iterator[dict[str, list[int]]]:
+    left: array[int] = array("i")
+    for example in _usable(reader, config, names, split):
+        left += example.ids
+        used = len(left) // config.max_length * config.max_length
+        for start in range(0, used, config.max_length):
+            yield {"input_ids": left[start : start + config.max_length].tolist()}
+        left = left[used:]
 
 
 def _usable(reader: Reader, config: TrainConfig, names: Sequence[str], split: str) -> Iterator[Tokens]:
