@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from doratune.study.analysis import PAPER, analyze
+from doratune.study.analysis import PAPER, Run, analyze
 from doratune.study.analysis_page import page_of, sentence
-from doratune.study.analysis_plots import shapes_of, shapes_told
+from doratune.study.analysis_plots import correlations, shapes_of, shapes_told
 from doratune.study.correlation import Correlation
 from study.browser import browser, opened  # noqa: F401
 from study.checkpoints_on_disk import LAYERS, base_weights, turned, write
@@ -124,3 +124,11 @@ def test_shapes_of_few_and_of_many_layers():
     many = shapes_of([f"layers.{i}" for i in range(30)])
     assert len(set(many.values())) == 12
     assert shapes_told(list(many)).startswith("● 0 to 2, ■ 3 to 4")
+
+
+def test_ten_runs_have_ten_colours():
+    one = Correlation(0.5, 0.2, 0.8, 1.0, 0.0, 24, 6)
+    runs = [Run(f"run {i}", "dora", ["last"]) for i in range(10)]
+    axes = correlations(runs, {run.label: {"q_proj": one} for run in runs}).figure.axes[0]
+    handles, _ = axes.get_legend_handles_labels()
+    assert len({handle.get_color() for handle in handles}) == 10

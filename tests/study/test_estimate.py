@@ -3,9 +3,10 @@ from dataclasses import replace
 import pytest
 import torch
 from bench.peak import peak_bytes
-from transformers import AutoModelForCausalLM, DeepseekV3Config, GPT2Config, LlamaConfig, MixtralConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, Gemma3Config, GPT2Config, LlamaConfig, MixtralConfig
 
 import doratune as dt
+from doratune.study import estimate as module
 from doratune.study.estimate import estimate
 from doratune.study.tape import Tape
 from helpers import enable_checkpointing
@@ -70,6 +71,22 @@ def test_parameters_are_those_of_the_real_model():
     assert found.adapter_parameters == about.direction + about.magnitude
     assert found.magnitude_parameters == about.magnitude
     assert found.weights == 2 * about.base
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5])
+def test_of_models_that_see_images_two_layers_are_run_as_well(layers, monkeypatch):
+    text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": layers}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = Gemma3Config(text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14})
+    whole = module._step(config, CONFIG, (1, 16), torch.float32, False)
+    step, run = module._step, []
+    monkeypatch.setattr(
+        module, "_step", lambda config, *rest: run.append(config.text_config.num_hidden_layers) or step(config, *rest)
+    )
+    found = module._extrapolated(config, CONFIG, (1, 16), torch.float32, False)
+    assert run == ([layers] if layers < 3 else [1, 2])
+    assert found == pytest.approx(whole, rel=0.02)
 
 
 def test_mixtures_whose_first_layers_are_dense_and_whose_values_are_narrower_than_queries():

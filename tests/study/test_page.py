@@ -6,7 +6,7 @@ import pytest
 
 import doratune as dt
 from doratune.study.page import Column, Heading, Page, Plot, Table, Text
-from doratune.study.plots import Tip, as_svg, new_figure, ordered_colours, style, themed_svg
+from doratune.study.plots import Tip, as_svg, new_figure, ordered_colours, style, themed_svg, unordered_colours
 from study.browser import browser, opened  # noqa: F401
 
 
@@ -161,3 +161,12 @@ def test_a_mark_tells_what_it_is_and_lights_its_group(written, opened):  # noqa:
     found.page.locator('[data-plot="plot-1"] [data-tip]:not([data-group])').hover()
     assert tip.inner_text() == "alone"
     assert found.complaints == []
+
+
+@pytest.mark.parametrize("count", [1, 6, 7, 20])
+def test_each_of_many_has_a_colour_of_its_own(count):
+    assert len(set(unordered_colours(count))) == count
+
+
+def test_of_more_than_there_are_colours_they_begin_again():
+    assert len(unordered_colours(45)) == 45

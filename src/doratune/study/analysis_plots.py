@@ -11,7 +11,6 @@ from doratune.study.correlation import CONFIDENCE, Correlation
 from doratune.study.names import natural
 from doratune.study.page import Plot
 from doratune.study.plots import (
-    COLOURS,
     GROUND,
     INK,
     MARKERS,
@@ -22,6 +21,7 @@ from doratune.study.plots import (
     new_figure,
     ordered_colours,
     style,
+    unordered_colours,
 )
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ def correlations(runs: Sequence[Run], found: Mapping[str, Mapping[str, Correlati
     """Correlation of every kind and run with its interval, and the paper's values."""
     kinds = list(dict.fromkeys(kind for each in found.values() for kind in each))
     rows = [(kind, run) for kind in kinds for run in runs if kind in found[run.label]]
+    colours = unordered_colours(len(runs))
     tips: dict[str, list[Tip]] = {}
     with style():
         figure, axes = new_figure(5.8, 1.2 + 0.2 * len(rows) + 0.1 * len(kinds))
@@ -101,7 +102,7 @@ def correlations(runs: Sequence[Run], found: Mapping[str, Mapping[str, Correlati
                 c = found[run.label].get(kind)
                 if c is None or c.value is None:
                     continue
-                colour = COLOURS[index % len(COLOURS)]
+                colour = colours[index]
                 if c.low is not None and c.high is not None:
                     axes.plot([c.low, c.high], [y, y], color=colour, linewidth=2.6, alpha=0.45, solid_capstyle="round")
                 gid = f"r-{len(tips)}"
@@ -111,7 +112,7 @@ def correlations(runs: Sequence[Run], found: Mapping[str, Mapping[str, Correlati
             ticks.append(((start + y + 1) / 2, kind))
             y -= 0.5
         for index, run in enumerate(runs):
-            colour = COLOURS[index % len(COLOURS)]
+            colour = colours[index]
             axes.plot([], [], "o-", color=colour, markersize=5, linewidth=2.6, label=run.label)
             axes.axvline(run.paper, color=colour, linewidth=1, linestyle=":", zorder=0)
             paper = f"paper {number(run.paper)}"
@@ -141,18 +142,20 @@ def over_depth(run: Run, name: str, title: str, quantity: str, log: bool) -> Plo
         at = {layer: int(tail) for layer, tail in numbers.items()}
     else:
         at = {layer: index for index, layer in enumerate(layers)}
+    kinds = list(dict.fromkeys(p.kind for p in last))
+    colours = unordered_colours(len(kinds))
     tips: dict[str, list[Tip]] = {}
     zeros = 0
     with style():
         figure, axes = new_figure(4.0, 3.5)
-        for index, kind in enumerate(dict.fromkeys(p.kind for p in last)):
+        for index, kind in enumerate(kinds):
             own = sorted((p for p in last if p.kind == kind), key=lambda p: at[p.layer or ""])
             values = [quantity_of(p, quantity) for p in own]
             shown = [(p, v) for p, v in zip(own, values, strict=True) if v is not None and (v > 0 or not log)]
             zeros += sum(v is not None for v in values) - len(shown)
             if not shown:
                 continue
-            colour, marker = COLOURS[index % len(COLOURS)], list(MARKERS)[index // len(COLOURS) % len(MARKERS)]
+            colour, marker = colours[index], list(MARKERS)[colours[:index].count(colours[index]) % len(MARKERS)]
             x, y = [at[p.layer or ""] for p, _ in shown], [value for _, value in shown]
             axes.plot(x, y, color=colour, linewidth=1, alpha=0.6)
             gid = f"kind-{index}"
@@ -174,18 +177,19 @@ def over_depth(run: Run, name: str, title: str, quantity: str, log: bool) -> Plo
 
 def spectra(run: Run, name: str) -> Plot:
     """Singular values of each change, a line for each weight, as shares of its largest."""
+    found = [(p, p.layer, p.change.spectrum.values) for p in run.last() if p.layer is not None and p.change.spectrum]
+    drawn = [(point, layer, values) for point, layer, values in found if values[0]]
+    named = list(dict.fromkeys(point.kind for point, _, _ in drawn))
+    kinds = dict(zip(named, unordered_colours(len(named)), strict=True))
     tips: dict[str, list[Tip]] = {}
-    kinds: dict[str, str] = {}
     with style():
         figure, axes = new_figure(4.0, 3.5)
         lines, fill, told = [], [], []
-        for point in run.last():
-            if point.layer is None or point.change.spectrum is None or not point.change.spectrum.values[0]:
-                continue
-            fill.append(kinds.setdefault(point.kind, COLOURS[len(kinds) % len(COLOURS)]))
-            values = [v / point.change.spectrum.values[0] for v in point.change.spectrum.values]
-            lines.append([(n, values[n - 1]) for n in RANKS if n <= len(values) and values[n - 1] > LEAST])
-            told.append(Tip(_told(run, point), point.layer))
+        for point, layer, values in drawn:
+            fill.append(kinds[point.kind])
+            shares = [v / values[0] for v in values]
+            lines.append([(n, shares[n - 1]) for n in RANKS if n <= len(shares) and shares[n - 1] > LEAST])
+            told.append(Tip(_told(run, point), layer))
         if lines:
             collections = require("matplotlib.collections", "study")
             axes.add_collection(

@@ -167,7 +167,7 @@ def _extrapolated(
     config: Any, adapter: AdapterConfig, shape: tuple[int, int], dtype: torch.dtype, gradient_checkpointing: bool
 ) -> tuple[int, int]:
     """What ``_step`` finds for the whole model, from one and two of its layers where it has more."""
-    layers = getattr(config, "num_hidden_layers", 0)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if layers <= 2:
         return _step(config, adapter, shape, dtype, gradient_checkpointing)
     one, two = (_step(_shortened(config, n), adapter, shape, dtype, gradient_checkpointing) for n in (1, 2))
@@ -177,9 +177,10 @@ def _extrapolated(
 
 def _shortened(config: Any, layers: int) -> Any:
     short = copy.deepcopy(config)
-    short.num_hidden_layers = layers
-    if getattr(short, "layer_types", None):
-        short.layer_types = short.layer_types[:layers]
+    text = short.get_text_config()  # a part of the configuration where a model sees images, too
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
     return short
 
 

@@ -102,6 +102,16 @@ def new_figure(width: float = 4.0, height: float = 3.1) -> tuple[Figure, Any]:
     return figure, figure.subplots()
 
 
+def unordered_colours(count: int) -> list[str]:
+    """Colours of so many things that have no order; of more than the project has, tab20's, the strong ones first."""
+    if count <= len(COLOURS):
+        return list(COLOURS[:count])
+    found = require("matplotlib", "study").colormaps["tab20"].colors
+    to_hex = require("matplotlib.colors", "study").to_hex
+    every = [to_hex(colour) for colour in (*found[::2], *found[1::2])]  # each strong one is followed by its light one
+    return [every[index % len(every)] for index in range(count)]
+
+
 def ordered_colours(count: int) -> list[str]:
     """Colours for steps of time: blue, purple, red, amber, equally readable on white and black."""
     colours = require("matplotlib.colors", "study")

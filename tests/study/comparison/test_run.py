@@ -185,6 +185,24 @@ def test_other_errors_end_it_and_the_same_command_goes_on(tmp_path, of, trained,
     assert len(trained) == 1 + size(of)
 
 
+def test_data_that_change_meanwhile_end_it(tmp_path, of, trained):
+    data = tmp_path / "d.jsonl"
+    data.write_text("one")
+    of = dataclasses.replace(of, train=dataclasses.replace(of.train, data=(str(data),)))
+
+    def fail(config):
+        if len(trained) == 3:
+            data.write_text("two")
+
+    trained.fail = fail
+    with pytest.raises(dt.AdapterError, match=r"data changed while .*: content of .*d\.jsonl was .*, is "):
+        run_all(of, opened(tmp_path, of), tmp_path)
+    assert len(trained) == 3
+    data.write_text("one")
+    assert len(run_all(of, opened(tmp_path, of), tmp_path)) == size(of)
+    assert len(trained) == 1 + size(of), "the run that read other data is done again"
+
+
 def test_a_run_that_two_workers_added_is_done_once(tmp_path, of, trained):
     study = opened(tmp_path, of)()
     trial = Trial("sweep", "lora-4", 1e-3, 0)

@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Any
 from doratune.study.comparison import sentences
 from doratune.study.comparison.findings import Findings, Standing
 from doratune.study.comparison.statistics import mean_interval
-from doratune.study.plots import COLOURS, FAINT, INK, MARKERS, MUTED, Tip, Tips, legend_outside, new_figure, style
+from doratune.study.plots import (
+    COLOURS,
+    FAINT,
+    INK,
+    MARKERS,
+    MUTED,
+    Tip,
+    Tips,
+    legend_outside,
+    new_figure,
+    style,
+    unordered_colours,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,9 +30,10 @@ Drawn = tuple["Figure", Tips]
 
 def looks(standings: Sequence[Standing]) -> dict[str, tuple[str, str]]:
     """Colour and marker of each contestant: the same in every picture."""
+    colours = unordered_colours(len(standings))
     return {
-        one.contestant.key: (COLOURS[i % len(COLOURS)], tuple(MARKERS)[i % len(MARKERS)])
-        for i, one in enumerate(standings)
+        one.contestant.key: (colour, tuple(MARKERS)[i % len(MARKERS)])
+        for i, (one, colour) in enumerate(zip(standings, colours, strict=True))
     }
 
 

@@ -30,6 +30,8 @@ from doratune.train.sources import path_of
 SET_FOR_EACH = ("output", "resume", "seed", "learning_rate", "method", "rank", "alpha")
 NOT_COMPARED = (*SET_FOR_EACH, "start_from", "log_every", "workers")
 """Options of a run that a comparison sets itself, or that change no result."""
+CONTENT = "content of "
+"""What the identity calls the content of data, before their name."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class Comparison:
         train = self.train
         names = dict.fromkeys((*train.data, *train.eval_data, *train.test_data))
         scale = train.adapter.alpha / train.adapter.rank if train.adapter.rank else 0.0
-        contents = {f"content of {name}": fingerprint(path_of(name)) for name in names if path_of(name).exists()}
+        contents = {CONTENT + name: fingerprint(path_of(name)) for name in names if path_of(name).exists()}
         every = {**run, "alpha / rank": scale, **grid, "compare.ranks": self.ranks, **contents}
         return json.loads(json.dumps(every, default=str))  # as the study gives it back
 

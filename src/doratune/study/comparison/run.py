@@ -97,6 +97,7 @@ class Worker:
         except DivergedError as error:
             found.set_user_attr(storage.PROBLEM, first_line(error))
             raise pruned(str(error)) from error
+        storage.refuse_changed_data(self.study, self.comparison)
         values = {key: value for key, value in dataclasses.asdict(result).items() if key not in UNINTERESTING}
         score = Outcome(trial, values).score(self.comparison.by_accuracy)
         if score is None or not math.isfinite(score):

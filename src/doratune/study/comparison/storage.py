@@ -14,7 +14,7 @@ from typing import Any
 from doratune.errors import AdapterError, first_line
 from doratune.extras import require
 from doratune.study.comparison.contestants import RANKED, UNRANKED
-from doratune.study.comparison.recipe import Comparison
+from doratune.study.comparison.recipe import CONTENT, Comparison
 from doratune.study.comparison.trials import Outcome, Trial
 
 HEARTBEAT, GRACE = 10, 60
@@ -83,6 +83,19 @@ def open_study(url: str, name: str, comparison: Comparison, heartbeat: int = HEA
             f"{what}: name another --output or --study, or undo the change", _differences(theirs, mine)
         )
     return study
+
+
+def refuse_changed_data(study: Any, comparison: Comparison) -> None:
+    """Data that changed since the study was opened: what a run has found on them is of another comparison.
+
+    Raises:
+        AdapterError: listing the data.
+    """
+    theirs, mine = study.user_attrs[RECIPE], comparison.identity()
+    changed = {key: value for key, value in mine.items() if key.startswith(CONTENT) and value != theirs.get(key)}
+    if changed:
+        what = "data changed while the comparison was going on: name another --output or --study, or undo the change"
+        raise AdapterError.of(what, _differences({key: theirs.get(key) for key in changed}, changed))
 
 
 def _only_failed(study: Any) -> bool:
