@@ -126,6 +126,13 @@ def test_a_table_where_there_is_no_file_to_write(texts, tmp_path, capsys):
     assert "1 of 31 texts were cut to 24 tokens" in printed.err
 
 
+def test_a_runs_length_may_be_more_than_the_model_takes(tmp_path, capsys):
+    train_on_texts(tmp_path, max_length=100)
+    file = save_rows(tmp_path / "rows.jsonl", [{"review": "x" * 80}, {"review": "short"}])
+    assert predict(tmp_path / "run" / "adapter", file) == 0
+    assert "1 of 2 texts were cut to 64 tokens" in capsys.readouterr().err
+
+
 def test_the_hundredth_line_is_no_emoji(texts, tmp_path, capsys):
     rows = [{"review": "tale"}] * 99
     file = save_rows(tmp_path / "rows.jsonl", [*rows, {"review": ""}])
