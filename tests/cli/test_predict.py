@@ -1,5 +1,8 @@
 import csv
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -170,6 +173,31 @@ def test_nothing_is_left_of_a_failure(texts, tmp_path, monkeypatch, capsys):
     assert predict(folder / "run" / "adapter", folder / "test.jsonl", "--output", out) == 130
     assert out.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
+
+
+def test_what_is_no_file_is_not_replaced_by_one(texts, tmp_path, capsys):
+    folder, _ = texts
+    given = (folder / "run" / "adapter", folder / "test.jsonl", "--output")
+    pipe, link, out = tmp_path / "pipe", tmp_path / "link.csv", tmp_path / "out.csv"
+    os.mkfifo(pipe)
+    assert predict(*given, pipe) == 1
+    assert "pipe: expected a file, found a device or a pipe" in capsys.readouterr().err
+    assert pipe.is_fifo()
+    link.symlink_to(out)
+    assert predict(*given, link) == 0
+    assert link.is_symlink()
+    assert len(rows_of(out)) == 20
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure_of_the_file(texts, tmp_path):
+    folder, _ = texts
+    words = ["predict", folder / "run" / "adapter", folder / "test.jsonl", "--json", "--output", tmp_path / "out.csv"]
+    command = [sys.executable, "-m", "doratune", *map(str, words)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        said = process.stderr.read().decode()
+    assert process.returncode == 141, said
+    assert "cannot write" not in said
 
 
 @pytest.mark.parametrize(

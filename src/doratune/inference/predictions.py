@@ -80,8 +80,10 @@ def csv_file(path: Path, labels: Sequence[str], inputs: Sequence[Input]) -> Iter
         AdapterError: if it cannot be written.
     """
     try:
-        with whole_file(path) as file:
+        with whole_file(path.resolve()) as file:  # a link stays one
             yield CsvFile(file, labels, inputs)
+    except BrokenPipeError:  # of what is printed meanwhile: nobody reads it any more
+        raise
     except OSError as error:
         raise AdapterError(f"cannot write {path}: {error.strerror or error}") from error
 
