@@ -159,6 +159,17 @@ def test_bad_files_are_an_error_or_counted(pictures, tmp_path, capsys):
     assert len(rows_of(out)) == 12
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are UTF-8 elsewhere")
+def test_a_files_name_that_is_no_utf_8_is_written_escaped(pictures, tmp_path, capsys):
+    folder, _ = pictures
+    image = next((folder / "photos").rglob("*.png"))
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(image.read_bytes())
+    out = tmp_path / "out.csv"
+    assert predict(folder / "run" / "adapter", tmp_path, "--output", out, "--json") == 0
+    assert [row["source"] for row in rows_of(out)] == [f"{tmp_path}/caf\\udce9.png"]
+    assert json.loads(capsys.readouterr().out)["source"] == f"{tmp_path}/caf\\udce9.png"
+
+
 def test_nothing_is_left_of_a_failure(texts, tmp_path, monkeypatch, capsys):
     from doratune.inference.predictor import Predictor
 

@@ -50,6 +50,11 @@ class Score:
             )
 
 
+def _source(one: Input) -> str:
+    """Where it is from, in UTF-8: what is none in a file's name is escaped."""
+    return one.where.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _some(names: Collection[str]) -> str:
     return ", ".join(list(names)[:5]) + (", ..." if len(names) > 5 else "")
 
@@ -69,7 +74,7 @@ class CsvFile:
         one = prediction.input
         text, label = [one.source] * self.text, [one.label or ""] * self.label
         numbers = (f"{p:.{DIGITS}f}" for p in (prediction.probability, *prediction.probabilities))
-        self.writer.writerow([one.where, *text, *label, prediction.label, *numbers])
+        self.writer.writerow([_source(one), *text, *label, prediction.label, *numbers])
 
 
 @contextlib.contextmanager
@@ -92,7 +97,7 @@ def record(prediction: Prediction, labels: Sequence[str]) -> dict[str, Any]:
     """For JSON: source, text, label, predicted, probability, probabilities by class."""
     one = prediction.input
     return {
-        "source": one.where,
+        "source": _source(one),
         **({"text": one.source} if isinstance(one, Text) else {}),
         "label": one.label,
         "predicted": prediction.label,
