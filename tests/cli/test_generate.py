@@ -304,6 +304,7 @@ def test_an_interrupted_answer_is_forgotten(asked, monkeypatch):
         patch.setattr(writer, "write", interrupted)
         assert "interrupted" in chatted(writer, "hello")
     assert "(/reset forgets what was said)" in chatted(writer, "x" * 200)
+    assert "character 7 is \\udcff" in chatted(writer, "\udcff")  # what no UTF-8 is becomes that
     chatted(writer, "more")
     assert notes[-1][1] == ["more"]
 
@@ -316,3 +317,10 @@ def test_a_prompt_that_is_there_several_times_gets_several_samples(base, tmp_pat
     assert len(set(first.splitlines())) == 4
     assert generate(base, *drawn) == 0
     assert capsys.readouterr().out == first
+
+
+def test_the_largest_seed_goes_on_from_the_smallest(base, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("once\n" * 2)
+    drawn = ("--file", tmp_path / "prompts.txt", "--json", "--temperature", 1, "--batch-size", 1, "--seed", 2**32 - 1)
+    assert generate(base, *drawn) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2

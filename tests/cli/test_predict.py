@@ -1,5 +1,8 @@
 import csv
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -126,6 +129,13 @@ def test_a_table_where_there_is_no_file_to_write(texts, tmp_path, capsys):
     assert "1 of 31 texts were cut to 24 tokens" in printed.err
 
 
+def test_a_runs_length_may_be_more_than_the_model_takes(tmp_path, capsys):
+    train_on_texts(tmp_path, max_length=100)
+    file = save_rows(tmp_path / "rows.jsonl", [{"review": "x" * 80}, {"review": "short"}])
+    assert predict(tmp_path / "run" / "adapter", file) == 0
+    assert "1 of 2 texts were cut to 64 tokens" in capsys.readouterr().err
+
+
 def test_the_hundredth_line_is_no_emoji(texts, tmp_path, capsys):
     rows = [{"review": "tale"}] * 99
     file = save_rows(tmp_path / "rows.jsonl", [*rows, {"review": ""}])
@@ -149,6 +159,17 @@ def test_bad_files_are_an_error_or_counted(pictures, tmp_path, capsys):
     assert len(rows_of(out)) == 12
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are UTF-8 elsewhere")
+def test_a_files_name_that_is_no_utf_8_is_written_escaped(pictures, tmp_path, capsys):
+    folder, _ = pictures
+    image = next((folder / "photos").rglob("*.png"))
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(image.read_bytes())
+    out = tmp_path / "out.csv"
+    assert predict(folder / "run" / "adapter", tmp_path, "--output", out, "--json") == 0
+    assert [row["source"] for row in rows_of(out)] == [f"{tmp_path}/caf\\udce9.png"]
+    assert json.loads(capsys.readouterr().out)["source"] == f"{tmp_path}/caf\\udce9.png"
+
+
 def test_nothing_is_left_of_a_failure(texts, tmp_path, monkeypatch, capsys):
     from doratune.inference.predictor import Predictor
 
@@ -163,6 +184,31 @@ def test_nothing_is_left_of_a_failure(texts, tmp_path, monkeypatch, capsys):
     assert predict(folder / "run" / "adapter", folder / "test.jsonl", "--output", out) == 130
     assert out.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
+
+
+def test_what_is_no_file_is_not_replaced_by_one(texts, tmp_path, capsys):
+    folder, _ = texts
+    given = (folder / "run" / "adapter", folder / "test.jsonl", "--output")
+    pipe, link, out = tmp_path / "pipe", tmp_path / "link.csv", tmp_path / "out.csv"
+    os.mkfifo(pipe)
+    assert predict(*given, pipe) == 1
+    assert "pipe: expected a file, found a device or a pipe" in capsys.readouterr().err
+    assert pipe.is_fifo()
+    link.symlink_to(out)
+    assert predict(*given, link) == 0
+    assert link.is_symlink()
+    assert len(rows_of(out)) == 20
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure_of_the_file(texts, tmp_path):
+    folder, _ = texts
+    words = ["predict", folder / "run" / "adapter", folder / "test.jsonl", "--json", "--output", tmp_path / "out.csv"]
+    command = [sys.executable, "-m", "doratune", *map(str, words)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        said = process.stderr.read().decode()
+    assert process.returncode == 141, said
+    assert "cannot write" not in said
 
 
 @pytest.mark.parametrize(

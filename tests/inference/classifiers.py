@@ -37,7 +37,7 @@ def train_on_images(folder, method="dora"):
     return train(config, Console(quiet=True))
 
 
-def train_on_texts(folder, method="dora", kind="encoder", **options):
+def train_on_texts(folder, method="dora", kind="encoder", max_length=24, **options):
     """A run on reviews; held out are those of ``test.jsonl``."""
     test = [{"review": row["review"] + " and so on", "label": row["label"]} for row in reviews(20)]
     config = TrainConfig(
@@ -47,7 +47,7 @@ def train_on_texts(folder, method="dora", kind="encoder", **options):
         output=folder / "run",
         task="text-classification",
         method=method,
-        max_length=24,
+        max_length=max_length,
         **options,
         **common(),
     )

@@ -195,6 +195,7 @@ def test_a_model_with_an_encoder_is_refused_as_in_training(tmp_path):
         ({"top_k": -1, "temperature": 1.0}, "top_k must be at least 0"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
         ({"seed": -1, "temperature": 1.0}, "seed must be at least 0"),
+        ({"seed": 2**32, "temperature": 1.0}, "seed must be below 2**32"),
     ],
 )
 def test_sampling_that_cannot_work(options, complaint):

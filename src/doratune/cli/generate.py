@@ -142,7 +142,8 @@ def _groups(
     """What was written after each prompt, by everyone who was asked; in batches."""
     for start in range(0, len(prompts), options.batch_size):
         batch = prompts[start : start + options.batch_size]
-        sampling = replace(options.sampling, seed=options.sampling.seed + start)  # else equal batches write equal texts
+        seed = (options.sampling.seed + start) % 2**32  # else equal batches write equal texts
+        sampling = replace(options.sampling, seed=seed)
         yield from zip(*(writer.write(batch, sampling, name) for name in names), strict=True)
 
 

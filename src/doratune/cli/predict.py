@@ -80,6 +80,8 @@ class Predict:
             return
         if self.output.is_dir() or not self.output.absolute().parent.is_dir():
             yield f"output {self.output}: expected a file in a folder that exists"
+        elif self.output.exists() and not self.output.is_file():  # which the file would replace
+            yield f"output {self.output}: expected a file, found a device or a pipe; --json prints what could go there"
         elif not os.access(self.output.absolute().parent, os.W_OK | os.X_OK):
             yield f"output {self.output}: {self.output.absolute().parent} is not writable; name another folder"
         elif self.output.resolve() in {Path(name).expanduser().resolve() for name in self.files}:

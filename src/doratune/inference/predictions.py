@@ -50,6 +50,11 @@ class Score:
             )
 
 
+def _source(one: Input) -> str:
+    """Where it is from, in UTF-8: what is none in a file's name is escaped."""
+    return one.where.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _some(names: Collection[str]) -> str:
     return ", ".join(list(names)[:5]) + (", ..." if len(names) > 5 else "")
 
@@ -69,7 +74,7 @@ class CsvFile:
         one = prediction.input
         text, label = [one.source] * self.text, [one.label or ""] * self.label
         numbers = (f"{p:.{DIGITS}f}" for p in (prediction.probability, *prediction.probabilities))
-        self.writer.writerow([one.where, *text, *label, prediction.label, *numbers])
+        self.writer.writerow([_source(one), *text, *label, prediction.label, *numbers])
 
 
 @contextlib.contextmanager
@@ -80,8 +85,10 @@ def csv_file(path: Path, labels: Sequence[str], inputs: Sequence[Input]) -> Iter
         AdapterError: if it cannot be written.
     """
     try:
-        with whole_file(path) as file:
+        with whole_file(path.resolve()) as file:  # a link stays one
             yield CsvFile(file, labels, inputs)
+    except BrokenPipeError:  # of what is printed meanwhile: nobody reads it any more
+        raise
     except OSError as error:
         raise AdapterError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -90,7 +97,7 @@ def record(prediction: Prediction, labels: Sequence[str]) -> dict[str, Any]:
     """For JSON: source, text, label, predicted, probability, probabilities by class."""
     one = prediction.input
     return {
-        "source": one.where,
+        "source": _source(one),
         **({"text": one.source} if isinstance(one, Text) else {}),
         "label": one.label,
         "predicted": prediction.label,

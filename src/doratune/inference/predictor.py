@@ -192,8 +192,9 @@ class Predictor:
         processor = found.load_processor()
         if found.takes_images:
             return cls(model, processor, labels, forward=dict(about.forward))
-        most = [processor.model_max_length, context_length(model.config), rows_of_table(model)]
-        return cls(model, processor, labels, about.max_length or min(filter(None, most)))
+        most = [about.max_length] if about.max_length else [processor.model_max_length, context_length(model.config)]
+        most.append(rows_of_table(model))  # a run's max_length may be larger, if its texts were short
+        return cls(model, processor, labels, min(filter(None, most)))
 
     def predict(self, inputs: Sequence[Input]) -> list[Prediction]:
         """Classify texts or images, all in one batch.

@@ -35,6 +35,8 @@ class Sampling:
         for name in ("temperature", "top_k", "seed"):
             if not 0 <= getattr(self, name) < float("inf"):
                 yield f"{name} must be at least 0; found {getattr(self, name)}"
+        if 2**32 <= self.seed < float("inf"):
+            yield f"seed must be below 2**32; found {self.seed}"
         vain = [name for name in ("top_p", "top_k", "seed") if getattr(self, name) != getattr(Sampling, name)]
         if self.temperature == 0 and vain:
             yield f"{', '.join(vain)}: without effect at temperature 0, the likeliest token; raise --temperature"

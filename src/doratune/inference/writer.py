@@ -18,7 +18,9 @@ from doratune.inference.sampling import Sampling
 from doratune.inference.sources import BASE, Sources, loading_base, tokenizer_source
 from doratune.merge import merge
 from doratune.model import adapter_names, disabled, set_adapter
+from doratune.train.chats import refuse_halves
 from doratune.train.device import explaining_memory, to_device
+from doratune.train.gather import BadRow
 from doratune.train.models import context_length, give_padding, load_tokenizer, load_writing
 from doratune.train.tasks.text import refuse_encoders
 from doratune.train.tokens import opening, plain, written
@@ -110,9 +112,14 @@ class Writer:
         problems = []
         for number, prompt in enumerate(prompts, 1):
             text = prompt.render(self.tokenizer)
+            name = prompt.where or f"prompt {number}"
+            try:
+                refuse_halves(text, name)  # as bytes of a terminal or a pipe become that are no UTF-8
+            except BadRow as error:
+                problems.append(str(error))
+                continue
             ids = (opening if prompt.messages is None else plain)(text, self.tokenizer)
             rows.append(ids)
-            name = prompt.where or f"prompt {number}"
             if not ids:
                 problems.append(f"{name} is empty")
             elif context and len(ids) >= context:
@@ -154,7 +161,7 @@ class Writer:
         room = context - longest if context else None
         if room is not None and room < sampling.max_tokens and min(map(len, rows)) < longest:
             # Shorter prompts have more room than the longest: their texts must not depend on what shares the batch.
-            ones = (replace(sampling, seed=sampling.seed + number) for number in range(len(prompts)))
+            ones = (replace(sampling, seed=(sampling.seed + number) % 2**32) for number in range(len(prompts)))
             return [self.write([one], own, adapter)[0] for one, own in zip(prompts, ones, strict=True)]
         # Padding on the left, where generation needs it. Attention does not see it, but before transformers 5.23 a
         # repetition penalty does: it is a token of the prompt, or else the end of the text would become less likely.
