@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -142,8 +142,7 @@ def _groups(
     """What was written after each prompt, by everyone who was asked; in batches."""
     for start in range(0, len(prompts), options.batch_size):
         batch = prompts[start : start + options.batch_size]
-        seed = (options.sampling.seed + start) % 2**32  # else equal batches write equal texts
-        sampling = replace(options.sampling, seed=seed)
+        sampling = options.sampling.later(start)
         yield from zip(*(writer.write(batch, sampling, name) for name in names), strict=True)
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+SEEDS = 2**32
+"""Seeds there are, 0 the first: more than these NumPy's generator does not take."""
 
 
 @dataclass
@@ -35,11 +38,15 @@ class Sampling:
         for name in ("temperature", "top_k", "seed"):
             if not 0 <= getattr(self, name) < float("inf"):
                 yield f"{name} must be at least 0; found {getattr(self, name)}"
-        if 2**32 <= self.seed < float("inf"):
+        if SEEDS <= self.seed < float("inf"):
             yield f"seed must be below 2**32; found {self.seed}"
         vain = [name for name in ("top_p", "top_k", "seed") if getattr(self, name) != getattr(Sampling, name)]
         if self.temperature == 0 and vain:
             yield f"{', '.join(vain)}: without effect at temperature 0, the likeliest token; raise --temperature"
+
+    def later(self, number: int) -> Sampling:
+        """The same for what is drawn so many texts later: with this seed equal prompts would get equal texts."""
+        return replace(self, seed=(self.seed + number) % SEEDS)
 
     def options(self, room: int | None = None) -> dict[str, Any]:
         """As transformers' ``generate`` wants it; what a model's own settings say about sampling is overridden.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -161,7 +161,7 @@ class Writer:
         room = context - longest if context else None
         if room is not None and room < sampling.max_tokens and min(map(len, rows)) < longest:
             # Shorter prompts have more room than the longest: their texts must not depend on what shares the batch.
-            ones = (replace(sampling, seed=(sampling.seed + number) % 2**32) for number in range(len(prompts)))
+            ones = map(sampling.later, range(len(prompts)))
             return [self.write([one], own, adapter)[0] for one, own in zip(prompts, ones, strict=True)]
         # Padding on the left, where generation needs it. Attention does not see it, but before transformers 5.23 a
         # repetition penalty does: it is a token of the prompt, or else the end of the text would become less likely.
